@@ -1,0 +1,1 @@
+"""trainless: patch pretrained models at load time, with no training."""

@@ -1,0 +1,120 @@
+"""What a method is, and the registry that finds methods by name.
+
+A method is one frozen dataclass in one file: its fields are its parameters (the only source for the
+Python signature, YAML, ``--help``, the documentation table and the JSON Schema), its class attributes
+say what it is, and ``contribute(site)`` says what it does at a site.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pkgutil
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from ..errors import InputError, did_you_mean
+from ..seams import Contribution, Site
+
+ENTRY_POINTS = "trainless.methods"
+
+
+def option(default: Any = dataclasses.MISSING, *, help: str, origin: str = "ours", **meta: Any) -> Any:
+    """A parameter: its default, one line of help, and where the default comes from.
+
+    origin: ``"published"`` for a value from the paper or its code, ``"ours"`` otherwise. Further
+    metadata: ``low``, ``high`` (inclusive bounds), ``choices``.
+    """
+    metadata = {"help": help, "origin": origin, **meta}
+    if default is dataclasses.MISSING:
+        return dataclasses.field(metadata=metadata)
+    if isinstance(default, (list, dict)):
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """Base class of methods; a subclass is a frozen dataclass of parameters.
+
+    Class attributes: ``name``; ``aliases``; ``summary`` (one line); ``source`` (paper or code, by
+    name); ``parts`` (parts of a model it acts on unless ``where: {part}`` says otherwise; empty: all);
+    ``roles``; ``hosts``; ``identity`` (parameter values at which it is bitwise the identity, or None);
+    ``calibration`` (name of the measurement that makes its calibration file, or None).
+    """
+
+    name: ClassVar[str] = ""
+    aliases: ClassVar[tuple[str, ...]] = ()
+    summary: ClassVar[str] = ""
+    source: ClassVar[str] = ""
+    parts: ClassVar[frozenset[str]] = frozenset()
+    roles: ClassVar[frozenset[str]] = frozenset({"self"})
+    hosts: ClassVar[frozenset[str]] = frozenset({"transformers"})
+    identity: ClassVar[dict[str, Any] | None] = None
+    calibration_of: ClassVar[str | None] = None
+
+    def check(self) -> None:
+        """Raise InputError when the parameters make no sense; called before anything is touched."""
+
+    def refuses(self, site: Site) -> str | None:
+        """Why this method cannot act at ``site`` although its role and part fit, or None."""
+        return None
+
+    def wants_layer(self, site: Site) -> bool:
+        """Whether the method's own parameters (layers, skip_layers, heads) choose this site's layer."""
+        return True
+
+    def validate(self, sites: Sequence[Site]) -> None:
+        """Raise InputError when a parameter names a layer or head that does not exist among ``sites``."""
+
+    def contribute(self, site: Site) -> Sequence[Contribution]:
+        """What the method does at ``site``."""
+        raise InputError(f"{self.name} defines no contribution")
+
+
+_registry: dict[str, type[Method]] = {}
+_scanned = False
+
+
+def register(cls: type[Method]) -> type[Method]:
+    """Class decorator: make a method known under its name and aliases."""
+    for name in (cls.name, *cls.aliases):
+        other = _registry.get(name)
+        if other is not None and other.__qualname__ != cls.__qualname__:
+            raise InputError(f"method name {name!r} is taken by {other.__module__}.{other.__qualname__}")
+        _registry[name] = cls
+    return cls
+
+
+def _scan() -> None:
+    global _scanned
+    if _scanned:
+        return
+    _scanned = True
+    package = importlib.import_module(__package__)
+    for info in pkgutil.iter_modules(package.__path__):
+        if info.name != "base" and not info.name.startswith("_"):
+            importlib.import_module(f"{__package__}.{info.name}")
+    from importlib.metadata import entry_points
+
+    for point in entry_points(group=ENTRY_POINTS):
+        register(point.load())
+
+
+def known(aliases: bool = False) -> dict[str, type[Method]]:
+    """Every method by name, sorted; with aliases when asked."""
+    _scan()
+    return {n: c for n, c in sorted(_registry.items()) if aliases or n == c.name}
+
+
+def get(name: str) -> type[Method]:
+    """The method called ``name``, or InputError with the nearest name."""
+    _scan()
+    if not isinstance(name, str) or name not in _registry:
+        raise InputError(f"unknown method {name!r}{did_you_mean(str(name), _registry)}")
+    return _registry[name]
+
+
+def parameters_of(cls: type[Method]) -> dict[str, dataclasses.Field[Any]]:
+    """The parameters of a method, by name, in order."""
+    return {f.name: f for f in dataclasses.fields(cls)}
