@@ -1,0 +1,48 @@
+"""Dense float64 references of the methods, written from their formulas, to check implementations.
+
+Everything here is O(L²), slow and plain on purpose, and shares no code with the package under test.
+
+    model = models.build("llama")                       # tiny, random, float64, peaked attention
+    ids, mask = models.left_padded([9, 14])
+    rule = H2O(heavy=3, recent=3)
+    want = replay(model, rule, ids, mask, calls=[10, 1, 1, 2])  # logits of every call
+    got = replay(patched_model, None, ids, mask, calls=[10, 1, 1, 2])
+    rule.kept(layer=0, call=-1, row=0, kv_head=0)       # real-token indices that are kept
+
+For encoders, T5 and ViT: ``with install(model, rule): model(**inputs)``; for diffusers denoisers
+``with install_entropy(model, trained=(h, w)) as oracle``.
+"""
+
+from . import models
+from .act import Act
+from .core import Oracle, Rule, Site, install
+from .entropy import EntropyOracle, factor, install_entropy
+from .evict import Evictor, Kept
+from .float64 import float64_math
+from .h2o import H2O
+from .head_gain import HeadGain
+from .replay import position_ids, real_rows, replay
+from .streaming import Streaming
+from .temperature import AttnTemperature
+
+__all__ = [
+    "H2O",
+    "Act",
+    "AttnTemperature",
+    "EntropyOracle",
+    "Evictor",
+    "HeadGain",
+    "Kept",
+    "Oracle",
+    "Rule",
+    "Site",
+    "Streaming",
+    "factor",
+    "float64_math",
+    "install",
+    "install_entropy",
+    "models",
+    "position_ids",
+    "real_rows",
+    "replay",
+]

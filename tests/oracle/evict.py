@@ -1,0 +1,168 @@
+"""What evicting methods share: kept sets, budgets frozen at the first prefill, rolled positions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .core import Call, Rule
+
+
+def tokens(budget: int | float, length: int) -> int:
+    """A budget in tokens: an int as it is; a float as that fraction of ``length``, rounded down (a
+    product within 1e-9 of an integer is that integer: 0.29 · 100 is 29)."""
+    if isinstance(budget, float):
+        return math.floor(budget * length + 1e-9)
+    return budget
+
+
+@dataclass
+class Turn:
+    """What a layer keeps right after a call: ``kept`` bool (B, Hkv, Lk) over all columns seen so far,
+    ``real`` (B, Lk) the columns that are no padding, ``score`` (B, Hkv, Lk) if the rule has one, and
+    ``margin`` (B, Hkv): (worst chosen - best refused score) / best refused, inf without a choice."""
+
+    kept: Tensor
+    real: Tensor
+    score: Tensor | None
+    margin: Tensor
+
+
+class Evictor(Rule):
+    """A forward call attends densely over everything kept plus its own tokens; then it evicts, for each
+    batch row and key/value head. What has been evicted never returns. Padding is never kept. The newest
+    token always is. Budgets given as fractions refer to the row's own real tokens in the first call.
+
+    positions="rolled": the kept tokens and the call's own are numbered 0, 1, 2 … in their order, for each
+    row and key/value head, before every call. Only differences count in rotary attention, so the keys
+    are turned forward to meet queries at their true positions: key j by (gaps before the newest token) -
+    (gaps before j), a gap being an evicted token.
+    """
+
+    def __init__(
+        self, positions: str = "real", layers: Collection[int] | None = None, part: str | None = None
+    ) -> None:
+        super().__init__(layers, part)
+        self.positions = positions
+        self.turns: dict[int, list[Turn]] = {}
+
+    def choose(
+        self, call: Call, row: int, head: int, candidates: list[int], score: Tensor | None
+    ) -> tuple[set[int], float]:
+        """Columns to keep of ``candidates`` (ascending, real) and the margin; ``score`` is (Lk,)."""
+        raise NotImplementedError
+
+    def scores(self, call: Call, p: Tensor) -> Tensor | None:
+        """Scores of all columns, (B, Hkv, Lk), after this call."""
+        return None
+
+    def kept(self, layer: int, call: int, row: int, kv_head: int) -> list[int]:
+        """Real-token indices (0 is the row's first real token) kept after ``call``, ascending."""
+        turn = self.turns[layer][call]
+        start = int(turn.real[row].int().argmax())
+        return (turn.kept[row, kv_head].nonzero().flatten() - start).tolist()
+
+    def margin(self) -> float:
+        """The smallest margin of all choices made in the present sequences."""
+        every = [turn.margin.min().item() for turns in self.turns.values() for turn in turns]
+        return min(every, default=math.inf)
+
+    def begin(self, call: Call) -> None:
+        super().begin(call)
+        self.turns[call.site.layer] = []
+
+    def length(self, call: Call, row: int) -> int:
+        """Real tokens of the row in its first call."""
+        return int(self.state(call)["lengths"][row])
+
+    def present(self, call: Call) -> Tensor:
+        """Columns that this call may meet: kept before, and its own real tokens; bool (B, Hkv, Lk)."""
+        batch, hkv = call.key.shape[:2]
+        own = call.real[:, None, :].expand(batch, hkv, -1)
+        if not call.past:
+            return own
+        return torch.cat([self.state(call)["kept"], own], dim=-1)
+
+    def seen(self, call: Call, seen: Tensor) -> Tensor:
+        return seen & self.present(call).repeat_interleave(call.groups, dim=1)[:, :, None, :]
+
+    def keys(self, call: Call, key: Tensor) -> Tensor:
+        if self.positions == "real":
+            return key
+        present = self.present(call)
+        rank = present.int().cumsum(dim=-1) - 1
+        gaps = torch.arange(present.shape[-1]) - rank
+        return rotate(key, gaps[..., -1:] - gaps, frequencies(call.model))
+
+    def after(self, call: Call, p: Tensor) -> None:
+        state = self.state(call)
+        if call.past == 0:
+            state["lengths"] = call.real.sum(dim=1)
+        present, score = self.present(call), self.scores(call, p)
+        batch, hkv, _ = present.shape
+        kept = torch.zeros_like(present)
+        margin = torch.full((batch, hkv), math.inf, dtype=torch.float64)
+        for row in range(batch):
+            for head in range(hkv):
+                candidates = present[row, head].nonzero().flatten().tolist()
+                column = None if score is None else score[row, head]
+                chosen, gap = self.choose(call, row, head, candidates, column)
+                kept[row, head, sorted(chosen)] = True
+                margin[row, head] = gap
+        state["kept"] = kept
+        self.turns[call.site.layer].append(Turn(kept, call.real_keys, score, margin))
+
+
+class Kept(Evictor):
+    """Evict what somebody else has evicted: ``sets[layer][call][row][kv_head]`` holds the real-token
+    indices kept right after that call. What is kept is checked to have been there."""
+
+    def __init__(
+        self,
+        sets: Mapping[int, Sequence[Sequence[Sequence[Iterable[int]]]]],
+        positions: str = "real",
+        layers: Collection[int] | None = None,
+        part: str | None = None,
+    ) -> None:
+        super().__init__(positions, set(sets) if layers is None else layers, part)
+        self.sets = sets
+
+    def choose(
+        self, call: Call, row: int, head: int, candidates: list[int], score: Tensor | None
+    ) -> tuple[set[int], float]:
+        turn = len(self.turns[call.site.layer])
+        start = int(call.real_keys[row].int().argmax())
+        chosen = {start + i for i in self.sets[call.site.layer][turn][row][head]}
+        if not chosen <= set(candidates):
+            gone = sorted(i - start for i in chosen - set(candidates))
+            raise AssertionError(f"{call.site.name} call {turn} row {row} head {head}: {gone} were not there")
+        return chosen, math.inf
+
+
+def frequencies(model: nn.Module) -> Tensor:
+    """The rotary angles per position step, from the model's own rotary module."""
+    found = {
+        tuple(m.inv_freq.tolist())
+        for m in model.modules()
+        if isinstance(getattr(m, "inv_freq", None), Tensor)
+    }
+    if len(found) != 1:
+        raise NotImplementedError(f"rolled positions need one set of rotary frequencies, found {len(found)}")
+    return torch.tensor(found.pop(), dtype=torch.float64)
+
+
+def rotate(key: Tensor, steps: Tensor, freq: Tensor) -> Tensor:
+    """Turn rotary keys (B, Hkv, Lk, D) forward by ``steps`` (B, Hkv, Lk) positions.
+
+    Channel m and channel m + len(freq) are the two coordinates of one plane; channels beyond
+    2 · len(freq) carry no position. A constant factor on the rotation, as some scalings have, commutes.
+    """
+    half = freq.numel()
+    angle = steps[..., None].to(torch.float64) * freq
+    x, y, rest = key[..., :half], key[..., half : 2 * half], key[..., 2 * half :]
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([x * cos - y * sin, x * sin + y * cos, rest], dim=-1)
