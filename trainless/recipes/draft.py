@@ -1,0 +1,187 @@
+"""A patch of a recipe while it is being read: what was given, where, and how layers of files merge."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import nearest
+from ..patchers import Method, parameters_of
+from .faults import Faults, key_text
+from .text import At, Source
+from .typed import hints_of, plain
+from .values import build, values_of
+from .where import Where
+
+
+@dataclass(frozen=True)
+class Given:
+    """One value with where it stands; ``key`` is its name in messages."""
+
+    value: Any
+    source: Source
+    at: At
+    key: str
+
+    def fault(self, faults: Faults, path: At, reason: str, calibration: bool = False) -> None:
+        faults.add(
+            self.source, (*self.at, *path), reason, key=self.key + _inside(path), calibration=calibration
+        )
+
+
+def _inside(path: At) -> str:
+    text = key_text(("x", *path))
+    return text[1:]
+
+
+@dataclass
+class Draft:
+    """One patch before it is built. ``given`` and ``where`` hold what was said, key by key."""
+
+    id: str
+    cls: type[Method]
+    source: Source
+    at: At
+    key: str
+    named: bool = False  # the id was written, not derived from the method
+    partial: bool = False  # a base recipe could not be read, so nothing can be called missing
+    given: dict[str, Given] = field(default_factory=dict)
+    where: dict[str, Given] = field(default_factory=dict)
+
+    def copy(self, **changes: Any) -> Draft:
+        return dataclasses.replace(self, **{"given": dict(self.given), "where": dict(self.where), **changes})
+
+    def merged(self, child: Draft) -> Draft:
+        """This draft with a child's values on top, key by key; faults of the whole point at the child."""
+        return child.copy(given={**self.given, **child.given}, where={**self.where, **child.where})
+
+    def build(self, faults: Faults) -> Use | None:
+        """The method and its Where, or None after reporting every fault."""
+        values = {name: g.value for name, g in self.given.items()}
+        calibration = self._calibration(values, faults)
+        method = build(self.cls, values, self._reporter(self.given, "with", faults))
+        narrowed = {name: g.value for name, g in self.where.items()}
+        where = build(Where, narrowed, self._reporter(self.where, "where", faults))
+        if method is None or where is None:
+            return None
+        return Use(self.id, method, where, calibration)
+
+    def _reporter(self, given: dict[str, Given], part: str, faults: Faults) -> Any:
+        def fault(path: At, reason: str) -> None:
+            if path and path[0] in given:
+                given[path[0]].fault(faults, path[1:], reason)
+            elif not (self.partial and reason.startswith("needs ")):
+                inner = (*self.at, part) if self.source.is_file else self.at
+                key = f"{self.key}.{part}" if self.source.is_file else self.key
+                faults.add(self.source, inner, reason, key=".".join([key, *map(str, path)]))
+
+        return fault
+
+    def _calibration(self, values: dict[str, Any], faults: Faults) -> Path | None:
+        """The calibration file's absolute path; taken out of ``values`` unless the method declares it."""
+        declared = "calibration" in parameters_of(self.cls)
+        if values.get("calibration") is None or not (declared or self.cls.calibration_of):
+            if not declared and self.cls.calibration_of and "calibration" in values:
+                del values["calibration"]
+            return None
+        given = self.given["calibration"]
+        path = resolve_file(given, faults)
+        if path is None or not declared:
+            del values["calibration"]
+        else:
+            accepts_path = Path in getattr(hints_of(self.cls)["calibration"], "__args__", ())
+            values["calibration"] = path if accepts_path else str(path)
+        return path
+
+
+def resolve_file(given: Given, faults: Faults) -> Path | None:
+    """The existing file that ``given`` names, relative to its recipe; None after a fault."""
+    value = given.value
+    if not isinstance(value, (str, Path)) or not str(value):
+        given.fault(faults, (), f"must be the path of a calibration file; got {value!r}")
+        return None
+    if "://" in str(value):
+        given.fault(faults, (), f"{value!r} is a URL; download the file and name it by its path")
+        return None
+    path = (Path(given.source.folder or Path.cwd()) / value).absolute()
+    if not path.is_file():
+        given.fault(
+            faults,
+            (),
+            f"no calibration file {str(value)!r}; `trainless calibrate` makes one",
+            calibration=True,
+        )
+        return None
+    return path
+
+
+@dataclass(frozen=True)
+class Use:
+    """One patch of a resolved recipe. ``calibration`` is the absolute path of its file, if it has one."""
+
+    id: str
+    method: Method
+    where: Where
+    calibration: Path | None = None
+
+    def resolved(self) -> dict[str, Any]:
+        """Plain data with every parameter, defaults included."""
+        values = values_of(self.method)
+        if self.calibration is not None:
+            values["calibration"] = str(self.calibration)
+        data: dict[str, Any] = {"use": self.method.name, "id": self.id, "with": values}
+        if self.where:
+            data["where"] = plain(self.where.given())
+        return data
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What decides the results: like ``resolved``, with the calibration's contents for its path."""
+        data = self.resolved()
+        del data["id"]
+        if self.calibration is not None:
+            data["with"]["calibration"] = hashlib.sha256(self.calibration.read_bytes()).hexdigest()
+        return data
+
+
+def separate(drafts: list[Draft], faults: Faults) -> list[Draft]:
+    """Give every draft its own id: ``h2o`` twice becomes ``h2o-1`` and ``h2o-2``; written ids must differ."""
+    result, taken = [], {d.id for d in drafts if d.named}
+    for draft in drafts:
+        twins = [d for d in drafts if d.id == draft.id]
+        if len(twins) == 1:
+            result.append(draft)
+        elif draft.named and any(d.named for d in twins if d is not draft):
+            faults.add(
+                draft.source, draft.at, f"id {draft.id!r} is used twice; choose another", key=draft.key
+            )
+        elif draft.named:
+            result.append(draft)
+        else:
+            number = 1
+            while f"{draft.id}-{number}" in taken:
+                number += 1
+            taken.add(f"{draft.id}-{number}")
+            result.append(draft.copy(id=f"{draft.id}-{number}"))
+    return result
+
+
+def find(drafts: list[Draft], name: str, cls: type[Method] | None) -> Draft | str:
+    """The draft that ``name`` means (an id, or a method in use), or why there is none."""
+    exact = [d for d in drafts if d.id == name]
+    if exact:
+        return exact[0]
+    same = [d for d in drafts if cls is not None and d.cls is cls]
+    if len(same) == 1:
+        return same[0]
+    ids = [d.id for d in drafts]
+    if same:
+        return f"{name!r} is used {len(same)} times; name one by its id: {', '.join(d.id for d in same)}"
+    if cls is not None:
+        return f"method {cls.name!r} is not in use here; in use: {', '.join(ids)}"
+    close = nearest(name, ids)
+    return f"{name!r} is not in use here; " + (
+        f"did you mean {close!r}?" if close else f"in use: {', '.join(ids)}"
+    )
