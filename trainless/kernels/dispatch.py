@@ -1,0 +1,73 @@
+"""Which implementation runs, and why not a faster one."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Why Triton kernels cannot run for a tensor, in one place for all operations.
+TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+FUSED_CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """``name`` of the implementation that runs; ``reasons``: why each faster one does not."""
+
+    name: str
+    reasons: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return self.name if not self.reasons else f"{self.name} ({'; '.join(self.reasons)})"
+
+
+@functools.cache
+def triton_missing() -> str | None:
+    """Why Triton cannot be imported here, or None. Looks for it without importing it."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton: not installed (pip install 'trainless[triton]')"
+    return None
+
+
+def triton_reasons(tensors: Iterable[Tensor | None]) -> tuple[str, ...]:
+    """Why the Triton form cannot take these tensors; empty when it can."""
+    given = [t for t in tensors if t is not None]
+    reasons = []
+    if not all(t.is_cuda for t in given):
+        reasons.append(f"triton: needs CUDA tensors, got {given[0].device.type}")
+    elif (missing := triton_missing()) is not None:
+        reasons.append(missing)
+    if any(t.is_floating_point() and t.dtype not in TRITON_DTYPES for t in given):
+        reasons.append("triton: float64 is not supported")
+    if any(t.requires_grad for t in given) and torch.is_grad_enabled():
+        reasons.append("triton: no gradient")
+    return tuple(reasons)
+
+
+@functools.cache
+def fast_half_matmul() -> bool:
+    """Whether this CPU has tile instructions for half precision (AMX)."""
+    probe = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return bool(probe()) if probe is not None else False
+
+
+def available() -> dict[str, Choice]:
+    """For each operation, what runs for an ordinary causal call on this machine's best device.
+
+    Used by ``trainless doctor``; starts nothing and imports no Triton.
+    """
+    found = {}
+    cuda = torch.cuda.is_available()
+    missing = () if cuda and triton_missing() is None else (triton_missing() or "triton: no CUDA device",)
+    for name, cpu in (("lse", "fused"), ("column_mass", "blocked"), ("mass_move", "blocked")):
+        best = "fused" if name == "lse" else "triton"
+        if cuda and (name == "lse" or not missing):
+            found[name] = Choice(best)
+        else:
+            found[name] = Choice(cpu, () if name == "lse" else missing)
+    return found
