@@ -108,6 +108,30 @@ def test_a_padded_batch_is_its_rows_alone(name):
         same(mine, alone, calls=calls)
 
 
+@torch.no_grad()
+def test_padded_encoder_rows_are_the_rows_alone_under_act():
+    model, given = models.build("bert"), models.inputs("bert", length=20)
+    rule = Act(alpha=1.5, skip_layers=0, min_rows=3)
+    with install(model, rule):
+        batch = outputs(model, given)
+        sinks = rule.sinks[0][0]
+        for row, mask in enumerate(given["attention_mask"].bool()):
+            alone = outputs(model, {"input_ids": given["input_ids"][row, mask][None]})
+            torch.testing.assert_close(batch[row, mask], alone[0], **EXACT)
+            assert sinks[row].any() and not sinks[row][:, ~mask].any()
+
+
+@torch.no_grad()
+def test_generate_of_an_encoder_decoder_runs_through_it():
+    model, given = models.build("t5"), models.inputs("t5")
+    given.pop("decoder_input_ids")
+    want = model.generate(**given, max_new_tokens=8, min_new_tokens=8, do_sample=False)
+    with install(model, ()) as o:
+        assert torch.equal(model.generate(**given, max_new_tokens=8, min_new_tokens=8, do_sample=False), want)
+    assert o.trace(2, -1, "decoder").after.shape[-1] == 8
+    assert o.trace(2, -1, "decoder", "cross").after.shape[-1] == given["input_ids"].shape[1]
+
+
 # ---------------------------------------------------------------- temperature
 
 
