@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,8 @@ class Draft:
         where = build(Where, narrowed, self._reporter(self.where, "where", faults))
         if method is None or where is None:
             return None
-        return Use(self.id, method, where, calibration)
+        digest = hashlib.sha256(calibration.read_bytes()).hexdigest() if calibration is not None else None
+        return Use(self.id, method, where, calibration, digest)
 
     def _reporter(self, given: dict[str, Given], part: str, faults: Faults) -> Any:
         def fault(path: At, reason: str) -> None:
@@ -120,12 +122,16 @@ def resolve_file(given: Given, faults: Faults) -> Path | None:
 
 @dataclass(frozen=True)
 class Use:
-    """One patch of a resolved recipe. ``calibration`` is the absolute path of its file, if it has one."""
+    """One patch of a resolved recipe.
+
+    calibration: the absolute path of its file, if it has one, with the SHA-256 of the contents.
+    """
 
     id: str
     method: Method
     where: Where
     calibration: Path | None = None
+    calibration_digest: str | None = None
 
     def resolved(self) -> dict[str, Any]:
         """Plain data with every parameter, defaults included."""
@@ -142,29 +148,24 @@ class Use:
         data = self.resolved()
         del data["id"]
         if self.calibration is not None:
-            data["with"]["calibration"] = hashlib.sha256(self.calibration.read_bytes()).hexdigest()
+            data["with"]["calibration"] = self.calibration_digest
         return data
 
 
-def separate(drafts: list[Draft], faults: Faults) -> list[Draft]:
-    """Give every draft its own id: ``h2o`` twice becomes ``h2o-1`` and ``h2o-2``; written ids must differ."""
-    result, taken = [], {d.id for d in drafts if d.named}
+def separate(drafts: list[Draft]) -> list[Draft]:
+    """Give every draft its own id: ``h2o`` twice becomes ``h2o-1`` and ``h2o-2``.
+
+    An id that was written is kept when its only twins have theirs from the method's name.
+    """
+    result: list[Draft] = []
+    taken = {d.id for d in drafts}
     for draft in drafts:
-        twins = [d for d in drafts if d.id == draft.id]
-        if len(twins) == 1:
-            result.append(draft)
-        elif draft.named and any(d.named for d in twins if d is not draft):
-            faults.add(
-                draft.source, draft.at, f"id {draft.id!r} is used twice; choose another", key=draft.key
-            )
-        elif draft.named:
-            result.append(draft)
-        else:
-            number = 1
-            while f"{draft.id}-{number}" in taken:
-                number += 1
-            taken.add(f"{draft.id}-{number}")
-            result.append(draft.copy(id=f"{draft.id}-{number}"))
+        twins = [d for d in drafts if d.id == draft.id and d is not draft]
+        if twins and not (draft.named and not any(d.named for d in twins)):
+            number = next(n for n in itertools.count(1) if f"{draft.id}-{n}" not in taken)
+            draft = draft.copy(id=f"{draft.id}-{number}")
+            taken.add(draft.id)
+        result.append(draft)
     return result
 
 

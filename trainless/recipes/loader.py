@@ -36,7 +36,7 @@ def resolve(what: What, parameters: Mapping[str, Any] | None = None, sets: Seque
     faults = Faults()
     loader = _Loader(faults)
     parts = loader.parts(what, parameters)
-    drafts = separate([d for part in parts for d in part.drafts], faults)
+    drafts = separate([d for part in parts for d in part.drafts])
     fits = None if faults else _common(parts, faults)
     # A single recipe keeps its name; several are named after all of them.
     name = "+".join(dict.fromkeys(part.name for part in parts))

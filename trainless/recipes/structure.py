@@ -116,6 +116,7 @@ class Structure:
             given = Given(target, self.source, at, "extends" + (f"[{i}]" if isinstance(value, list) else ""))
             if not isinstance(target, str) or not target.strip():
                 given.fault(self.faults, (), f"must name a recipe; got {shown(target)}")
+                self.broken = True
                 continue
             parsed = self.opener(target, given)
             if parsed is None:

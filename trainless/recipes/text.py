@@ -65,6 +65,7 @@ class _Reader(yaml.SafeLoader):
         self.report = report
         self.at: list[Any] = []
         self.depth = 0  # counts complex keys too, which have no place in `at`
+        self.failed: At = ()  # innermost place where reading stopped
         self.refused: set[At] = set()
         self.ends: dict[int, int] = {}  # line -> column after its last scalar, to find comments
 
@@ -77,6 +78,9 @@ class _Reader(yaml.SafeLoader):
         self.depth += 1
         try:
             return self._compose(parent, index)
+        except yaml.YAMLError:
+            self.failed = self.failed or tuple(self.at)
+            raise
         finally:
             self.depth -= 1
             del self.at[len(self.at) - len(step) :]
@@ -183,7 +187,7 @@ def parse(text: str, source: Source, report: Report) -> Any:
         why = error.problem or error.context
         if "scanning an alias" in (error.context or ""):
             why = "a plain '*' starts an alias; quote a glob"
-        report(tuple(reader.at) if reader else (), at, f"is not YAML: {why}")
+        report(reader.failed if reader else (), at, f"is not YAML: {why}")
     return None
 
 

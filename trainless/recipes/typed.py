@@ -60,7 +60,7 @@ def describe(hint: Any) -> str:
         return " or ".join(repr(a) for a in args)
     if origin in (Union, types.UnionType):
         rest = [a for a in args if not (is_budget(hint) and a in (int, float))]
-        said = ["tokens as an int, a fraction as a float in (0, 1]"] if is_budget(hint) else []
+        said = ["tokens as an int or a fraction as a float in (0, 1]"] if is_budget(hint) else []
         said += [describe(a) for a in sorted(rest, key=lambda a: a is type(None))]
         return " or ".join([", ".join(said[:-1]), said[-1]] if len(said) > 1 else said)
     if origin is tuple and not (len(args) == 2 and args[1] is Ellipsis):

@@ -59,7 +59,7 @@ def build(cls: type[T], values: Mapping[str, Any], fault: Fault) -> T | None:
         except InputError as error:
             note(*_placed(str(error), fields))
     for path, reason in found:
-        fault(path, _short(reason, path))
+        fault(path, _short(reason, path, {**values, **given}))
     return None
 
 
@@ -102,10 +102,14 @@ def _placed(message: str, fields: Mapping[str, Any]) -> tuple[tuple[Any, ...], s
     return ((head,), message) if head in fields else ((), message)
 
 
-def _short(reason: str, path: tuple[Any, ...]) -> str:
-    """The reason without a repetition of the name that stands before it: ``x=3: …`` → ``got 3: …``."""
-    start = f"{path[0]}=" if path else None
-    return f"got {reason[len(start) :]}" if start and reason.startswith(start) else reason
+def _short(reason: str, path: tuple[Any, ...], values: Mapping[str, Any]) -> str:
+    """The reason without the name that is printed before it: ``x=3: …`` becomes ``got 3: …``."""
+    if path and reason.startswith(f"{path[0]}: "):
+        return reason[len(str(path[0])) + 2 :]
+    start = f"{path[0]}={values.get(path[0])!r}: " if path else ""
+    if not start or not reason.startswith(start):
+        return reason
+    return f"got {values.get(path[0])!r}: {reason[len(start) :]}"
 
 
 def values_of(instance: Any) -> dict[str, Any]:
