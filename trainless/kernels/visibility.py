@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -72,6 +73,16 @@ class Visibility:
         parts += ["window"] if self.window is not None else []
         parts += ["padding"] if self.keys is not None else []
         return " + ".join(parts)
+
+    def restrict(self, predicate: Callable[[Tensor, Tensor], Tensor]) -> Visibility:
+        """This, and in addition only pairs with ``predicate(q (rows, 1), k (1, columns))``, bool.
+
+        Both are counted as keys are: query row i has the number i + lk - lq. InputError with an additive
+        mask, whose finite values have no place in a predicate.
+        """
+        if self.additive:
+            raise InputError("a pattern cannot be combined with an additive mask that carries finite values")
+        return replace(self, dense=_Pairs(predicate, self.dense, self.offset), mask=None)
 
     # ------------------------------------------------------------- evaluation
 
@@ -217,10 +228,7 @@ class Visibility:
         return seen if self.keys is None else seen * self.keys
 
     def _dense_at(self, rows: Tensor, lo: int, hi: int) -> Tensor:
-        if isinstance(self.dense, Tensor):
-            piece = self.dense[:, :, rows, lo:hi]
-            return piece if piece.dtype == torch.bool else _seen(piece)
-        return _block_mask_rows(self.dense, rows, hi, self.device)[..., lo:hi]
+        return _evaluate(self.dense, rows, lo, hi, self.device)
 
     @staticmethod
     def _pick(block: Tensor, index: Tensor, heads: Tensor | None) -> Tensor:
@@ -229,6 +237,40 @@ class Visibility:
             block = block[:, heads]
         block = block.expand(b, h, -1, -1)
         return block.gather(-1, index[:, :, None, :].expand(-1, -1, block.shape[2], -1))
+
+
+def _evaluate(dense: Any, rows: Tensor, lo: int, hi: int, device: torch.device) -> Tensor:
+    if isinstance(dense, Tensor):
+        piece = dense[:, :, rows, lo:hi]
+        return piece if piece.dtype == torch.bool else _seen(piece)
+    if isinstance(dense, _Pairs):
+        return dense.at(rows, lo, hi)
+    return _block_mask_rows(dense, rows, hi, device)[..., lo:hi]
+
+
+class _Pairs:
+    """A predicate over (query, key) numbers, on top of a mask without structure if there is one."""
+
+    def __init__(self, predicate: Callable[[Tensor, Tensor], Tensor], under: Any, offset: int):
+        self.predicate, self.under, self.offset = predicate, under, offset
+        self.shape = getattr(under, "shape", (1, 1))
+
+    def at(self, rows: Tensor, lo: int, hi: int) -> Tensor:
+        keys = torch.arange(lo, hi, device=rows.device)
+        seen = self.predicate((rows + self.offset)[:, None], keys[None, :]).expand(len(rows), len(keys))
+        seen = seen[None, None]
+        return seen if self.under is None else seen & _evaluate(self.under, rows, lo, hi, rows.device)
+
+    def row(self, batch: int) -> _Pairs:
+        """The part that belongs to one batch row."""
+        under = self.under
+        if isinstance(under, Tensor) and under.shape[0] > 1:
+            under = under[batch : batch + 1]
+        elif isinstance(under, _Pairs):
+            under = under.row(batch)
+        elif under is not None and not isinstance(under, Tensor):
+            raise InputError("a pattern on top of a batched BlockMask is not supported; pass a tensor mask")
+        return _Pairs(self.predicate, under, self.offset)
 
 
 def visibility(

@@ -113,7 +113,10 @@ def _uniform(
         for first, j0 in itertools.product(range(0, b * hkv, lanes), range(lo, hi, tile)):
             last, j1 = min(b * hkv, first + lanes), min(hi, j0 + tile)
             z = buffer[: (last - first) * n * (j1 - j0)].view(last - first, n, j1 - j0)
-            torch.bmm(packed[first:last], keys[first:last, :, j0:j1], out=z)
+            if last - first == 1:  # a batched product over a batch of one is a third slower
+                torch.mm(packed[first], keys[first, :, j0:j1], out=z[0])
+            else:
+                torch.bmm(packed[first:last], keys[first:last, :, j0:j1], out=z)
             if simple:
                 z = _hide(z.exp2_().view(-1, i1 - i0, j1 - j0), seen, i0, i1, j0, j1)
             else:

@@ -77,8 +77,8 @@ def row_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attention of one row or a few, with its probabilities; for decoding.
 
-    query (B, H, Lq, D), key and value (B, Hkv, Lk, D). valid: bool (B, Hkv, Lk) or (B, Hkv, Lq, Lk), True
-    for keys that exist. Keys are never repeated over a group. Returns out (B, H, Lq, Dv) in the dtype of
+    query (B, H, Lq, D), key and value (B, Hkv, Lk, D). valid: bool (B, Hkv, Lk), (B|1, Hkv|1, Lq, Lk) or
+    (B|1, H, Lq, Lk), True for keys that exist. Keys are never repeated over a group. Returns out (B, H, Lq, Dv) in the dtype of
     ``query`` and probabilities (B, H, Lq, Lk) in float32 (float64 for float64 input); a row without a
     valid key gives zeros in both.
     """
@@ -97,7 +97,10 @@ def row_attention(
     if position_bias is not None:
         z = (z.view(b, h, lq, lk) + position_bias.to(wide)).view(z.shape)
     if valid is not None:
-        mask = valid[:, :, None, None] if valid.dim() == 3 else valid[:, :, None]
+        if valid.dim() == 4 and valid.shape[1] == h != hkv:
+            mask = valid.view(valid.shape[0], hkv, h // hkv, *valid.shape[2:])
+        else:
+            mask = valid[:, :, None, None] if valid.dim() == 3 else valid[:, :, None]
         z = z.view(b, hkv, -1, lq, lk).masked_fill(~mask, -torch.inf).view(z.shape)
     if sink_logits is not None:
         sink = sink_logits.to(wide).view(1, h, 1, 1).expand(b, h, lq, 1).reshape(n, -1, 1)

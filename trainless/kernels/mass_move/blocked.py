@@ -215,6 +215,8 @@ def _one_row_of_batch(seen: Visibility, terms: Terms, batch: int, count: int) ->
     dense = seen.dense
     if isinstance(dense, Tensor):
         dense = cut(dense)
+    elif hasattr(dense, "row"):
+        dense = dense.row(batch)
     elif dense is not None and dense.shape[0] > 1:
         dense = _BlockMaskRow(dense, batch)
     part = replace(seen, keys=cut(seen.keys), dense=dense, real=None)

@@ -1,0 +1,122 @@
+"""Triton form of ``column_mass``: one program per (batch row, query head, key tile).
+
+A program walks over the query tiles that can see its keys and adds up in registers: no atomics, one
+write, the same bits every time. Registered as ``trainless::column_mass``. Speed on a GPU has not been
+measured yet; correctness is tested on the CPU through Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..common import Terms
+from ..tiles import finish, load_rows, mask_arguments, mask_operands, product, width_of
+from ..visibility import Visibility
+
+
+@triton.jit
+def _column_mass(
+    q, q_b, q_h, q_n, q_d, k, k_b, k_h, k_n, k_d, lse, chosen, out,
+    heads, count, share, lq, lk, d, scale,
+    softcap, window, keys, keys_b, keys_k, hidden,
+    mask, mask_b, mask_h, mask_q, mask_k, bias, bias_b, bias_h, bias_q, bias_k,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, KEYS: tl.constexpr,
+    MASK: tl.constexpr, BIAS: tl.constexpr, EXACT: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    lane = tl.program_id(1).to(tl.int64)
+    b = lane // count
+    h = tl.load(chosen + lane % count)
+    left = tl.program_id(0).to(tl.int64) * BN
+    cols = left + tl.arange(0, BN)
+    offset = lk - lq
+    key = load_rows(k + b * k_b + (h // share) * k_h, cols, k_n, k_d, cols < lk, d, BD)
+    acc = tl.full((BN,), 0.0, tl.float32)
+    lo = left * 0
+    hi = lo + lq
+    if CAUSAL:
+        lo = tl.maximum(lo, left - offset)
+        if WINDOW:
+            hi = tl.minimum(hi, left + BN - 1 - offset + window)
+    elif WINDOW:
+        lo = tl.maximum(lo, left - offset - window)
+        hi = tl.minimum(hi, left + BN - offset + window)
+    for start in range(lo // BM * BM, hi, BM):
+        rows = start + tl.arange(0, BM).to(tl.int64)
+        query = load_rows(q + b * q_b + h * q_h, rows, q_n, q_d, rows < lq, d, BD)
+        total = tl.load(lse + (b * heads + h) * lq + rows, mask=rows < lq, other=float("inf"))
+        z = finish(
+            product(query, key, EXACT) * scale, rows, cols, cols < lk, b, h, lq, lk, offset,
+            softcap, window, keys, keys_b, keys_k, hidden,
+            mask, mask_b, mask_h, mask_q, mask_k, bias, bias_b, bias_h, bias_q, bias_k,
+            CAUSAL, WINDOW, CAP, KEYS, MASK, BIAS,
+        )  # fmt: skip
+        acc += tl.sum(tl.exp(z - total[:, None]), 0)
+    tl.store(out + lane * lk + cols, acc, mask=cols < lk)
+
+
+@torch.library.custom_op("trainless::column_mass", mutates_args=())
+def column_mass_op(
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    heads: Tensor,
+    scale: float,
+    causal: bool,
+    window: int | None,
+    keys: Tensor | None,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    softcap: float | None,
+) -> Tensor:
+    """heads (h,) int64; lse (B, H, Lq) with +inf for rows that do not count. Returns (B, h, Lk)."""
+    b, h, lq, d = query.shape
+    lk, count = key.shape[2], heads.shape[0]
+    out = torch.empty(b, count, lk, dtype=torch.float32, device=query.device)
+    width = width_of(d)
+    bm, bn = (64, 64) if width <= 128 else (32, 32)
+    _column_mass[(triton.cdiv(lk, bn), b * count)](
+        query, *query.stride(), key, *key.stride(), lse.contiguous(), heads.contiguous(), out,
+        h, count, h // key.shape[1], lq, lk, d, scale,
+        **mask_arguments(query, softcap, causal, window, keys, mask, bias),
+        EXACT=query.dtype == torch.float32, BM=bm, BN=bn, BD=width,
+    )  # fmt: skip
+    return out
+
+
+@column_mass_op.register_fake
+def _(query, key, lse, heads, scale, causal, window, keys, mask, bias, softcap):  # type: ignore[no-untyped-def]
+    return query.new_empty(query.shape[0], heads.shape[0], key.shape[2], dtype=torch.float32)
+
+
+def column_mass(
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    *,
+    visibility: Visibility,
+    terms: Terms,
+    rows: Tensor | None = None,
+    heads: list[int] | None = None,
+    group: str | None = None,
+) -> Tensor:
+    """See ``api.column_mass``."""
+    h, hkv = query.shape[1], key.shape[1]
+    chosen = torch.arange(h) if heads is None else torch.tensor(heads, dtype=torch.long)
+    chosen = chosen.to(query.device)
+    counted = torch.isfinite(lse) if rows is None else torch.isfinite(lse) & rows[:, None]
+    mass = column_mass_op(
+        query, key, torch.where(counted, lse.float(), torch.inf), chosen, terms.scale,
+        *mask_operands(visibility), terms.position_bias, terms.softcap,
+    )  # fmt: skip
+    if group != "sum":
+        return mass
+    summed = mass.new_zeros(mass.shape[0], hkv, mass.shape[2])
+    for n in range(h // hkv) if heads is None else ():
+        summed += mass[:, n :: h // hkv]
+    for n, head in enumerate(heads or ()):
+        summed[:, head // (h // hkv)] += mass[:, n]
+    return summed
