@@ -6,6 +6,7 @@ Root-mean-square norms, rotary tables and the eager softmax cast to float32 and 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -72,6 +73,7 @@ def exact(model: nn.Module) -> nn.Module:
 
 
 def _wide(forward: Callable) -> Callable:
+    @functools.wraps(forward)
     def wide_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         with _KeepWide():
             return forward(self, *args, **kwargs)

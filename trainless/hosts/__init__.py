@@ -1,1 +1,100 @@
-"""."""
+"""Hosts: the libraries whose models can be patched, and how a model or pipeline falls into their parts."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..errors import InputError, Unsupported
+from ..seams import Site
+from .base import Host
+
+__all__ = ["Component", "Host", "components", "find_sites", "module_sites"]
+
+
+@dataclass(frozen=True)
+class Component:
+    """A module that one host takes care of; ``prefix`` goes before its module names, ``parts`` onto its sites."""
+
+    prefix: str
+    module: nn.Module
+    host: Host
+    parts: frozenset[str]
+    main: bool = True  # bound by default; text encoders of a pipeline are not
+
+
+def components(model: Any) -> list[Component]:
+    """The patchable modules of a model or pipeline.
+
+    Raises InputError for something that is neither, Unsupported for a module of an unknown library.
+    """
+    if isinstance(model, nn.Module):
+        return [Component("", model, host_of(model), frozenset())]
+    if "diffusers" in sys.modules:
+        from diffusers import DiffusionPipeline
+
+        if isinstance(model, DiffusionPipeline):
+            return _pipeline(model)
+    inner = getattr(model, "model", None)
+    if isinstance(inner, nn.Module):  # a transformers pipeline
+        return [Component("", inner, host_of(inner), frozenset())]
+    raise InputError(
+        f"cannot patch a {type(model).__name__}: give a loaded torch module or a pipeline"
+        + (" (a name or path is loaded by you first, with from_pretrained)" if isinstance(model, str) else "")
+    )
+
+
+def host_of(model: nn.Module) -> Host:
+    """The host that takes care of ``model``; Unsupported when none does."""
+    from .transformers import TransformersHost
+
+    candidates: list[Host] = [TransformersHost()]
+    if "diffusers" in sys.modules:
+        from .diffusers import DiffusersHost
+
+        # A diffusers model may hold a transformers text encoder, not the other way round.
+        candidates.insert(0, DiffusersHost())
+    for host in candidates:
+        if host.accepts(model):
+            return host
+    raise Unsupported(
+        f"{type(model).__name__} is neither a transformers nor a diffusers model, and holds none; "
+        "patch the model inside it"
+    )
+
+
+def _pipeline(pipeline: Any) -> list[Component]:
+    from .diffusers import DiffusersHost, denoiser_of, text_encoders_of
+    from .transformers import TransformersHost
+
+    name, denoiser = denoiser_of(pipeline)
+    found = [Component(f"{name}.", denoiser, DiffusersHost(pipeline), frozenset({"denoiser"}))]
+    for name, encoder in text_encoders_of(pipeline):
+        found.append(
+            Component(f"{name}.", encoder, TransformersHost(), frozenset({"text_encoder"}), main=False)
+        )
+    return found
+
+
+def find_sites(parts: list[Component]) -> list[Site]:
+    """Every attention site of every component."""
+    return [site for part in parts for site in part.host.sites(part.module, part.prefix, part.parts)]
+
+
+def module_sites(parts: list[Component]) -> list[Site]:
+    """Every module as a site, for methods that wrap calls or replace weights."""
+    return [
+        Site(
+            name=part.prefix + name,
+            module=module,
+            host=part.host.name,
+            kind="module",
+            parts=part.parts,
+            role="module",
+        )
+        for part in parts
+        for name, module in part.module.named_modules()
+    ]

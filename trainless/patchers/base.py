@@ -40,7 +40,8 @@ class Method:
     Class attributes: ``name``; ``aliases``; ``summary`` (one line); ``source`` (paper or code, by
     name); ``parts`` (parts of a model it acts on unless ``where: {part}`` says otherwise; empty: all);
     ``roles``; ``hosts``; ``identity`` (parameter values at which it is bitwise the identity, or None);
-    ``calibration`` (name of the measurement that makes its calibration file, or None).
+    ``calibration_of`` (name of the measurement that makes its calibration file, or None); ``site_kind``
+    ("attention", or "module" to be offered every module); ``evicts`` (whether it drops cache entries).
     """
 
     name: ClassVar[str] = ""
@@ -52,6 +53,12 @@ class Method:
     hosts: ClassVar[frozenset[str]] = frozenset({"transformers"})
     identity: ClassVar[dict[str, Any] | None] = None
     calibration_of: ClassVar[str | None] = None
+    site_kind: ClassVar[str] = "attention"
+    evicts: ClassVar[bool] = False
+
+    def calibrated(self, tensors: dict[str, Any], facts: dict[str, str]) -> Method:
+        """These parameters with what a calibration file says; only for methods with a ``calibration`` parameter."""
+        raise InputError(f"{self.name} takes no calibration")
 
     def check(self) -> None:
         """Raise InputError when the parameters make no sense; called before anything is touched."""

@@ -1,0 +1,512 @@
+"""The engine: one attention call through the plan of its site, on the cheapest path that is exact.
+
+Order: position, keys → scale → static pattern → statistics → dynamic pattern or form → mass → gain → kv.
+The attention matrix is never stored whole: statistics come from the log-sum-exp of each row and a second
+pass over blocks, edits from the few columns that they touch. A call that changes nothing runs the stock
+kernel and returns its bits. Few query rows (decode, drafts) have their probabilities computed outright.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import InputError, Unsupported
+from .hosts.base import Lease, Runtime
+from .kernels.column_mass import column_mass
+from .kernels.lse import attention as attention_lse
+from .kernels.lse import row_attention
+from .kernels.mass_move import mass_move
+from .kernels.visibility import Visibility, visibility
+from .kv import CompressingLayer
+from .seams import AttentionCall, Contribution, Entry, MassMove, RowEdit, State, Statistics
+
+Delegate = Callable[[AttentionCall], Tensor]
+FEW_ROWS = 16  # up to this many query rows the probabilities are computed outright
+ROW_BLOCK = 128  # rows at a time where an edit needs whole rows of probabilities
+
+
+def attend(runtime: Runtime, call: AttentionCall, delegate: Delegate) -> Tensor:
+    """Run ``call`` through the plan of ``runtime``; returns the output, (B, Lq, H, D).
+
+    ``delegate`` computes plain attention for a call with the implementation that the user had.
+    """
+    runtime.passed()
+    if runtime.plan.inert:
+        return delegate(call)
+    return _Run(runtime, call, delegate).output()
+
+
+class _Run:
+    """One call on its way through the plan."""
+
+    def __init__(self, runtime: Runtime, call: AttentionCall, delegate: Delegate):
+        self.runtime, self.call, self.delegate = runtime, call, delegate
+        self.plan = runtime.plan
+        self.states: dict[str, State] = {}
+        self.acted: set[Any] = set()
+        self.edited = False  # the output can no longer come from the delegate
+        self.stats = Statistics()
+        self.kernel, self.reasons = "stock", ""
+
+    # ------------------------------------------------------------------ the order of things
+
+    def output(self) -> Tensor:
+        call, plan = self.call, self.plan
+        layer = call.layer if isinstance(call.layer, CompressingLayer) else None
+        if layer is not None:
+            if layer.lease.active:
+                layer.note(call.real)
+            self.edited = layer.evicted
+        self._position()
+        extra = self._extra_keys()
+        self._scale()
+        call = self.call
+        predicates = [e for e in plan.of["pattern"] if not e.contribution.dynamic]
+        form = plan.of["form"]
+        wanted = self._wanted(layer)
+        moves = plan.of["mass"]
+        if form:
+            out = self._value(form[0])
+            self.acted.add(form[0].owner)
+            self.kernel = form[0].method
+        elif not (self.edited or extra or predicates or wanted or moves or plan.of["pattern"]):
+            out = self.delegate(call)
+        else:
+            out = self._softmax(layer, extra, predicates, wanted, moves)
+        out = self._gain(out)
+        if layer is not None and layer.settle():
+            self.acted.update(e.owner for e in plan.of["kv"])
+        self._account(layer)
+        return out
+
+    # ------------------------------------------------------------------ before the softmax
+
+    def _position(self) -> None:
+        for entry in self.plan.of["position"]:
+            steps = self._value(entry)
+            if steps is None:
+                continue
+            rotate = self.runtime.facts.get("rotate")
+            if rotate is None:
+                raise Unsupported(
+                    f"{entry.method}: {self.runtime.site.name} has no rotary embedding that can be moved; "
+                    'use positions="real"'
+                )
+            self.call = replace(self.call, key=rotate(self.call.key, steps))
+            self.edited = True
+            self.acted.add(entry.owner)
+
+    def _extra_keys(self) -> list[Any]:
+        found = []
+        for entry in self.plan.of["keys"]:
+            extra = self._value(entry)
+            if extra is not None:
+                found.append(extra)
+                self.acted.add(entry.owner)
+        return found
+
+    def _scale(self) -> None:
+        factor: Any = 1.0
+        for entry in self.plan.of["scale"]:
+            value = self._value(entry)
+            if value is None:
+                continue
+            factor = factor * value
+            self.acted.add(entry.owner)
+        if isinstance(factor, float) and factor == 1.0:
+            return
+        call = self.call
+        bias = None if call.position_bias is None else call.position_bias * factor
+        if isinstance(factor, Tensor):
+            if call.softcap is not None or call.sink_logits is not None:
+                raise Unsupported(
+                    f"{self.runtime.site.name}: a scale per head or query cannot be combined with "
+                    "soft-capped logits or learned sinks; use one number"
+                )
+            query = (call.query * factor.to(call.query.dtype)).to(call.query.dtype)
+            self.call = replace(call, query=query, position_bias=bias)
+            return
+        # c·tanh(s·x/c) times f is (f·c)·tanh((f·s)·x/(f·c)): scaling all three scales the whole logit.
+        self.call = replace(
+            call,
+            scaling=call.scaling * factor,
+            position_bias=bias,
+            softcap=None if call.softcap is None else call.softcap * factor,
+            sink_logits=None if call.sink_logits is None else call.sink_logits * factor,
+        )
+
+    def _wanted(self, layer: CompressingLayer | None) -> set[str]:
+        """Statistics that this call has to produce."""
+        wanted: set[str] = set()
+        for entry in self.plan.active:
+            wanted.update(entry.contribution.wanted(self.call, self._state(entry)))
+        if layer is not None and layer.wants_scores():
+            wanted.add("column_mass")
+        return wanted
+
+    # ------------------------------------------------------------------ softmax attention, observed and edited
+
+    def _softmax(
+        self,
+        layer: CompressingLayer | None,
+        extra: list[Any],
+        predicates: list[Entry],
+        wanted: set[str],
+        moves: tuple[Entry, ...],
+    ) -> Tensor:
+        call = self.call
+        if call.dropout:
+            raise Unsupported(
+                f"{self.runtime.site.name}: attention dropout is on (training mode) and a patch edits this "
+                "attention; call model.eval() or remove the patch"
+            )
+        visible = self._visibility(layer, predicates)
+        if call.query.shape[2] <= FEW_ROWS and not extra:
+            return self._few_rows(layer, visible, wanted, moves)
+        plain = not (self.edited or extra or predicates)
+        out, lse = self._attention(visible)
+        self.edited = self.edited or bool(extra) or bool(predicates)
+        if extra:
+            out, lse = self._merge_extra(out, lse, extra)
+        self.stats.lse = lse
+        options = self._options()
+        if "column_mass" in wanted:
+            self._column_mass(layer, visible, lse, options)
+        for entry in self.plan.of["pattern"]:
+            if entry.contribution.dynamic:
+                pairs = self._value(entry)
+                if pairs is not None:
+                    visible = visible.restrict(pairs.visible)
+                    out, lse = self._attention(visible)
+                    self.stats = Statistics(lse=lse)
+                    self.edited = True
+                    self.acted.add(entry.owner)
+        changed = False
+        for entry in moves:
+            move = self._value(entry)
+            if move is None:
+                continue
+            changed = True
+            self.acted.add(entry.owner)
+            if isinstance(move, RowEdit):
+                out = self._edit_rows(out, lse, visible, move, entry.contribution)
+            else:
+                out = self._move(out, lse, visible, move, entry.contribution, options)
+        for entry in self.plan.of["observe"]:
+            self._value(entry)
+            self.acted.add(entry.owner)
+        if plain and not changed and not self.edited:
+            # Only looked at: the user's own kernel gives the output, ours gave the statistics.
+            if self.runtime.facts.get("same_bits"):
+                return out.transpose(1, 2)
+            return self.delegate(call)
+        return out.transpose(1, 2).contiguous()
+
+    def _visibility(self, layer: CompressingLayer | None, predicates: list[Entry]) -> Visibility:
+        call = self.call
+        mask, causal = call.mask, call.causal
+        if layer is not None and layer.evicted:
+            mask, causal = layer.mask(mask, call.query.shape[2], causal)
+        _, h, hkv, lq, lk = call.shape
+        if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[1] not in (1, h):
+            mask = mask.repeat_interleave(h // hkv, 1)  # slots differ from one key/value head to the next
+        visible = visibility(
+            mask,
+            causal=causal,
+            lq=lq,
+            lk=lk,
+            real=call.real,
+            window=call.sliding_window,
+            device=call.query.device,
+        )
+        for entry in predicates:
+            pairs = self._value(entry)
+            if pairs is not None:
+                visible = visible.restrict(pairs.visible)
+                self.acted.add(entry.owner)
+        return visible
+
+    def _options(self) -> dict[str, Any]:
+        call = self.call
+        return {
+            "scale": call.scaling,
+            "position_bias": call.position_bias,
+            "softcap": call.softcap,
+            "sink_logits": call.sink_logits,
+        }
+
+    def _attention(self, visible: Visibility) -> tuple[Tensor, Tensor]:
+        call = self.call
+        out, lse = attention_lse(call.query, call.key, call.value, visibility=visible, **self._options())
+        self.kernel = "lse"
+        return out, lse
+
+    def _column_mass(
+        self, layer: CompressingLayer | None, visible: Visibility, lse: Tensor, options: dict[str, Any]
+    ) -> None:
+        """Fill in column_mass (B, H, Lk), zero for heads nobody asked about, and the row counts."""
+        call = self.call
+        heads = self._heads_watched(layer)
+        _, h, _, _, lk = call.shape
+        options = {k: v for k, v in options.items() if k != "sink_logits"}  # they are inside lse already
+        mass = column_mass(
+            call.query, call.key, lse, visibility=visible, rows=call.real, heads=heads, **options
+        )
+        if heads is not None:
+            whole = mass.new_zeros(mass.shape[0], h, lk)
+            whole[:, list(heads)] = mass
+            mass = whole
+        self.stats.column_mass = mass
+        self.stats.rows = visible.counts(call.query.shape[0])
+        if layer is not None and layer.wants_scores():
+            tail = None
+            if layer.record_past:
+                # These rows may be taken back by the next crop, so the layer wants them one by one.
+                rows = min(layer.TAIL, call.query.shape[2])
+                _, probabilities = self._probabilities(
+                    visible, call.query.shape[2] - rows, call.query.shape[2]
+                )
+                tail = probabilities
+            layer.score(mass, tail)
+
+    def _heads_watched(self, layer: CompressingLayer | None) -> tuple[int, ...] | None:
+        if layer is not None and layer.wants_scores():
+            return None
+        heads: set[int] = set()
+        for entry in self.plan.active:
+            if "column_mass" in entry.contribution.wanted(self.call, self._state(entry)):
+                if entry.contribution.heads is None:
+                    return None
+                heads.update(entry.contribution.heads)
+        return tuple(sorted(heads))
+
+    def _move(
+        self,
+        out: Tensor,
+        lse: Tensor,
+        visible: Visibility,
+        move: MassMove,
+        contribution: Contribution,
+        options: dict[str, Any],
+    ) -> Tensor:
+        call = self.call
+        return mass_move(
+            call.query, call.key, call.value, out, lse,
+            source=move.source, keep=move.keep, target=move.target, rows=move.rows,
+            heads=contribution.heads, visibility=visible, **options,
+        )  # fmt: skip
+
+    # ------------------------------------------------------------------ whole rows of probabilities
+
+    def _few_rows(
+        self, layer: CompressingLayer | None, visible: Visibility, wanted: set[str], moves: tuple[Entry, ...]
+    ) -> Tensor:
+        """Decode steps and short turns: every probability is at hand, so edits are made on them directly."""
+        call = self.call
+        lq = call.query.shape[2]
+        watching = not (moves or self.edited or self.plan.of["pattern"])
+        if watching and not wanted:
+            return self.delegate(call)
+        if not moves and not self.plan.of["pattern"] and lq == 1 and layer is not None and layer.evicted:
+            out, probabilities = row_attention(
+                call.query, call.key, call.value, valid=layer.valid(), **self._options()
+            )
+            self.kernel = "rows"
+        else:
+            out, probabilities = self._probabilities(visible, 0, lq)
+            self.kernel = "rows"
+        rows = probabilities if call.real is None else probabilities * call.real[:, None, :, None]
+        if "column_mass" in wanted:
+            self.stats.column_mass = rows.sum(2)
+            self.stats.rows = (
+                visible.counts(call.query.shape[0]) if not (layer is not None and layer.evicted) else None
+            )
+            if layer is not None and layer.wants_scores():
+                layer.score(self.stats.column_mass, rows if layer.record_past else None)
+        if "lse" in wanted:
+            _, self.stats.lse = self._attention(visible)
+        changed = False
+        for entry in self.plan.of["pattern"]:
+            if entry.contribution.dynamic:
+                pairs = self._value(entry)
+                if pairs is not None:
+                    out, probabilities = self._probabilities(visible.restrict(pairs.visible), 0, lq)
+                    changed = True
+                    self.acted.add(entry.owner)
+        for entry in moves:
+            move = self._value(entry)
+            if move is None:
+                continue
+            changed = True
+            self.acted.add(entry.owner)
+            edit = move.edit if isinstance(move, RowEdit) else _move_edit(move)
+            heads = entry.contribution.heads
+            probabilities = _on_heads(probabilities, heads, edit, 0, move)
+        for entry in self.plan.of["observe"]:
+            self._value(entry)
+            self.acted.add(entry.owner)
+        if changed:
+            out = _apply(probabilities, call.value, call.query.dtype)
+        elif watching:
+            return self.delegate(call)
+        return out.transpose(1, 2).contiguous()
+
+    def _probabilities(self, visible: Visibility, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Output (B, H, rows, D) and probabilities (B, H, rows, Lk) of the rows start..stop."""
+        call = self.call
+        bias = call.position_bias
+        if bias is not None:
+            bias = bias[:, :, start:stop] if bias.shape[2] > 1 else bias
+        added = visible.bias_at(torch.arange(start, stop, device=visible.device))
+        if added is not None:
+            bias = added if bias is None else bias + added
+        return row_attention(
+            call.query[:, :, start:stop], call.key, call.value,
+            valid=visible.rows(start, stop), scale=call.scaling, position_bias=bias,
+            softcap=call.softcap, sink_logits=call.sink_logits,
+        )  # fmt: skip
+
+    def _edit_rows(
+        self, out: Tensor, lse: Tensor, visible: Visibility, move: RowEdit, contribution: Contribution
+    ) -> Tensor:
+        """Apply a rule whose groups differ from row to row, a block of rows at a time."""
+        call = self.call
+        lq = call.query.shape[2]
+        parts = []
+        for start in range(0, lq, ROW_BLOCK):
+            stop = min(lq, start + ROW_BLOCK)
+            _, probabilities = self._probabilities(visible, start, stop)
+            edited = _on_heads(probabilities, contribution.heads, move.edit, start, move)
+            parts.append(_apply(edited, call.value, call.query.dtype))
+        whole = torch.cat(parts, 2)
+        if contribution.heads is None:
+            return whole
+        out = out.clone()
+        out[:, list(contribution.heads)] = whole[:, list(contribution.heads)]
+        return out
+
+    def _merge_extra(self, out: Tensor, lse: Tensor, extra: list[Any]) -> tuple[Tensor, Tensor]:
+        """Attention over more keys is attention over each set, weighted by their log-sum-exp: exact."""
+        call = self.call
+        total, mixed = lse, out.to(lse.dtype)
+        for more in extra:
+            lk = more.key.shape[2]
+            seen = visibility(
+                more.visible, causal=False, lq=call.query.shape[2], lk=lk, real=None, device=call.query.device
+            )
+            beside, weight = attention_lse(
+                call.query, more.key, more.value, visibility=seen, scale=call.scaling
+            )
+            merged = torch.logaddexp(total, weight)
+            keep = torch.exp(total - merged).nan_to_num(0.0)[..., None]
+            add = torch.exp(weight - merged).nan_to_num(0.0)[..., None]
+            mixed = mixed * keep + beside.to(lse.dtype) * add
+            total = merged
+        return mixed.to(out.dtype), total
+
+    # ------------------------------------------------------------------ after the softmax
+
+    def _gain(self, out: Tensor) -> Tensor:
+        for entry in self.plan.of["gain"]:
+            factor = self._value(entry)
+            if factor is None:
+                continue
+            heads = entry.contribution.heads
+            self.acted.add(entry.owner)
+            if heads is None:
+                out = out * (factor.to(out.dtype) if isinstance(factor, Tensor) else factor)
+                continue
+            out = out.clone()
+            out[:, :, list(heads)] = out[:, :, list(heads)] * (
+                factor.to(out.dtype) if isinstance(factor, Tensor) else factor
+            )
+        return out
+
+    # ------------------------------------------------------------------ bookkeeping
+
+    def _state(self, entry: Entry) -> State:
+        if entry.method not in self.states:
+            kept = getattr(self.call.layer, "states", None)
+            # Without a cache there is no sequence to remember: the state lives for this call.
+            self.states[entry.method] = State() if kept is None else kept.setdefault(entry.method, State())
+        return self.states[entry.method]
+
+    def _value(self, entry: Entry) -> Any:
+        value = entry.contribution.value
+        if value is None:
+            raise InputError(
+                f"{entry.method}: a {entry.contribution.kind} contribution needs a value function"
+            )
+        heads = entry.contribution.heads
+        if heads and max(heads) >= self.call.query.shape[1]:
+            raise InputError(
+                f"{entry.method}: head {max(heads)} does not exist at {self.runtime.site.name}, "
+                f"which has {self.call.query.shape[1]} heads"
+            )
+        return value(self.call, self.stats, self._state(entry))
+
+    def _account(self, layer: CompressingLayer | None) -> None:
+        for owner in self.acted:
+            tally = self.runtime.tallies.get(owner)
+            if tally is not None:
+                tally.acted += 1
+        for tally in self.runtime.live:
+            tally.kernels[self.kernel] += 1
+        if layer is None:
+            return
+        for entry in self.plan.of["kv"]:
+            assert isinstance(entry.owner, Lease)
+            tally = self.runtime.tallies[entry.owner]
+            tally.tokens_seen, tally.tokens_kept = layer.seen, layer.width
+            tally.bytes_kept = layer.nbytes
+
+
+def _on_heads(
+    probabilities: Tensor,
+    heads: tuple[int, ...] | None,
+    edit: Callable[[Tensor, int], Tensor],
+    start: int,
+    move: MassMove | RowEdit,
+) -> Tensor:
+    if heads is None:
+        return edit(probabilities, start)
+    index = list(heads)
+    probabilities = probabilities.clone()
+    probabilities[:, index] = edit(probabilities[:, index], start)
+    return probabilities
+
+
+def _move_edit(move: MassMove) -> Callable[[Tensor, int], Tensor]:
+    """A MassMove on explicit probabilities (B, h, rows, Lk)."""
+
+    def edit(p: Tensor, start: int) -> Tensor:
+        rows = p.shape[2]
+        source = move.source[:, :, None, :]
+        target = ~source if move.target is None else move.target[:, :, None, :] & ~source
+        keep = move.keep
+        if isinstance(keep, Tensor):
+            keep = keep[..., start : start + rows, None] if keep.shape[-1] > 1 else keep[..., None]
+        moved = (p * source).sum(-1, keepdim=True) * (1 - keep)
+        room = (p * target).sum(-1, keepdim=True)
+        # A row without any target mass has nowhere to put what is freed, and stays as it is.
+        possible = room > 0
+        if move.rows is not None:
+            possible = possible & move.rows[:, :, start : start + rows, None]
+        grown = 1 + moved / room.clamp_min(torch.finfo(p.dtype).tiny)
+        edited = torch.where(source, p * keep, torch.where(target, p * grown, p))
+        return torch.where(possible, edited, p)
+
+    return edit
+
+
+def _apply(probabilities: Tensor, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """probabilities (B, H, rows, Lk) times value (B, Hkv, Lk, D), grouped, cast once."""
+    b, h, rows, lk = probabilities.shape
+    hkv = value.shape[1]
+    grouped = probabilities.reshape(b, hkv, (h // hkv) * rows, lk)
+    return (grouped @ value.to(probabilities.dtype)).reshape(b, h, rows, value.shape[-1]).to(dtype)

@@ -1,0 +1,200 @@
+"""From a recipe to sites: which sites each method acts on, what it contributes there, and what clashes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from .calibration import apply_calibration
+from .errors import Conflict, InputError, NoMatch, Unsupported
+from .hosts import Component, components, find_sites, module_sites
+from .hosts.base import Lease, runtime_of
+from .patchers import Method
+from .recipes import Recipe, Use
+from .seams import Contribution, Entry, Site, conflicts
+
+
+@dataclass
+class Binding:
+    """One method of a recipe, bound: its sites, what it contributes at each, and what was passed over."""
+
+    use: Use
+    method: Method
+    lease: Lease
+    candidates: int  # sites whose host, role and part fit
+    contributions: list[tuple[Site, list[Contribution]]]
+    skipped: dict[str, str] = field(default_factory=dict)  # site name -> reason
+
+    @property
+    def name(self) -> str:
+        return self.method.name
+
+    def entries(self, contributions: Sequence[Contribution]) -> list[Entry]:
+        return [Entry(self.name, self.lease, c) for c in contributions]
+
+
+def bind(model: Any, recipe: Recipe) -> tuple[list[Component], list[Binding]]:
+    """Match every method of ``recipe`` to sites of ``model``; nothing is changed yet.
+
+    Raises NoMatch when a method finds nothing, InputError for layers or heads that do not exist,
+    CalibrationError for a calibration of another model, RecipeError when the recipe is for other models.
+    """
+    parts = components(model)
+    _check_fits(model, parts, recipe)
+    sites = find_sites(parts)
+    bindings = []
+    for use in recipe.uses:
+        found = module_sites(parts) if use.method.site_kind == "module" else sites
+        bindings.append(_bind_one(model, parts, found, use))
+    return parts, bindings
+
+
+def _check_fits(model: Any, parts: list[Component], recipe: Recipe) -> None:
+    if recipe.fits:
+        recipe.check_fits(*_names_of(model, parts))
+
+
+def _names_of(model: Any, parts: list[Component]) -> list[str]:
+    """Every name that a recipe may fit: model types, text model types, pipeline classes."""
+    names = [c.__name__ for c in type(model).__mro__ if c.__name__.endswith("Pipeline")]
+    for module in parts[0].module.modules():
+        kind = getattr(getattr(module, "config", None), "model_type", None)
+        if isinstance(kind, str) and kind and kind not in names:
+            names.append(kind)
+    return names or [type(model).__name__]
+
+
+def _bind_one(model: Any, parts: list[Component], sites: list[Site], use: Use) -> Binding:
+    method = apply_calibration(use.method, use.calibration, parts[0])
+    name = method.name
+    pool = [s for s in sites if s.host in method.hosts]
+    if not pool:
+        hosts = " and ".join(sorted(method.hosts))
+        raise NoMatch(f"{name}: works on {hosts} models, and {type(model).__name__} has no such attention")
+    fitting = [s for s in pool if s.role in method.roles or s.kind == "module"]
+    skipped: dict[str, str] = {}
+    usable = _default_parts(fitting, method, use, parts)
+    for site in usable:
+        reason = site.refusal or method.refuses(site) or _kv_refusal(method, site)
+        if reason:
+            skipped[site.name] = reason
+    matched = [s for s in usable if s.name not in skipped]
+    if not matched:
+        raise NoMatch(_nothing(method, model, pool, fitting, usable, skipped))
+    method.validate(matched)
+    chosen = [s for s in matched if method.wants_layer(s)]
+    narrowed = use.where.select(chosen) if use.where else chosen
+    if use.where and not narrowed:
+        use.where.select(matched)  # a layer that does not exist is its own error
+        raise NoMatch(
+            f"{name}: `where: {use.where.given()}` leaves none of {len(chosen)} matching sites "
+            f"({_names(chosen)})"
+        )
+    if not narrowed:
+        raise NoMatch(f"{name}: its own parameters leave none of {len(matched)} layers ({_names(matched)})")
+    contributions = []
+    for site in narrowed:
+        given = list(method.contribute(site))
+        if given:
+            contributions.append((site, given))
+    if not contributions:
+        raise NoMatch(
+            f"{name}: contributes nothing at any of {len(narrowed)} sites; check its heads and layers"
+        )
+    return Binding(use, method, Lease(name), len(usable), contributions, skipped)
+
+
+def _default_parts(sites: list[Site], method: Method, use: Use, parts: list[Component]) -> list[Site]:
+    """Narrow to the parts that a method acts on unless ``where: {part}`` names one."""
+    if use.where.part is not None:
+        return [s for s in sites if use.where.part in s.parts]
+    extra = frozenset().union(*(p.parts for p in parts if not p.main)) if parts else frozenset()
+    sites = [s for s in sites if not (s.parts & extra)]
+    if method.parts:
+        return [s for s in sites if s.parts & method.parts]
+    if len({p for s in sites for p in s.parts & {"text", "vision"}}) == 2:
+        # A vision-language model: the text decoder, unless asked otherwise.
+        return [s for s in sites if "text" in s.parts]
+    return sites
+
+
+def _kv_refusal(method: Method, site: Site) -> str | None:
+    if not method.evicts:
+        return None
+    if site.facts.get("sliding_window"):
+        return "a sliding-window layer keeps its own window"
+    if site.facts.get("position_bias"):
+        return "its position bias needs every key at its place"
+    if site.facts.get("shares_kv"):
+        return "its keys and values are shared with other layers"
+    if not site.causal:
+        return "not causal: there is no cache to compress"
+    return None
+
+
+def _nothing(
+    method: Method,
+    model: Any,
+    pool: list[Site],
+    fitting: list[Site],
+    usable: list[Site],
+    skipped: dict[str, str],
+) -> str:
+    head = f"{method.name}: nothing to patch in {type(model).__name__}"
+    if skipped:
+        first, reason = next(iter(skipped.items()))
+        return f"{head}: all {len(skipped)} candidate sites are refused, e.g. {first}: {reason}"
+    wanted = "/".join(sorted(method.roles))
+    if not fitting:
+        return f"{head}: looked for {wanted} attention among {len(pool)} attention sites ({_names(pool)})"
+    parts = "/".join(sorted(method.parts)) or "any part"
+    return (
+        f"{head}: looked for {wanted} attention in {parts}; the {len(fitting)} sites belong to "
+        f"{'/'.join(sorted({p for s in fitting for p in s.parts}))}; say `where: {{part: …}}` to choose one"
+    )
+
+
+def _names(sites: Sequence[Site]) -> str:
+    names = [s.name for s in sites]
+    return ", ".join(names) if len(names) <= 2 else f"{names[0]} … {names[-1]}"
+
+
+def entries_by_module(bindings: Sequence[Binding]) -> dict[Any, tuple[Site, list[Entry]]]:
+    """What the bindings put at each module, in the order of the recipe."""
+    table: dict[Any, tuple[Site, list[Entry]]] = {}
+    for binding in bindings:
+        for site, contributions in binding.contributions:
+            _, entries = table.setdefault(site.module, (site, []))
+            entries.extend(binding.entries(contributions))
+    return table
+
+
+def find_conflicts(bindings: Sequence[Binding]) -> list[str]:
+    """Clashes among the bindings, and with what is patched already; each named once per pair of methods."""
+    found: dict[str, str] = {}
+    for module, (site, entries) in entries_by_module(bindings).items():
+        runtime = runtime_of(module)
+        standing = runtime.entries if runtime is not None else []
+        for sentence in conflicts(site, [*standing, *entries]):
+            pair, reason = sentence.split(f" at {site.name}: ", 1)
+            found.setdefault(pair + reason, sentence)
+    return list(found.values())
+
+
+def check(bindings: Sequence[Binding]) -> None:
+    """Raise Conflict when methods clash with each other or with what is patched already."""
+    found = find_conflicts(bindings)
+    if found:
+        raise Conflict("; ".join(found))
+
+
+def same_plan(binding: Binding, method: Method) -> Binding:
+    """The same sites with other parameters (for checking the identity value); a new lease."""
+    contributions = [(site, list(method.contribute(site))) for site, _ in binding.contributions]
+    return replace(binding, method=method, lease=Lease(binding.name), contributions=contributions)
+
+
+__all__ = [
+    "Binding", "InputError", "Unsupported", "bind", "check", "entries_by_module", "find_conflicts", "same_plan",
+]  # fmt: skip

@@ -1,0 +1,127 @@
+"""What every host shares: the runtime that stands at a patched site, and the book of who uses it.
+
+Host edits are made once per site, when the first patch arrives, and undone when the last one leaves, so
+that patches come off in any order. Between the two, patches only add and remove contributions.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import nn
+
+from ..errors import Unsupported
+from ..journal import Journal
+from ..seams import AttentionPlan, Entry, Site
+
+ATTRIBUTE = "_trainless"  # where a module keeps its Runtime, a model its Station
+
+
+class Lease:
+    """A patch's token at its sites: whether it is applied and not paused. Holds nothing else.
+
+    Cache layers keep leases to know whether their patch still wants them to evict; a copied cache
+    shares the lease with the original, so copying does not copy the patch.
+    """
+
+    __slots__ = ("active", "deferring", "name")
+
+    def __init__(self, name: str):
+        self.name = name
+        self.active = False
+        self.deferring = False  # a prefill is being fed in chunks: evict after the last one
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Lease:
+        return self
+
+    def __repr__(self) -> str:
+        return f"Lease({self.name!r}, {'active' if self.active else 'inactive'})"
+
+
+@dataclass
+class Tally:
+    """What happened at one site on behalf of one patch."""
+
+    fired: int = 0  # calls that passed
+    acted: int = 0  # calls that changed something, or were measured or compressed
+    kernels: Counter[str] = field(default_factory=Counter)
+    reasons: dict[str, str] = field(default_factory=dict)  # kernel -> why not a faster one
+    tokens_seen: int = 0  # of the sequence served last
+    tokens_kept: int = 0
+    bytes_kept: int = 0
+
+
+class Runtime:
+    """Stands at one patched site: the contributions there, their plan, and the tallies."""
+
+    def __init__(self, site: Site):
+        self.site = site
+        self.entries: list[Entry] = []
+        self.tallies: dict[Lease, Tally] = {}
+        self.journal = Journal()
+        self.plan = AttentionPlan([])
+        self.facts: dict[str, Any] = {}  # set by the host's hooks for the call under way
+
+    def add(self, entries: Sequence[Entry]) -> None:
+        self.entries.extend(entries)
+        for entry in entries:
+            assert isinstance(entry.owner, Lease)
+            self.tallies.setdefault(entry.owner, Tally())
+        self.refresh()
+
+    def drop(self, owner: Lease) -> None:
+        """Forget the contributions of one patch; its tally stays readable through the patch."""
+        self.entries = [e for e in self.entries if e.owner is not owner]
+        self.tallies.pop(owner, None)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Merge anew what is active; called when a patch arrives, leaves, pauses or resumes."""
+        self.plan = AttentionPlan([e for e in self.entries if e.owner.active])  # type: ignore[attr-defined]
+        self.live = [self.tallies[o] for o in dict.fromkeys(e.owner for e in self.plan.entries)]  # type: ignore[index]
+
+    def passed(self) -> None:
+        """Count a call for every active patch here."""
+        for tally in self.live:
+            tally.fired += 1
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Runtime:
+        raise Unsupported(
+            f"{self.site.name} is patched, and a patched model cannot be copied: "
+            "remove the patch (or copy first), then patch each copy"
+        )
+
+    def __reduce__(self) -> Any:
+        raise Unsupported(
+            f"{self.site.name} is patched, and a patched model cannot be pickled: "
+            "remove the patch first, or use save_pretrained, which writes the stock model"
+        )
+
+
+class Host(Protocol):
+    """A library whose models we know how to patch."""
+
+    name: str
+
+    def accepts(self, model: nn.Module) -> bool:
+        """Whether ``model`` belongs to this host."""
+
+    def sites(self, model: nn.Module, prefix: str = "", parts: frozenset[str] = frozenset()) -> list[Site]:
+        """Every attention site of ``model``, the refused ones too; ``parts`` are added to each."""
+
+    def install(self, runtime: Runtime) -> None:
+        """Make the edits that route the site through ``runtime``, into ``runtime.journal``."""
+
+    def install_model(self, model: nn.Module, journal: Journal, runtimes: Sequence[Runtime]) -> None:
+        """Make the edits that a patched model needs once, into ``journal``."""
+
+    def family(self, model: nn.Module) -> str:
+        """What the model calls itself: model_type or class name."""
+
+
+def runtime_of(module: nn.Module) -> Runtime | None:
+    """The runtime that stands at ``module``, if it is patched."""
+    return vars(module).get(ATTRIBUTE)

@@ -1,0 +1,278 @@
+"""Host for Hugging Face transformers: finds attention modules and routes them into the engine.
+
+One attention function is registered, once, under ``NAME``. A patched attention module gets a view of its
+config on which only ``_attn_implementation`` reads differently, so that the module calls ours; masks are
+built by the model from its own config, which is never touched, and the implementation that the user
+chose is read from that config at every call, so that ``set_attn_implementation`` keeps working.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import StaticLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..attention import attend
+from ..errors import Unsupported
+from ..journal import MARKER, AttributeEdit, HookEdit, Journal
+from ..seams import AttentionCall, Site
+from .base import ATTRIBUTE, Runtime, runtime_of
+from .rotary import rotation
+from .transformers_cache import before, prefill_wrapper
+from .transformers_sites import find
+
+NAME = "trainless"
+# Arguments of the interface that do not change the logits. Anything else that is set is refused by name.
+HARMLESS = {
+    "position_ids", "use_cache", "output_attentions", "output_hidden_states", "return_dict", "cache_position",
+    "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "num_items_in_batch", "deterministic",
+    "labels", "logits_to_keep", "token_type_ids", "mm_token_type_ids", "attention_mask", "position_embeddings",
+}  # fmt: skip
+PACKED = {"cu_seq_lens_q", "cu_seq_lens_k"}
+
+
+class ConfigView:
+    """A module's config, on which only the attention implementation reads as ours."""
+
+    _trainless_made = True  # the marker by which the journal knows it
+
+    def __init__(self, config: Any):
+        object.__setattr__(self, "_real", config)
+
+    @property
+    def _attn_implementation(self) -> str:
+        return NAME
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(object.__getattribute__(self, "_real"), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._real, name, value)
+
+    def __repr__(self) -> str:
+        return f"ConfigView({type(self._real).__name__})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ConfigView:
+        raise Unsupported("a patched model cannot be copied: remove the patch first, then patch each copy")
+
+    def __reduce__(self) -> Any:
+        raise Unsupported("a patched model cannot be pickled: remove the patch first, or use save_pretrained")
+
+
+@torch.compiler.disable
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Any]:
+    """The one registered attention function. Compiled models break their graph here, so counters stay right."""
+    runtime = runtime_of(module)
+    if runtime is None:
+        raise Unsupported(
+            f"{type(module).__name__} asks for attention {NAME!r} but is not patched; "
+            "this name is internal: pick another implementation with set_attn_implementation"
+        )
+    facts = runtime.facts
+    if runtime.plan.inert or facts.get("cross"):
+        runtime.passed()
+        return _user_function(module)(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+        )
+    call = _call(module, runtime, query, key, value, attention_mask, scaling, dropout, kwargs)
+
+    def delegate(call: AttentionCall) -> Tensor:
+        passed = dict(kwargs)
+        for name, now in (
+            ("position_bias", call.position_bias),
+            ("softcap", call.softcap),
+            ("s_aux", call.sink_logits),
+        ):
+            if name in passed and passed[name] is not None:
+                passed[name] = now
+        function = _user_function(module)
+        out, facts["weights"] = function(
+            module,
+            call.query,
+            call.key,
+            call.value,
+            call.mask,
+            scaling=call.scaling,
+            dropout=call.dropout,
+            **passed,
+        )
+        return out
+
+    facts.pop("weights", None)
+    out = attend(runtime, call, delegate)
+    return out, facts.pop("weights", None)
+
+
+_attention._trainless_made = True  # type: ignore[attr-defined]
+
+
+def _user_function(module: nn.Module) -> Callable[..., Any]:
+    """The attention function that the user's own config names right now."""
+    config = vars(module)["config"]
+    real = config._real if isinstance(config, ConfigView) else config
+    name = real._attn_implementation
+    if name == NAME:
+        raise Unsupported(
+            f"set_attn_implementation({NAME!r}): this name is internal; choose sdpa, eager or another"
+        )
+    if name in (None, "eager"):
+        eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        if eager is None:
+            raise Unsupported(
+                f"{type(module).__name__} has no eager attention function to fall back on; "
+                'call model.set_attn_implementation("sdpa") first'
+            )
+        return eager
+    return ALL_ATTENTION_FUNCTIONS.get_interface(name, None)
+
+
+def _call(
+    module: nn.Module,
+    runtime: Runtime,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Any,
+    scaling: float | None,
+    dropout: float,
+    kwargs: dict[str, Any],
+) -> AttentionCall:
+    """The interface's arguments as an AttentionCall; refuses by name what would change the logits unseen."""
+    known = {"position_bias", "softcap", "s_aux", "sliding_window", "is_causal", "cache"}
+    for name, given in kwargs.items():
+        if given is None or name in known or (name in HARMLESS and name not in PACKED):
+            continue
+        if name in PACKED and mask is None and query.shape[0] == 1 and _one_sequence(given):
+            continue
+        raise Unsupported(
+            f"{runtime.site.name}: the model passes {name!r} to its attention, which "
+            f"{'packs several sequences into one' if name in PACKED else 'no patch knows how to honour'}; "
+            "remove the patch, or run without it"
+        )
+    if kwargs.get("cache") is not None:
+        raise Unsupported(f"{runtime.site.name}: paged attention (continuous batching) cannot be patched")
+    lq, lk = query.shape[2], key.shape[2]
+    causal = kwargs.get("is_causal")
+    causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
+    facts = runtime.facts
+    layer = facts.get("layer")
+    causal = causal and lq > 1 and mask is None
+    if causal and lk > lq and isinstance(layer, StaticLayer):
+        key, value, lk = key[:, :, :lq], value[:, :, :lq], lq  # an empty static cache: only these are filled
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        mask = _padding_mask(mask, lq, lk, causal or bool(getattr(module, "is_causal", True) and lq > 1))
+        causal = False
+    implementation = _user_name(module)
+    runtime.facts["same_bits"] = implementation == "sdpa" and mask is None and query.device.type == "cpu"
+    window = kwargs.get("sliding_window")
+    return AttentionCall(
+        query, key, value, mask,
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        causal=causal, dropout=dropout,
+        position_bias=kwargs.get("position_bias"), softcap=kwargs.get("softcap"), sink_logits=kwargs.get("s_aux"),
+        # A tensor mask already has the window in it.
+        sliding_window=window if not isinstance(mask, Tensor) else None,
+        site=runtime.site, layer=layer, past=facts.get("past", 0), real=_real_rows(mask, lq, lk), facts=facts,
+    )  # fmt: skip
+
+
+def _user_name(module: nn.Module) -> str | None:
+    return vars(module)["config"]._real._attn_implementation
+
+
+def _one_sequence(bounds: Any) -> bool:
+    return isinstance(bounds, Tensor) and bounds.numel() == 2
+
+
+def _padding_mask(mask: Tensor, lq: int, lk: int, causal: bool) -> Tensor:
+    """A flash-style 2-D padding mask (B, >=Lk) as a bool mask (B, 1, 1|Lq, Lk)."""
+    whole = mask[:, -lk:].bool()[:, None, None, :]
+    if causal:
+        seen = torch.ones(lq, lk, dtype=torch.bool, device=mask.device).tril(lk - lq)
+        whole = whole & seen
+    return whole
+
+
+def _real_rows(mask: Any, lq: int, lk: int) -> Tensor | None:
+    """(B, Lq) bool: which of this call's tokens are not padding: those that see themselves. None: all."""
+    if not isinstance(mask, Tensor) or mask.dim() != 4 or lk < lq or mask.shape[-1] < lq:
+        return None
+    own = mask[..., -lq:]
+    if mask.shape[-2] == lq:
+        own = own.diagonal(dim1=-2, dim2=-1)
+    else:
+        own = own[..., 0, :]
+    real = own[:, 0] if own.dtype == torch.bool else own[:, 0] > torch.finfo(own.dtype).min / 2
+    return None if bool(real.all()) else real
+
+
+class TransformersHost:
+    """Attention modules of transformers models that dispatch through ``ALL_ATTENTION_FUNCTIONS``."""
+
+    name = "transformers"
+
+    def accepts(self, model: nn.Module) -> bool:
+        return any(isinstance(m, PreTrainedModel) for m in model.modules())
+
+    def family(self, model: nn.Module) -> str:
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                return str(module.config.model_type)
+        return type(model).__name__
+
+    def sites(self, model: nn.Module, prefix: str = "", parts: frozenset[str] = frozenset()) -> list[Site]:
+        return find(model, self.family(model), prefix, parts)
+
+    def install(self, runtime: Runtime) -> None:
+        _register()
+        module, journal = runtime.site.module, runtime.journal
+        name = runtime.site.name
+        journal.add(AttributeEdit(module, ATTRIBUTE, runtime, f"{name}.{ATTRIBUTE}"))
+        journal.add(AttributeEdit(module, "config", ConfigView(vars(module)["config"]), f"{name}.config"))
+        hook = functools.partial(before, runtime)
+        journal.add(
+            HookEdit(
+                module,
+                lambda: module.register_forward_pre_hook(hook, with_kwargs=True),
+                f"forward hook on {name}",
+            )
+        )
+
+    def prepare(self, runtime: Runtime, model: nn.Module) -> None:
+        """What a plan needs beyond the call itself: the rotation of the model's rotary embedding."""
+        if any(e.contribution.kind == "position" for e in runtime.entries):
+            runtime.facts["rotate"] = rotation(runtime.site, model)
+
+    def install_model(self, model: nn.Module, journal: Journal, runtimes: Sequence[Runtime]) -> None:
+        for name, module in model.named_modules():
+            if callable(getattr(module, "_prefill", None)) and isinstance(module, PreTrainedModel):
+                journal.add(
+                    AttributeEdit(
+                        module, "_prefill", prefill_wrapper(module, runtimes), f"{name or 'model'}._prefill"
+                    )
+                )
+
+
+def _register() -> None:
+    """Put our function into the registry; idempotent. The only thing this package leaves behind globally."""
+    if NAME not in ALL_ATTENTION_FUNCTIONS:
+        ALL_ATTENTION_FUNCTIONS.register(NAME, _attention)
+
+
+assert MARKER == "_trainless_made"  # ConfigView and _attention carry it literally

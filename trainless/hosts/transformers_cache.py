@@ -1,0 +1,133 @@
+"""Cache layers and chunked prefill on the transformers host: what happens around an attention call."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache, StaticLayer
+
+from ..errors import InputError, Unsupported
+from ..journal import mark
+from ..kv import CompressingLayer, StatefulMixin, stateful
+from .base import Lease, Runtime
+
+
+@torch.compiler.disable
+def before(runtime: Runtime, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Note which cache layer this call will use, replacing a stock layer that is still empty by ours."""
+    facts = runtime.facts
+    rotate = facts.get("rotate")
+    facts.clear()
+    if rotate is not None:
+        facts["rotate"] = rotate
+    if any(kwargs.get(name) is not None for name in ("key_value_states", "encoder_hidden_states")):
+        # The same class serves as self- and cross-attention; only the site's own role is patched.
+        if runtime.site.role != "cross":
+            facts["cross"] = True
+            return
+    cache = kwargs.get("past_key_values")
+    if cache is None:
+        cache = next((a for a in args if isinstance(a, Cache | EncoderDecoderCache)), None)
+    if isinstance(cache, EncoderDecoderCache):
+        cache = cache.cross_attention_cache if runtime.site.role == "cross" else cache.self_attention_cache
+    if not isinstance(cache, Cache):
+        return
+    index = getattr(module, "layer_idx", None)
+    if index is None:
+        return
+    if cache.layer_class_to_replicate is not None:
+        while len(cache.layers) <= index:
+            cache.layers.append(cache.layer_class_to_replicate())
+    if index >= len(cache.layers):
+        return
+    layer = cache.layers[index]
+    if runtime.plan.needs_layer:
+        layer = cache.layers[index] = _ours(runtime, layer, index)
+    facts["layer"] = layer
+    past = layer.get_seq_length()
+    facts["past"] = int(past)
+
+
+def _ours(runtime: Runtime, layer: Any, index: int) -> Any:
+    """The layer that this plan needs in place of ``layer``; refuses what holds tokens already."""
+    plan = runtime.plan
+    evictor = next(iter(plan.of["kv"]), None)
+    if evictor is None:
+        if isinstance(layer, StatefulMixin | CompressingLayer):
+            return layer
+        if isinstance(layer, StaticLayer):
+            raise Unsupported(
+                f"{plan.entries[0].method}: a static cache cannot carry the state of a sequence; "
+                "use a dynamic cache (drop cache_implementation)"
+            )
+        _must_be_empty(plan.entries[0].method, layer, index)
+        return stateful(layer)
+    assert isinstance(evictor.owner, Lease) and evictor.contribution.policy is not None
+    policy = evictor.contribution.policy
+    if isinstance(layer, CompressingLayer):
+        if layer.lease is evictor.owner or layer.seen:
+            if layer.lease is not evictor.owner:
+                raise Unsupported(
+                    f"{evictor.method}: this cache was filled under another patch ({layer.lease.name}); "
+                    "start a new cache"
+                )
+            return layer
+        return CompressingLayer(policy, evictor.owner)
+    plain = DynamicLayer if not isinstance(layer, StatefulMixin) else type(layer)
+    if type(layer) is not plain or (
+        isinstance(layer, StatefulMixin) and type(layer).__mro__[2] is not DynamicLayer
+    ):
+        raise Unsupported(
+            f"{evictor.method}: cache layer {index} is a {type(layer).__name__}, and only a plain dynamic layer can "
+            "evict; use a dynamic cache, or leave this layer out with `where: {layers}`"
+        )
+    _must_be_empty(evictor.method, layer, index)
+    return CompressingLayer(policy, evictor.owner)
+
+
+def _must_be_empty(method: str, layer: Any, index: int) -> None:
+    seen = int(layer.get_seq_length())
+    if seen:
+        raise InputError(
+            f"{method}: cache layer {index} already holds {seen} tokens that the patch never saw; "
+            "start with an empty cache after patching"
+        )
+
+
+def prefill_wrapper(model: nn.Module, runtimes: Sequence[Runtime]) -> Callable[..., Any]:
+    """``_prefill`` of this instance, deferring eviction until the last chunk of a chunked prefill."""
+    original = model._prefill
+
+    @functools.wraps(original)
+    def prefill(
+        input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        if generation_config.prefill_chunk_size is None:
+            return original(input_ids, generation_config, model_kwargs, *args, **kwargs)
+        leases = []
+        for runtime in runtimes:
+            if runtime.plan.lookahead:
+                raise Unsupported(
+                    f"{runtime.plan.lookahead[0].method}: prefill_chunk_size would change its result, because its "
+                    'statistics look at the whole prompt; drop the option, or use statistics="running"'
+                )
+            leases += [e.owner for e in runtime.plan.of["kv"]]
+        try:
+            for lease in leases:
+                lease.deferring = True
+            outputs = original(input_ids, generation_config, model_kwargs, *args, **kwargs)
+        finally:
+            for lease in leases:
+                lease.deferring = False
+        cache = model_kwargs.get("past_key_values")
+        cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+        for layer in getattr(cache, "layers", []):
+            if isinstance(layer, CompressingLayer):
+                layer.settle()
+        return outputs
+
+    return mark(prefill)

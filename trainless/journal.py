@@ -1,0 +1,153 @@
+"""The undo journal: every edit we make to somebody else's object, and how to take it back.
+
+Four kinds of edit exist: an attribute, a hook, an item of a container, the contents of a tensor.
+Each knows whether what stands there now is still ours, and how to undo itself. Ownership is decided by
+a marker, not by identity, because other libraries rebuild objects that they find.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, MutableMapping, MutableSequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+MARKER = "_trainless_made"
+
+
+def mark(thing: Any) -> Any:
+    """Mark ``thing`` as made by us, so that it is recognised later."""
+    setattr(thing, MARKER, True)
+    return thing
+
+
+def is_marked(thing: Any) -> bool:
+    return bool(getattr(thing, MARKER, False))
+
+
+class Edit:
+    """One change that can be recognised and taken back."""
+
+    where: str
+
+    def is_ours(self) -> bool:
+        """Whether what stands there now is what we put there."""
+        raise NotImplementedError
+
+    def undo(self) -> None:
+        """Restore what was there before. Call only while ``is_ours()``."""
+        raise NotImplementedError
+
+
+class AttributeEdit(Edit):
+    """Set an attribute on one instance; undo restores the old one, or its absence on the instance."""
+
+    def __init__(self, owner: Any, name: str, value: Any, where: str = ""):
+        self.owner, self.name, self.value = owner, name, value
+        self.had = name in vars(owner)
+        self.old = vars(owner).get(name)
+        self.where = where or f"{type(owner).__name__}.{name}"
+        setattr(owner, name, value)
+
+    def is_ours(self) -> bool:
+        current = vars(self.owner).get(self.name)
+        return current is self.value or is_marked(current)
+
+    def undo(self) -> None:
+        if self.had:
+            setattr(self.owner, self.name, self.old)
+        else:
+            delattr(self.owner, self.name)
+
+
+class HookEdit(Edit):
+    """A torch hook that we registered; it is gone when somebody else removed it from the module."""
+
+    def __init__(self, module: nn.Module, register: Callable[[], Any], where: str):
+        self.handle = register()
+        self.where = where
+
+    def is_ours(self) -> bool:
+        hooks = self.handle.hooks_dict_ref()
+        return hooks is not None and self.handle.id in hooks
+
+    def undo(self) -> None:
+        self.handle.remove()
+
+
+class ItemEdit(Edit):
+    """Replace an item of a list or a mapping."""
+
+    def __init__(
+        self, container: MutableSequence[Any] | MutableMapping[Any, Any], key: Any, value: Any, where: str
+    ):
+        self.container, self.key, self.value = container, key, value
+        self.had = key in container if isinstance(container, MutableMapping) else True
+        self.old = container[key] if self.had else None
+        self.where = where
+        container[key] = value
+
+    def is_ours(self) -> bool:
+        try:
+            current = self.container[self.key]
+        except (KeyError, IndexError):
+            return False
+        return current is self.value or is_marked(current)
+
+    def undo(self) -> None:
+        if self.had:
+            self.container[self.key] = self.old
+        elif isinstance(self.container, MutableMapping):
+            del self.container[self.key]
+
+
+class TensorEdit(Edit):
+    """Overwrite the contents of a tensor in place; the old contents wait on the CPU."""
+
+    def __init__(self, tensor: Tensor, value: Tensor, where: str):
+        self.tensor, self.where = tensor, where
+        self.backup = tensor.detach().to("cpu", copy=True)
+        with torch.no_grad():
+            tensor.copy_(value)
+        self.installed = tensor.detach().to("cpu", copy=True)
+
+        self.shown = True
+
+    def show(self, ours: bool) -> None:
+        """Put our contents, or those from before, into the tensor; for pausing."""
+        if ours != self.shown and self.is_ours():
+            with torch.no_grad():
+                self.tensor.copy_(self.installed if ours else self.backup)
+            self.shown = ours
+
+    def is_ours(self) -> bool:
+        # Contents, not identity: moving a model to another device makes new storage with our values.
+        expected = self.installed if self.shown else self.backup
+        return torch.equal(self.tensor.detach().cpu(), expected)
+
+    def undo(self) -> None:
+        with torch.no_grad():
+            self.tensor.copy_(self.backup)
+
+
+class Journal:
+    """Edits in the order in which they were made; undone backwards."""
+
+    def __init__(self) -> None:
+        self.edits: list[Edit] = []
+
+    def add(self, edit: Edit) -> Edit:
+        self.edits.append(edit)
+        return edit
+
+    def undo(self) -> list[str]:
+        """Undo every edit that is still ours; return where the others are (they are left alone)."""
+        foreign = []
+        for edit in reversed(self.edits):
+            if edit.is_ours():
+                edit.undo()
+            else:
+                foreign.append(edit.where)
+        self.edits.clear()
+        return foreign

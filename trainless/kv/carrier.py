@@ -1,0 +1,121 @@
+"""States that ride on cache layers: what methods remember of a sequence, moved along with its keys."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..seams import State
+
+
+class Carrier:
+    """Moves the states of a layer along with its batch and key axes."""
+
+    states: dict[str, State]
+
+    def _each(self, change: Callable[[Tensor, int, int | None, float], Tensor]) -> None:
+        for state in self.states.values():
+            for name, tensor in state.tensors.items():
+                batch, keys = state.axes[name]
+                state.tensors[name] = change(tensor, batch, keys, state.fill[name])
+
+    def _states_grow(self, before: int, added: int) -> None:
+        """Make room for ``added`` keys after the ``before`` that are stored; drop what slid out on the left."""
+
+        def grow(t: Tensor, batch: int, keys: int | None, fill: float) -> Tensor:
+            if keys is None:
+                return t
+            if t.shape[keys] > before:
+                t = t.narrow(keys, t.shape[keys] - before, before)
+            shape = list(t.shape)
+            shape[keys] = before + added - t.shape[keys]
+            return torch.cat([t, t.new_full(shape, fill)], keys) if shape[keys] else t
+
+        self._each(grow)
+
+    def _states_crop(self, count: int) -> None:
+        self._each(
+            lambda t, b, keys, fill: t if keys is None else t.narrow(keys, 0, max(0, t.shape[keys] - count))
+        )
+
+    def _states_batch(self, change: Callable[[Tensor, int], Tensor]) -> None:
+        self._each(lambda t, batch, keys, fill: change(t, batch))
+
+    def _states_gather(self, index: Tensor) -> None:
+        """Keep the keys at ``index`` (B, Hkv, W) in every state that has one entry per key."""
+
+        def gather(t: Tensor, batch: int, keys: int | None, fill: float) -> Tensor:
+            if keys is None:
+                return t
+            # States are (B, heads, Lk): heads may be query heads, key/value heads, or one for all.
+            b, heads, _ = t.shape
+            hkv = index.shape[1]
+            if heads < hkv:
+                t = t.expand(b, hkv, t.shape[2])
+                heads = hkv
+            return torch.gather(t, 2, index.repeat_interleave(heads // hkv, 1))
+
+        self._each(gather)
+
+
+class StatefulMixin(Carrier):
+    """Added to the class of a stock layer, for one instance: carries states, changes nothing else."""
+
+    keys: Any
+    past: int
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        held = self.keys.shape[-2] if isinstance(self.keys, Tensor) and self.keys.dim() == 4 else 0
+        self._states_grow(held, key_states.shape[-2])
+        return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[misc]
+
+    def reset(self) -> None:
+        super().reset()  # type: ignore[misc]
+        self.states.clear()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        self._states_batch(lambda t, axis: t.index_select(axis, beam_idx.to(t.device)))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)  # type: ignore[misc]
+        self._states_crop(abs(tokens_to_remove))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        self._states_batch(lambda t, axis: t.repeat_interleave(repeats, axis))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)  # type: ignore[misc]
+        self._states_batch(
+            lambda t, axis: t.index_select(axis, torch.arange(t.shape[axis])[indices].to(t.device))
+        )
+
+    def offload(self) -> None:
+        super().offload()  # type: ignore[misc]
+        self._states_batch(lambda t, axis: t.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        super().prefetch()  # type: ignore[misc]
+        device = self.keys.device if isinstance(self.keys, Tensor) else "cpu"
+        self._states_batch(lambda t, axis: t.to(device, non_blocking=True))
+
+
+_stateful: dict[type, type] = {}
+
+
+def stateful(layer: Any) -> Any:
+    """A layer of the same class and contents as ``layer``, which also carries states."""
+    cls = type(layer)
+    if cls not in _stateful:
+        # _layer_type registers subclasses globally in transformers; ours must stay out of that table.
+        _stateful[cls] = type(f"Stateful{cls.__name__}", (StatefulMixin, cls), {"_layer_type": None})
+    made = object.__new__(_stateful[cls])
+    vars(made).update(vars(layer))
+    made.states = {}
+    return made

@@ -1,0 +1,332 @@
+"""The compressing cache layer: keeps what an ``Evict`` rule says, deciding anew after each call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import Unsupported
+from ..hosts.base import Lease
+from ..seams import Evict, tokens_of
+from .slots import Slots
+
+FAR = torch.iinfo(torch.int64).max
+
+
+class CompressingLayer(Slots):
+    """A cache layer that evicts by its rule once a call is over.
+
+    The engine tells it which new tokens are padding (``note``), what probability each key received
+    (``score``), and when the call is over (``settle``). While its lease is inactive it drops nothing.
+    """
+
+    is_sliding = False
+    is_croppable = False
+    is_compileable = False
+    _layer_type = None
+    TAIL = 32  # rows whose scores can be taken back by crop()
+
+    def __init__(self, policy: Evict, lease: Lease):
+        super().__init__()
+        self.policy, self.lease = policy, lease
+        self.record_past = False
+
+    # ------------------------------------------------------------------ what transformers asks
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        if self.evicted and not self.lease.active:
+            held = max(self.counts)
+            return held + query_length, self.seen - held
+        # Full width: layers that keep everything share this mask, and ours cuts out what it needs.
+        return self.seen + query_length, 0
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        added = key_states.shape[-2]
+        self.past, self.seen = self.seen, self.seen + added
+        if not self.lease.active:
+            return self._passive(key_states, value_states)
+        if self._can_write(key_states):
+            self._write(key_states, value_states)
+            return self.keys, self.values
+        self._compact()
+        self._append(key_states, value_states)
+        return self.keys, self.values
+
+    def reset(self) -> None:
+        self._clear()
+        super().reset()
+
+    def activate_past_recording(self) -> None:
+        """From now on evict only at crop(), which comes after every draft that may be rejected."""
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        count = abs(tokens_to_remove)
+        if not self.is_initialized or self.seen == 0:
+            return
+        if count:
+            if not self.record_past:
+                raise Unsupported(
+                    "this cache evicts, so tokens cannot be taken back unless it records its past: call "
+                    "cache.activate_past_recording() before the forward whose tokens you may crop"
+                )
+            tail = self.pending.shape[2] if self.pending is not None else 0
+            if self.policy.score and count > tail:
+                raise Unsupported(
+                    f"crop({tokens_to_remove}): the scores of the last {tail} tokens only can be taken back; "
+                    "use drafts shorter than that"
+                )
+            self._drop_last(count)
+        self._commit()
+        self._evict()
+
+    # ------------------------------------------------------------------ what the engine asks
+
+    def note(self, real: Tensor | None) -> None:
+        """Tell the layer which of the tokens just added are not padding (None: all); (B, Lq) bool."""
+        if self.positions is None:
+            added = self.seen - self.past
+            if real is not None or self.real is not None:
+                held = self.keys.shape[2] - added
+                before = self.real if self.real is not None else self._ones(held)
+                now = real if real is not None else self._ones(added)
+                self.real = torch.cat([before, now.to(before.device)], 1)
+            return
+        added = self.seen - self.past
+        if self.free is not None and added == 1:
+            self._note_written(real)
+            return
+        new = torch.arange(added, device=self.keys.device).expand(self._batch(), added)
+        if real is not None:
+            new = torch.where(real, real.long().cumsum(1) - 1, -1)
+        ages = torch.tensor(self.ages, device=self.keys.device)[:, None]
+        new = torch.where(new >= 0, new + ages, -1)
+        self.positions[:, :, -added:] = new[:, None]
+        grown = [added] * self._batch() if real is None else real.sum(1).tolist()
+        self.ages = [a + g for a, g in zip(self.ages, grown, strict=True)]
+        self.counts = [c + g for c, g in zip(self.counts, grown, strict=True)]
+
+    def wants_scores(self) -> bool:
+        """Whether the rule needs to know how much probability each key receives."""
+        return self.policy.score is not None and self.lease.active
+
+    def score(self, mass: Tensor, tail: Tensor | None = None) -> None:
+        """Add column mass (B, H, Lk). ``tail`` (B, H, rows, Lk): its last rows one by one, if they may be cropped."""
+        if tail is not None:
+            mass = mass - tail.sum(2)
+            self.pending = self._grouped(tail)
+        add = self._grouped(mass[:, :, None])[:, :, 0]
+        if self.scores is None:
+            self.scores = add
+            return
+        short = add.shape[2] - self.scores.shape[2]
+        if short:
+            self.scores = torch.cat([self.scores, self.scores.new_zeros(*self.scores.shape[:2], short)], 2)
+        self.scores.add_(add)
+
+    def valid(self) -> Tensor | None:
+        """(B, Hkv, S) bool: which slots hold a token; None when all of them do."""
+        if self.positions is None or all(c == self.positions.shape[2] for c in self.counts):
+            return None
+        return self.positions >= 0
+
+    def mask(self, mask: Any, rows: int, causal: bool) -> tuple[Tensor | None, bool]:
+        """(mask, causal) for a call on compressed storage: kept tokens are visible, new ones as the model says.
+
+        The model's own mask (None, bool or additive) is as wide as the whole sequence; its last ``rows``
+        columns are about the new tokens.
+        """
+        assert self.positions is not None
+        if not isinstance(mask, Tensor) and mask is not None:
+            raise Unsupported(
+                "a compressed cache needs the attention mask as a tensor; use sdpa or eager instead of flex_attention"
+            )
+        valid = self.valid()
+        if valid is None and mask is None:
+            return None, causal or rows > 1
+        held = self.positions.shape[2] - rows
+        device = self.keys.device
+        if rows == 1:
+            heads = self.positions >= 0
+            return heads[:, :, None, :], False
+        new = mask[..., -rows:] if mask is not None else None
+        if new is None:
+            new = torch.ones(rows, rows, dtype=torch.bool, device=device).tril()[None, None]
+        elif new.dtype != torch.bool:
+            new = new > torch.finfo(new.dtype).min / 2
+        b = self._batch()
+        old = self.positions[:, :1, None, :held] >= 0
+        whole = torch.cat([old.expand(b, 1, rows, held), new.expand(b, -1, rows, rows)], 3)
+        return whole, False
+
+    def shifts(self) -> Tensor | None:
+        """(B, Hkv, S): how far each key must move so that kept tokens look contiguous; None for nowhere.
+
+        A key moves forward by the number of tokens that were evicted between it and the newest one.
+        """
+        if self.positions is None:
+            return None
+        positions = self.positions
+        order = positions.masked_fill(positions < 0, FAR).argsort(2)
+        rank = torch.empty_like(order).scatter_(
+            2, order, torch.arange(order.shape[2], device=order.device).expand_as(order)
+        )
+        ages = torch.tensor(self.ages, device=positions.device)[:, None, None]
+        counts = torch.tensor(self.counts, device=positions.device)[:, None, None]
+        gone = (ages - counts) - (positions - rank)
+        return gone.masked_fill(positions < 0, 0)
+
+    def settle(self) -> bool:
+        """Evict what the rule says, now that the call is over; True when something was dropped or scored."""
+        if not self.lease.active or self.lease.deferring or self.record_past:
+            return False
+        self._commit()
+        return self._evict()
+
+    def kept(self) -> list[list[list[int]]]:
+        """Positions kept, ascending, per row and key/value head."""
+        if self.positions is None:
+            rows = self.real if self.real is not None else self._ones(self.seen)
+            return [[list(range(int(r.sum())))] * self.keys.shape[1] for r in rows]
+        return [[sorted(int(p) for p in head if p >= 0) for head in row] for row in self.positions.tolist()]
+
+    def _passive(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """The patch is gone or paused: hold what is held, add what comes, drop nothing."""
+        self._compact()
+        if self.positions is not None and len(set(self.counts)) > 1:
+            raise Unsupported(
+                "the rows of this padded batch kept different numbers of tokens, and the patch that masks the "
+                "difference is paused or removed: resume it, or start a new cache"
+            )
+        self._append(key, value)
+        self.note(None)
+        return self.keys, self.values
+
+    # ------------------------------------------------------------------ eviction
+
+    def _grouped(self, mass: Tensor) -> Tensor:
+        """(B, H, rows, Lk) of query heads to (B, Hkv, rows, Lk), as the rule says."""
+        b, _, rows, lk = mass.shape
+        groups = mass.reshape(b, self.keys.shape[1], -1, rows, lk)
+        if self.policy.gqa == "sum":
+            return groups.sum(2)
+        if self.policy.gqa == "mean":
+            return groups.mean(2)
+        if self.policy.gqa == "max":
+            return groups.amax(2)
+        return groups[:, :, 0]
+
+    def _commit(self) -> None:
+        if self.pending is not None:
+            assert self.scores is not None
+            self.scores.add_(self.pending.sum(2))
+            self.pending = None
+
+    def _freeze(self) -> None:
+        """Fix the budgets of every row from the length of its own prompt."""
+        lengths = [self.seen] * self._batch() if self.real is None else self.real.sum(1).tolist()
+        self.lengths = [int(n) for n in lengths]
+        self.budgets = [self.policy.total(n) for n in self.lengths]
+        self.recents = [tokens_of(self.policy.recent, n) for n in self.lengths]
+        self.firsts = [tokens_of(self.policy.sinks, n) for n in self.lengths]
+
+    def _evict(self) -> bool:
+        if not self.budgets:
+            self._freeze()
+        if self.positions is None:
+            if self.real is None:
+                stored = [self.seen] * self._batch()
+            else:
+                # Only a padded batch has to look at its mask; one transfer per call until it evicts.
+                stored = [int(n) for n in self.real.sum(1).tolist()]
+            if all(n <= b for n, b in zip(stored, self.budgets, strict=True)):
+                return False
+            self._locate(stored)
+        over = [c > b for c, b in zip(self.counts, self.budgets, strict=True)]
+        if self.free is not None:
+            self._evict_one(over)
+        elif any(over):
+            self._select()
+        return True
+
+    def _protected(self) -> Tensor:
+        """(B, Hkv, S): first tokens, recent tokens and the newest one. Empty slots are not among them."""
+        assert self.positions is not None
+        newest = [a - max(r, 1) for a, r in zip(self.ages, self.recents, strict=True)]
+        held = self.positions >= self._rowwise(newest)
+        if any(self.firsts):
+            held = held | ((self.positions < self._rowwise(self.firsts)) & (self.positions >= 0))
+        return held
+
+    def _worth(self) -> Tensor:
+        """(B, Hkv, S): what the rule compares; higher stays."""
+        assert self.positions is not None
+        if self.scores is None:
+            return self.positions.to(torch.float64)
+        if not self.policy.normalise:
+            return self.scores
+        readers = self._rowwise(self.ages) - self.positions
+        return self.scores / readers.clamp_min(1)
+
+    def _evict_one(self, over: list[bool]) -> None:
+        """A decode step: drop at most one token per row and head; its slot is the next token's."""
+        assert self.positions is not None
+        if any(over):
+            barred = self._protected() | (self.positions < 0)
+            if self.scores is None:
+                candidates = self.positions.masked_fill(barred, FAR)
+            else:
+                worth = self._worth().masked_fill(barred, float("inf"))
+                lowest = worth.amin(2, keepdim=True)
+                # Among equals the older one goes.
+                candidates = self.positions.masked_fill(barred | (worth != lowest), FAR)
+            victim = candidates.argmin(2, keepdim=True)
+            if all(over):
+                self.positions.scatter_(2, victim, -1)
+                self.free = victim[..., 0]
+                self.counts = [c - 1 for c in self.counts]
+                return
+            rows = torch.tensor(over, device=self.keys.device)[:, None, None]
+            left = torch.where(rows, -1, torch.gather(self.positions, 2, victim))
+            self.positions.scatter_(2, victim, left)
+            self.counts = [c - o for c, o in zip(self.counts, over, strict=True)]
+        self.free = None  # rows differ, or nothing was dropped: look for (or make) a slot next time
+
+    def _select(self) -> None:
+        """After a prefill or a turn: keep the protected tokens and the best of the rest, in order."""
+        assert self.positions is not None
+        worth = self._worth().masked_fill(self._protected(), float("inf"))
+        worth = worth.masked_fill(self.positions < 0, float("-inf"))
+        after = [min(c, b) for c, b in zip(self.counts, self.budgets, strict=True)]
+        width = max(after)
+        length = worth.shape[2]
+        # Newest first, then a stable sort by worth: among equals the newer one stays.
+        best = length - 1 - worth.flip(2).sort(dim=2, descending=True, stable=True).indices[:, :, :width]
+        surplus = self._surplus(best, after)
+        kept = torch.gather(self.positions, 2, best).masked_fill(surplus, -1)
+        self.positions = self.positions.scatter(2, best, kept)
+        order = kept.argsort(dim=2, stable=True)
+        self._take(torch.gather(best, 2, order))
+        empty = self.positions < 0
+        if len(set(after)) > 1:
+            # Nothing of a dropped token may linger: its values would still be multiplied by zero.
+            self.keys = self.keys.masked_fill(empty[..., None], 0)
+            self.values = self.values.masked_fill(empty[..., None], 0)
+        self.counts, self.free = after, None
+
+    @staticmethod
+    def _surplus(best: Tensor, after: list[int]) -> Tensor:
+        rank = torch.arange(best.shape[2], device=best.device).expand_as(best)
+        return rank >= torch.tensor(after, device=best.device)[:, None, None]

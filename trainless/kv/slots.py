@@ -1,0 +1,248 @@
+"""Storage of a compressing cache layer: slots that hold kept tokens, and everything that moves them.
+
+Every stored token has a position: how many real tokens its row had before it. Pads and empty slots have
+position -1. Until the first eviction ``positions`` is None and the layer holds everything, pads included,
+exactly as a stock layer would. A decode step writes the new token into the slot of the token that was
+evicted last, so that nothing is moved or copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+from ..seams import State
+from .carrier import Carrier
+
+NUMBERS = ("lengths", "budgets", "recents", "firsts", "counts", "ages")
+
+
+class Slots(Carrier, DynamicLayer):
+    """Shapes: keys, values (B, Hkv, S, D); positions (B, Hkv, S) int64, -1 for empty slots; scores
+    (B, Hkv, S) in float32 (float64 for a float64 model); free (B, Hkv), the slot the next token goes to.
+    """
+
+    _layer_type = None
+    policy: Any
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._clear()
+
+    def _clear(self) -> None:
+        self.seen = 0  # tokens fed, pads included: what get_seq_length reports
+        self.past = 0  # `seen` before the call under way
+        self.states: dict[str, State] = {}
+        self.real: Tensor | None = None  # (B, S) until the first eviction: which tokens are not padding
+        self.positions: Tensor | None = None
+        self.scores: Tensor | None = None
+        self.pending: Tensor | None = None  # (B, Hkv, rows, S): scores that crop() may still take back
+        self.free: Tensor | None = None  # (B, Hkv): the slot that the next token goes to
+        self.lengths: list[int] = []  # real prompt tokens per row, frozen at the first prefill
+        self.budgets: list[int] = []
+        self.recents: list[int] = []
+        self.firsts: list[int] = []
+        self.counts: list[int] = []  # real tokens stored, per row
+        self.ages: list[int] = []  # real tokens seen, per row
+
+    @property
+    def evicted(self) -> bool:
+        """Whether anything has been dropped: the storage then holds kept tokens only."""
+        return self.positions is not None
+
+    @property
+    def width(self) -> int:
+        """Tokens that the layer keeps for its longest row."""
+        return max(self.counts, default=0) if self.evicted else self.seen
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values, from the storages themselves."""
+        if not isinstance(self.keys, Tensor) or not isinstance(self.values, Tensor):
+            return 0
+        return sum(t.untyped_storage().nbytes() for t in (self.keys, self.values))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._rows(beam_idx.tolist(), lambda t, axis: t.index_select(axis, beam_idx.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        rows = [i for i in range(self._batch()) for _ in range(repeats)]
+        self._rows(rows, lambda t, axis: t.repeat_interleave(repeats, axis))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        rows = torch.arange(self._batch())[indices.cpu()].tolist()
+        chosen = torch.tensor(rows, dtype=torch.long)
+        self._rows(rows, lambda t, axis: t.index_select(axis, chosen.to(t.device)))
+
+    def offload(self) -> None:
+        super().offload()
+        self._tensors(lambda t, axis: t.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        super().prefetch()
+        if isinstance(self.keys, Tensor):
+            device = self.keys.device
+            self._tensors(lambda t, axis: t.to(device, non_blocking=True))
+
+    # ------------------------------------------------------------------ storage
+
+    def _batch(self) -> int:
+        return self.keys.shape[0]
+
+    def _ones(self, length: int) -> Tensor:
+        return torch.ones(self._batch(), length, dtype=torch.bool, device=self.keys.device)
+
+    def _append(self, key: Tensor, value: Tensor) -> None:
+        held, added = (self.keys.shape[2] if self.past else 0), key.shape[2]
+        self._states_grow(held, added)
+        if held:
+            self.keys = torch.cat([self.keys, key], 2)
+            self.values = torch.cat([self.values, value], 2)
+        else:
+            self.keys, self.values = key, value
+        if self.positions is not None:
+            fresh = self.positions.new_full((*self.positions.shape[:2], added), -1)
+            self.positions = torch.cat([self.positions, fresh], 2)
+
+    def _can_write(self, key: Tensor) -> bool:
+        return (
+            self.positions is not None
+            and key.shape[2] == 1
+            and not self.record_past
+            and not (torch.is_grad_enabled() and key.requires_grad)
+        )
+
+    def _write(self, key: Tensor, value: Tensor) -> None:
+        """Put one token into the free slot, making one if there is none."""
+        assert self.positions is not None
+        if self.free is None:
+            width = self.positions.shape[2]
+            if any(c == width for c in self.counts):
+                self._widen()
+            self._find_free()
+        assert self.free is not None
+        slot = self.free[..., None]
+        self.keys.scatter_(2, slot[..., None].expand(*slot.shape, key.shape[-1]), key)
+        self.values.scatter_(2, slot[..., None].expand(*slot.shape, value.shape[-1]), value)
+        if self.scores is not None:
+            self.scores.scatter_(2, slot, 0.0)
+
+        def blank(t: Tensor, batch: int, keys: int | None, fill: float) -> Tensor:
+            if keys is None:
+                return t
+            index = (
+                slot
+                if t.shape[1] == slot.shape[1]
+                else slot.repeat_interleave(t.shape[1] // slot.shape[1], 1)
+            )
+            return t.scatter(2, index, fill)
+
+        self._each(blank)
+
+    def _note_written(self, real: Tensor | None) -> None:
+        assert self.positions is not None and self.free is not None
+        slot, ages = self.free[..., None], self._rowwise(self.ages)
+        if real is None and isinstance(ages, int):
+            self.positions.scatter_(2, slot, ages)
+        else:
+            positions = torch.zeros_like(slot) + ages
+            if real is not None:
+                positions = torch.where(real[:, :1, None], positions, -1)
+            self.positions.scatter_(2, slot, positions)
+        grown = [1] * self._batch() if real is None else real[:, 0].long().tolist()
+        self.ages = [a + g for a, g in zip(self.ages, grown, strict=True)]
+        self.counts = [c + g for c, g in zip(self.counts, grown, strict=True)]
+
+    def _widen(self) -> None:
+        """One more slot for every row and head."""
+        assert self.positions is not None
+
+        def pad(t: Tensor, fill: float) -> Tensor:
+            shape = list(t.shape)
+            shape[2] = 1
+            return torch.cat([t, t.new_full(shape, fill)], 2)
+
+        self.keys, self.values = pad(self.keys, 0), pad(self.values, 0)
+        self.positions = pad(self.positions, -1)
+        if self.scores is not None:
+            self.scores = pad(self.scores, 0)
+        self._each(lambda t, b, keys, fill: t if keys is None else pad(t, fill))
+
+    def _find_free(self) -> None:
+        assert self.positions is not None
+        self.free = (self.positions < 0).int().argmax(2)
+
+    def _compact(self) -> None:
+        """Back to ascending order, empty slots first and only as many as the longest row leaves."""
+        if self.positions is None:
+            return
+        width = max(self.counts)
+        order = self.positions.argsort(dim=2, stable=True)
+        if self.free is not None or order.shape[2] != width:
+            self._take(order[:, :, order.shape[2] - width :])
+        self.free = None
+
+    def _take(self, index: Tensor) -> None:
+        """Keep the slots at ``index`` (B, Hkv, W), in fresh storage."""
+        assert self.positions is not None
+        wide = index[..., None]
+        self.keys = torch.gather(self.keys, 2, wide.expand(*index.shape, self.keys.shape[-1]))
+        self.values = torch.gather(self.values, 2, wide.expand(*index.shape, self.values.shape[-1]))
+        self.positions = torch.gather(self.positions, 2, index)
+        if self.scores is not None:
+            self.scores = torch.gather(self.scores, 2, index)
+        self._states_gather(index)
+
+    def _drop_last(self, count: int) -> None:
+        assert self.free is None
+        added = self.pending.shape[2] if self.pending is not None else count
+        self.keys, self.values = self.keys[:, :, :-count].clone(), self.values[:, :, :-count].clone()
+        self._states_crop(count)
+        if self.scores is not None:
+            self.scores = self.scores[:, :, :-count]
+        if self.pending is not None:
+            self.pending = self.pending[:, :, : added - count, :-count]
+        if self.real is not None:
+            self.real = self.real[:, :-count]
+        if self.positions is not None:
+            gone = (self.positions[:, 0, -count:] >= 0).sum(1).tolist()
+            self.positions = self.positions[:, :, :-count]
+            self.ages = [a - g for a, g in zip(self.ages, gone, strict=True)]
+            self.counts = [c - g for c, g in zip(self.counts, gone, strict=True)]
+        self.seen -= count
+
+    def _tensors(self, change: Callable[[Tensor, int], Tensor]) -> None:
+        for name in ("real", "positions", "scores", "pending", "free"):
+            tensor = getattr(self, name)
+            if tensor is not None:
+                setattr(self, name, change(tensor, 0))
+        self._states_batch(change)
+
+    def _rows(self, rows: list[int], change: Callable[[Tensor, int], Tensor]) -> None:
+        if self.seen == 0:
+            return
+        self.keys, self.values = change(self.keys, 0), change(self.values, 0)
+        self._tensors(change)
+        for name in ("lengths", "budgets", "recents", "firsts", "counts", "ages"):
+            held = getattr(self, name)
+            if held:
+                setattr(self, name, [held[i] for i in rows])
+
+    def _locate(self, stored: list[int]) -> None:
+        """Give every stored token its position; from here on the layer counts as compressed."""
+        length, hkv = self.keys.shape[2], self.keys.shape[1]
+        real = self.real if self.real is not None else self._ones(length)
+        positions = torch.where(real, real.long().cumsum(1) - 1, -1)
+        self.positions = positions[:, None].expand(-1, hkv, -1).contiguous()
+        self.real = None
+        self.counts, self.ages = list(stored), list(stored)
+
+    def _rowwise(self, numbers: list[int]) -> Tensor | int:
+        """Per-row numbers, broadcastable to (B, Hkv, S); a plain int when all rows agree."""
+        if len(set(numbers)) == 1:
+            return numbers[0]
+        return torch.tensor(numbers, device=self.keys.device)[:, None, None]

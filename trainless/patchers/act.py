@@ -1,0 +1,212 @@
+"""ACT: take probability away from attention sinks that are not the first token, and give it to the rest.
+
+What     In chosen heads, a key is a sink when its column mean, over the rows that can see it, exceeds a
+         threshold. On every row the sinks keep ``beta`` of their probability; what is freed goes to all
+         other keys in proportion to what they have, the first token included.
+Source   "Unveiling and Harnessing Hidden Attention Sinks: Enhancing Large Language Models without
+         Training through Attention Calibration" (ACT) and its released code.
+Seams    mass, on statistics of the prefill (lse, column mass); heads from calibration.
+Exact    bitwise the identity at beta = 1 and wherever a head has no sink.
+Costs    a second pass over queries and keys of the chosen heads at prefill, then a few columns per row;
+         nothing is stored of size L x L. See benchmarks/results.
+Differs  - Threshold alpha / L as in the paper (alpha = 5); the code's fixed value is ``theta`` (0.1).
+         - The first visible key is never a sink; the code drops whichever index it detects first.
+         - ``min_rows``: columns that few rows see (recent tokens) are not judged; ours.
+         - The paper has no rule for decoding and its code is wrong there (rows then add up to more than
+           1). Here the sinks found at prefill are frozen and applied to every later row.
+         - The statistics look ahead: early rows are edited by what later rows attend to, so teacher-forced
+           likelihoods are contaminated and a prefill cut into chunks is refused. statistics="running"
+           judges each row by the rows up to itself, and does neither.
+         - Padding: divisors count visible rows, L is the row's own length, "first" its first real token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..seams import AttentionCall, Contribution, MassMove, RowEdit, Site, State, Statistics
+from ._choice import check_heads, heads_at, validate_heads
+from .base import Method, option, register
+
+
+@register
+@dataclass(frozen=True)
+class Act(Method):
+    """Attention calibration: sinks keep ``beta`` of their probability in ``heads``.
+
+    Raises InputError for a beta outside [0, 1] and for heads that do not exist.
+    """
+
+    name: ClassVar[str] = "act"
+    summary: ClassVar[str] = (
+        "move probability from attention sinks (other than the first token) to other keys"
+    )
+    source: ClassVar[str] = "Unveiling and Harnessing Hidden Attention Sinks (ACT)"
+    parts: ClassVar[frozenset[str]] = frozenset({"text"})
+    identity: ClassVar[dict[str, Any]] = {"beta": 1.0}
+    calibration_of: ClassVar[str] = "act"
+
+    beta: float = option(
+        0.4, help="what sinks keep of their probability", origin="published", low=0.0, high=1.0
+    )
+    alpha: float = option(5.0, help="a sink's column mean exceeds alpha / length", origin="published")
+    theta: float | None = option(
+        None, help="absolute threshold; wins over alpha (the code uses 0.1)", origin="published"
+    )
+    heads: str | list[list[int]] = option(
+        "all", help='"all" or a list of [layer, head]; usually from calibration'
+    )
+    skip_layers: int = option(
+        2, help='first layers left alone when heads is "all"', origin="published", low=0
+    )
+    min_rows: int = option(8, help="columns that fewer rows see are never sinks", origin="ours", low=0)
+    statistics: Literal["prefill", "running"] = option(
+        "prefill",
+        help='"prefill": over the whole prompt, then frozen; "running": causal means',
+        origin="ours",
+    )
+
+    def check(self) -> None:
+        check_heads(self.heads)
+        if not 0 <= self.beta <= 1:
+            raise InputError(f"beta={self.beta!r}: sinks keep between 0 and all (1) of their probability")
+        for name, value in (("alpha", self.alpha), ("theta", self.theta)):
+            if value is not None and (not math.isfinite(value) or value < 0):
+                raise InputError(f"{name}={value!r}: a threshold is a finite number, 0 or more")
+
+    def calibrated(self, tensors: dict[str, Any], facts: dict[str, Any]) -> Act:
+        return replace(self, heads=tensors["heads"].tolist())
+
+    def validate(self, sites: Sequence[Site]) -> None:
+        validate_heads(self.heads, sites)
+
+    def refuses(self, site: Site) -> str | None:
+        return None if site.causal else "not causal: sinks are defined over the rows of a causal prefill"
+
+    def wants_layer(self, site: Site) -> bool:
+        return heads_at(self.heads, site, self.skip_layers) != ()
+
+    def contribute(self, site: Site) -> Sequence[Contribution]:
+        heads = heads_at(self.heads, site, self.skip_layers)
+        inert = self.beta == 1.0
+        if self.statistics == "running":
+            return [Contribution("mass", self._running(heads), heads=heads, inert=inert, stateful=True)]
+        return [
+            Contribution(
+                "mass", self._frozen(heads), needs=_at_prefill, heads=heads, inert=inert, stateful=True,
+                lookahead=True, statistics=frozenset({"column_mass"}),
+            )
+        ]  # fmt: skip
+
+    # ------------------------------------------------------------------ sinks of the prefill, then frozen
+
+    def _frozen(self, heads: tuple[int, ...] | None) -> Any:
+        def value(call: AttentionCall, stats: Statistics, state: State) -> MassMove | None:
+            if stats.column_mass is not None:
+                sinks = self._sinks(call, _pick(stats.column_mass, heads), stats.rows)
+                if not bool(sinks.any()):
+                    return None
+                state.set("sinks", sinks, keys=2)
+                return MassMove(sinks, self.beta)
+            frozen = state.get("sinks")
+            return None if frozen is None else MassMove(_on_query_heads(frozen, call, heads), self.beta)
+
+        return value
+
+    def _sinks(self, call: AttentionCall, mass: Tensor, rows: Tensor | None) -> Tensor:
+        """bool (B, h, Lk): the sinks, from column mass (B, h, Lk) and visible rows (B, Lk)."""
+        assert rows is not None
+        mean = mass / rows.clamp_min(1)[:, None]
+        real = _real_keys(call)
+        length = real.sum(1).to(mass.dtype)[:, None, None]
+        threshold = self.theta if self.theta is not None else self.alpha / length
+        judged = real & (rows >= self.min_rows) & (real.cumsum(1) > 1)
+        return (mean > threshold) & judged[:, None]
+
+    # ------------------------------------------------------------------ running means
+
+    def _running(self, heads: tuple[int, ...] | None) -> Any:
+        def value(call: AttentionCall, stats: Statistics, state: State) -> RowEdit:
+            return RowEdit(_RunningSinks(self, call, state, heads).edit)
+
+        return value
+
+
+class _RunningSinks:
+    """Edits rows in order: row i by the column means over the rows up to and including i."""
+
+    def __init__(self, act: Act, call: AttentionCall, state: State, heads: tuple[int, ...] | None):
+        self.act, self.call, self.state = act, call, state
+        b, h, _, lq, lk = call.shape
+        h = h if heads is None else len(heads)
+        exact = call.statistics_dtype
+        device = call.query.device
+        self.sum = _or_zeros(state.get("sum"), (b, h, lk), exact, device)
+        self.count = _or_zeros(state.get("count"), (b, 1, lk), exact, device)
+        # Which stored keys are real tokens; pads stay False for the rest of the sequence.
+        known = state.get("real")
+        now = torch.ones(b, lq, dtype=torch.bool, device=device) if call.real is None else call.real
+        self.real = (
+            torch.ones(b, lk, dtype=torch.bool, device=device) if known is None else known[:, 0].clone()
+        )
+        self.real[:, lk - lq :] = now
+        self.now = now
+
+    def edit(self, p: Tensor, start: int) -> Tensor:
+        """p (B, h, rows, Lk) probabilities of rows start… of the call; returns them edited."""
+        rows, lk = p.shape[2], p.shape[3]
+        lq = self.call.query.shape[2]
+        now = self.now[:, None, start : start + rows, None]
+        number = torch.arange(lk - lq + start, lk - lq + start + rows, device=p.device)
+        seen = (torch.arange(lk, device=p.device) <= number[:, None]) & self.real[:, None, None] & now
+        total = self.sum[:, :, None] + (p * now).cumsum(2)
+        count = self.count[:, :, None] + seen.to(p.dtype).cumsum(2)
+        length = seen.sum(-1, keepdim=True).to(p.dtype).clamp_min(1)
+        threshold = self.act.theta if self.act.theta is not None else self.act.alpha / length
+        judged = seen & (count >= max(1, self.act.min_rows)) & (self.real.cumsum(1) > 1)[:, None, None]
+        sinks = (total / count.clamp_min(1) > threshold) & judged
+        self.sum, self.count = total[:, :, -1], count[:, :, -1]
+        self.state.set("sum", self.sum, keys=2)
+        self.state.set("count", self.count, keys=2)
+        self.state.set("real", self.real[:, None], keys=2, fill=True)
+        mass = (p * sinks).sum(-1, keepdim=True)
+        room = (p * ~sinks).sum(-1, keepdim=True)
+        grown = 1 + (1 - self.act.beta) * mass / room.clamp_min(torch.finfo(p.dtype).tiny)
+        return torch.where(room > 0, torch.where(sinks, p * self.act.beta, p * grown), p)
+
+
+# ---------------------------------------------------------------- helpers
+
+
+def _at_prefill(call: AttentionCall, state: State) -> tuple[str, ...]:
+    return ("column_mass",) if call.fresh else ()
+
+
+def _pick(per_head: Tensor, heads: tuple[int, ...] | None) -> Tensor:
+    return per_head if heads is None else per_head[:, list(heads)]
+
+
+def _on_query_heads(sinks: Tensor, call: AttentionCall, heads: tuple[int, ...] | None) -> Tensor:
+    """Sinks as they are stored, cut or padded to the keys of this call."""
+    short = call.key.shape[2] - sinks.shape[2]
+    return torch.cat([sinks, sinks.new_zeros(*sinks.shape[:2], short)], 2) if short > 0 else sinks
+
+
+def _real_keys(call: AttentionCall) -> Tensor:
+    b, _, _, _, lk = call.shape
+    if call.real is None:
+        return torch.ones(b, lk, dtype=torch.bool, device=call.query.device)
+    return call.real
+
+
+def _or_zeros(
+    held: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    return torch.zeros(shape, dtype=dtype, device=device) if held is None else held.to(dtype)

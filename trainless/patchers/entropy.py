@@ -1,0 +1,146 @@
+"""Entropy scaling: keep attention as sharp at other image sizes as it was at the size of training.
+
+What     Every logit of image self-attention is multiplied by sqrt(ln N / ln T): N keys now, T keys at the
+         trained size. The entropy of a softmax row grows with the logarithm of the number of keys, so
+         larger images are attended to too diffusely, and smaller ones too sharply.
+Source   "Training-free Diffusion Model Adaptation for Variable-Sized Text-to-Image Synthesis".
+Seams    scale: one number for each call, so the model's own kernel does the work.
+Exact    bitwise the identity where N = T. T follows the layer: a UNet's level, a transformer's patches. In
+         joint attention the live text length counts in both, so the trained size is the identity for any
+         prompt.
+Costs    nothing: the factor goes into the scaling that attention applies anyway.
+Differs  The paper has UNets only; text in the counts, and N as the keys that a row can see under a mask or
+         a local pattern, are ours. Both counts are taken to be at least 2, since ln 1 = 0.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError, Unsupported
+from ..seams import AttentionCall, Contribution, Site, State, Statistics
+from .base import Method, option, register
+
+HIDDEN = (
+    -1000.0
+)  # an additive mask at or below this hides its key; diffusers writes -10000 or the dtype's minimum
+
+
+@register
+@dataclass(frozen=True)
+class Entropy(Method):
+    """Scale the self-attention logits of a denoiser with the size of the image.
+
+    ``trained``: pixels, a side or (height, width); None takes the size that the pipeline makes by default,
+    or ``sample_size`` of the model's config. Raises InputError when neither says one.
+    """
+
+    name: ClassVar[str] = "entropy"
+    summary: ClassVar[str] = "scale attention logits with image size, to keep the entropy that training had"
+    source: ClassVar[str] = (
+        "Training-free Diffusion Model Adaptation for Variable-Sized Text-to-Image Synthesis"
+    )
+    parts: ClassVar[frozenset[str]] = frozenset({"denoiser"})
+    roles: ClassVar[frozenset[str]] = frozenset({"self", "joint"})
+    hosts: ClassVar[frozenset[str]] = frozenset({"diffusers"})
+
+    trained: int | tuple[int, int] | None = option(
+        None,
+        help="size of the training images in pixels, a side or (height, width); the model's own by default",
+    )
+
+    def check(self) -> None:
+        if self.trained is not None:
+            _size(self.trained)
+
+    def refuses(self, site: Site) -> str | None:
+        if site.facts.get("video"):
+            return "a video's tokens depend on its frames too, and how many were trained on is not known"
+        return None
+
+    def contribute(self, site: Site) -> list[Contribution]:
+        latent = self._latent(site)
+
+        def scale(call: AttentionCall, statistics: Statistics, state: State) -> float | Tensor | None:
+            return factor(call, latent)
+
+        return [Contribution("scale", scale)]
+
+    def _latent(self, site: Site) -> tuple[int, int]:
+        """The trained size in latent pixels, (rows, columns)."""
+        if self.trained is None:
+            latent = site.facts.get("trained_latent")
+            if latent is None:
+                family = site.facts.get("family", site.name)
+                raise InputError(
+                    f"entropy: {family} does not say at what size it was trained; "
+                    "give trained= in pixels, such as trained=1024 or trained=(768, 1344)"
+                )
+            return (int(latent[0]), int(latent[1]))
+        pixels = int(site.facts.get("vae_scale", 8))
+        height, width = _size(self.trained)
+        if min(height, width) < pixels:
+            raise InputError(
+                f"trained={self.trained!r}: give pixels; a latent pixel of the model is {pixels} of them wide"
+            )
+        return height // pixels, width // pixels
+
+
+def factor(call: AttentionCall, latent: tuple[int, int]) -> float | Tensor | None:
+    """sqrt(ln N / ln T) for this call of a model trained at ``latent`` (rows, columns); None where N = T.
+
+    A number, or where masks or patterns make N differ a tensor broadcastable to (B, H, Lq, 1).
+    """
+    grid_at = call.facts.get("grid_at")
+    image = call.facts.get("image_tokens")
+    if grid_at is None or image is None:
+        where = call.site.name if call.site is not None else "this attention"
+        raise Unsupported(
+            f"entropy: which of the {call.key.shape[2]} tokens at {where} are the image's is not known "
+            "from the denoiser's inputs; leave the layer out with `where: {modules}`, or remove the patch"
+        )
+    rows, columns = grid_at(latent)
+    now: int | Tensor = image + call.text
+    trained: int | Tensor = rows * columns + call.text
+    if call.mask is not None:
+        seen = _seen(call)
+        now = seen.sum(-1, keepdim=True)
+        text = seen[..., : call.text] if call.text_first else seen[..., image:]
+        trained = rows * columns + text.sum(-1, keepdim=True)
+    visible = call.facts.get("visible_keys")  # set by a pattern that hides keys without a mask
+    if visible is not None:
+        now = visible if call.mask is None else torch.minimum(_tensor(visible, call), _tensor(now, call))
+    if isinstance(now, Tensor) or isinstance(trained, Tensor):
+        ln_now, ln_trained = (_tensor(n, call).clamp(min=2).log() for n in (now, trained))
+        return torch.sqrt(ln_now / ln_trained)
+    now, trained = max(now, 2), max(trained, 2)
+    return None if now == trained else math.sqrt(math.log(now) / math.log(trained))
+
+
+def _seen(call: AttentionCall) -> Tensor:
+    """Which keys each row sees: bool, (1|B, 1|H, 1|Lq, Lk)."""
+    mask = call.mask
+    if not isinstance(mask, Tensor):
+        raise Unsupported(
+            f"entropy: the mask is a {type(mask).__name__}, in which visible keys cannot be counted per row; "
+            "use a boolean or additive mask"
+        )
+    seen = mask if mask.dtype == torch.bool else mask > HIDDEN
+    return seen.expand(*seen.shape[:-1], call.key.shape[2])
+
+
+def _tensor(count: Any, call: AttentionCall) -> Tensor:
+    return torch.as_tensor(count, dtype=call.statistics_dtype, device=call.query.device)
+
+
+def _size(trained: Any) -> tuple[int, int]:
+    """``trained`` as (height, width) in pixels; InputError when it is neither a side nor a pair."""
+    pair = trained if isinstance(trained, (list, tuple)) else (trained, trained)
+    if len(pair) != 2 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in pair):
+        raise InputError(f"trained={trained!r}: give a side in pixels, such as 1024, or (height, width)")
+    return int(pair[0]), int(pair[1])

@@ -1,0 +1,71 @@
+"""H2O: keep the cache entries that received most attention, and the most recent ones.
+
+What     c_j = sum over rows i and the heads of a group of A_ij, kept up at prefill and at every decode
+         step. After each call a layer keeps, per key/value head, the last ``recent`` tokens and the
+         ``heavy`` others with the largest c.
+Source   "H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language Models",
+         algorithm 1; budgets 0.1 + 0.1 of the prompt from its code.
+Seams    kv (evict, scored by column mass); position when rolled.
+Exact    bitwise the identity while heavy + recent cover the sequence.
+Costs    a second pass over queries and keys at prefill, O(L) memory; see benchmarks/results.
+Differs  The paper has no grouped-query attention: scores are summed over a group's query heads (gqa=).
+         Scores are plain sums, so old tokens, which more rows see, are favoured, as in the paper;
+         normalise=True divides by the rows that saw a key. Sequences are scored by the rows of every
+         call, several turns included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from ..errors import InputError
+from ..seams import Budget, Contribution, Evict, Site, check_budget
+from ._eviction import evicting
+from .base import Method, option, register
+
+
+@register
+@dataclass(frozen=True)
+class H2O(Method):
+    """Keep ``heavy`` most attended and ``recent`` last tokens per key/value head.
+
+    Budgets: an int is tokens, a float in (0, 1] a fraction of the row's own prompt, pads not counted,
+    frozen at its first prefill. Raises InputError when nothing at all would be kept.
+    """
+
+    name: ClassVar[str] = "h2o"
+    summary: ClassVar[str] = "keep the cache entries that received most attention, and recent ones"
+    source: ClassVar[str] = "H2O: Heavy-Hitter Oracle for Efficient Generative Inference"
+    parts: ClassVar[frozenset[str]] = frozenset({"text"})
+    identity: ClassVar[dict[str, Any]] = {"recent": 1 << 30}
+    evicts: ClassVar[bool] = True
+
+    heavy: Budget = option(0.1, help="most attended tokens to keep", origin="published")
+    recent: Budget = option(0.1, help="last tokens to keep", origin="published")
+    gqa: Literal["sum", "first", "max", "mean"] = option(
+        "sum", help="how the query heads of a group share one score", origin="ours"
+    )
+    normalise: bool = option(
+        False, help="divide scores by the rows that could see the key", origin="published"
+    )
+    positions: Literal["real", "rolled"] = option(
+        "real",
+        help='"real": keys keep their positions; "rolled": kept tokens look contiguous',
+        origin="published",
+    )
+
+    def check(self) -> None:
+        check_budget("heavy", self.heavy)
+        check_budget("recent", self.recent)
+        if self.heavy == 0 and self.recent == 0:
+            raise InputError("heavy=0 and recent=0 keep nothing; keep at least one token")
+
+    def contribute(self, site: Site) -> Sequence[Contribution]:
+        scored = self.heavy != 0
+        rule = Evict(
+            recent=self.recent, heavy=self.heavy, score="column_mass" if scored else None,
+            gqa=self.gqa, normalise=self.normalise, rolled=self.positions == "rolled",
+        )  # fmt: skip
+        return evicting(rule, site)

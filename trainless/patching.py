@@ -1,0 +1,374 @@
+"""``patch``: resolve → bind → check → commit; the ``Patch`` handle; taking everything off again."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .binding import Binding, bind, check, entries_by_module
+from .errors import ForeignEdit, InputError, TrainlessError, Unsupported
+from .hosts import Component
+from .hosts.around import wrap_forward
+from .hosts.base import ATTRIBUTE, Runtime, runtime_of
+from .journal import AttributeEdit, Journal, TensorEdit, mark
+from .recipes import Recipe, resolve
+from .recipes.values import values_of
+from .report import MethodReport, Report
+from .seams import Site
+
+STATION = "_trainless_station"
+
+
+class Station:
+    """Stands at a patched component: the edits that the whole model needs, and the patches on it."""
+
+    def __init__(self, component: Component):
+        self.component = component
+        self.journal = Journal()
+        self.runtimes: list[Runtime] = []
+        self.patches: list[Patch] = []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Station:
+        raise Unsupported("a patched model cannot be copied: remove the patch first, then patch each copy")
+
+    def __reduce__(self) -> Any:
+        raise Unsupported("a patched model cannot be pickled: remove the patch first, or use save_pretrained")
+
+
+class Patch:
+    """A patch on one model: made by ``patch``, never by hand.
+
+    ``report()`` what it did so far; ``verify()`` whether it does what it says; ``paused()`` a context in
+    which it does nothing; ``remove()`` takes it off; ``save(folder)`` writes what it takes to repeat it.
+    """
+
+    def __init__(self, model: Any, recipe: Recipe, parts: list[Component], bindings: list[Binding]):
+        self.model, self.recipe, self.parts, self.bindings = model, recipe, parts, bindings
+        self.journal = Journal()  # tensors that this patch replaced
+        self.applied = False
+        self._last: list[MethodReport] | None = None
+
+    # ------------------------------------------------------------------ on and off
+
+    def _commit(self) -> None:
+        """Put everything in place; on any exception take back what was done and let it through."""
+        try:
+            self._build_stations()
+            for station in self._stations():
+                station.patches.append(self)
+            for site, entries in entries_by_module(self.bindings).values():
+                runtime = self._runtime(site)
+                runtime.add(entries)
+                self._equip(runtime, site)
+            self._weights()
+            for binding in self.bindings:
+                binding.lease.active = True
+            self.applied = True
+            self._refresh()
+        except BaseException:
+            self._take_off()
+            raise
+        _reset_compiler()
+
+    def remove(self) -> None:
+        """Take the patch off, whatever else is on the model; does nothing the second time.
+
+        Raises ForeignEdit, after undoing all that can be undone, when somebody else has changed since
+        what we changed; theirs is left alone.
+        """
+        if not self.applied:
+            return
+        self._last = self._method_reports()
+        foreign = self._take_off()
+        _reset_compiler()
+        if foreign:
+            raise ForeignEdit(
+                f"the patch is off, but {', '.join(foreign)} was changed by somebody else meanwhile and was left alone; "
+                "undo that change, or reload the model"
+            )
+
+    def _take_off(self) -> list[str]:
+        self.applied = False
+        foreign: list[str] = []
+        for binding in self.bindings:
+            binding.lease.active = False
+        foreign += self.journal.undo()
+        for module in list(entries_by_module(self.bindings)):
+            runtime = runtime_of(module)
+            if runtime is None:
+                continue
+            for binding in self.bindings:
+                runtime.drop(binding.lease)
+            if not runtime.entries:
+                foreign += runtime.journal.undo()
+                for station in self._stations():
+                    if runtime in station.runtimes:
+                        station.runtimes.remove(runtime)
+        for station in self._stations():
+            if self in station.patches:
+                station.patches.remove(self)
+            if not station.patches:
+                foreign += station.journal.undo()
+        return foreign
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[Patch]:
+        """Inside, the model behaves as if this patch were not there; others stay."""
+        if not self.applied:
+            raise InputError("this patch is removed, so it cannot be paused; patch again")
+        self._switch(False)
+        try:
+            yield self
+        finally:
+            if self.applied:
+                self._switch(True)
+
+    def _switch(self, active: bool) -> None:
+        for binding in self.bindings:
+            binding.lease.active = active
+        for edit in self.journal.edits:
+            if isinstance(edit, TensorEdit):
+                edit.show(active)
+        self._refresh()
+        _reset_compiler()
+
+    def _refresh(self) -> None:
+        for module in entries_by_module(self.bindings):
+            runtime = runtime_of(module)
+            if runtime is not None:
+                runtime.refresh()
+
+    # ------------------------------------------------------------------ what stands where
+
+    def _components(self) -> list[Component]:
+        """The components that this patch touches."""
+        return [
+            part for part in self.parts
+            if any(site.name.startswith(part.prefix) for b in self.bindings for site, _ in b.contributions)
+        ]  # fmt: skip
+
+    def _stations(self) -> list[Station]:
+        found = [vars(part.module).get(STATION) for part in self._components()]
+        return [station for station in found if station is not None]
+
+    def _build_stations(self) -> None:
+        for part in self._components():
+            if STATION in vars(part.module):
+                continue
+            station = Station(part)
+            station.journal.add(AttributeEdit(part.module, STATION, station, f"{part.prefix}{STATION}"))
+            part.host.install_model(part.module, station.journal, station.runtimes)
+
+    def _runtime(self, site: Site) -> Runtime:
+        runtime = runtime_of(site.module)
+        if runtime is not None:
+            return runtime
+        runtime = Runtime(site)
+        part = self._part(site)
+        if site.kind == "attention":
+            part.host.install(runtime)
+        else:
+            runtime.journal.add(AttributeEdit(site.module, ATTRIBUTE, runtime, f"{site.name}.{ATTRIBUTE}"))
+        vars(part.module)[STATION].runtimes.append(runtime)
+        return runtime
+
+    def _part(self, site: Site) -> Component:
+        return max((p for p in self.parts if site.name.startswith(p.prefix)), key=lambda p: len(p.prefix))
+
+    def _equip(self, runtime: Runtime, site: Site) -> None:
+        part = self._part(site)
+        prepare = getattr(part.host, "prepare", None)
+        if prepare is not None:
+            prepare(runtime, part.module)
+        around = any(e.contribution.kind == "around" for e in runtime.entries)
+        if around and "forward" not in {getattr(e, "name", "") for e in runtime.journal.edits}:
+            wrap_forward(runtime)
+
+    def _weights(self) -> None:
+        """Replace tensors, after checking that every one exists and has the right shape."""
+        for binding in self.bindings:
+            for site, contributions in binding.contributions:
+                for contribution in contributions:
+                    if contribution.kind != "weights":
+                        continue
+                    own = {**dict(site.module.named_parameters()), **dict(site.module.named_buffers())}
+                    tensors = dict(contribution.tensors or {})
+                    missing = [n for n in tensors if n not in own]
+                    wrong = [n for n in tensors if n in own and own[n].shape != tensors[n].shape]
+                    if missing or wrong:
+                        said = (
+                            f"{site.name} has no {missing[0]!r}"
+                            if missing
+                            else (
+                                f"{site.name}.{wrong[0]} has shape {tuple(own[wrong[0]].shape)}, "
+                                f"the replacement {tuple(tensors[wrong[0]].shape)}"
+                            )
+                        )
+                        raise InputError(f"{binding.name}: {said}; these weights are of another model")
+                    for name, tensor in tensors.items():
+                        self.journal.add(TensorEdit(own[name], tensor, f"{site.name}.{name}"))
+        if self.journal.edits:
+            for part in self._components():
+                for name, module in part.module.named_modules():
+                    if hasattr(type(module), "save_pretrained"):
+                        self.journal.add(
+                            AttributeEdit(
+                                module,
+                                "save_pretrained",
+                                mark(_refuse_saving),
+                                f"{name or 'model'}.save_pretrained",
+                            )
+                        )
+
+    # ------------------------------------------------------------------ what it says
+
+    def report(self) -> Report:
+        """What the patch matched and what it did since it was applied."""
+        state = "removed" if not self.applied else "active"
+        if self.applied and not any(b.lease.active for b in self.bindings):
+            state = "paused"
+        methods = self._last if not self.applied and self._last is not None else self._method_reports()
+        return Report(type(self.model).__name__, self.recipe.name, state, methods)
+
+    def _method_reports(self) -> list[MethodReport]:
+        return [self._method_report(binding) for binding in self.bindings]
+
+    def _method_report(self, binding: Binding) -> MethodReport:
+        report = MethodReport(
+            binding.name, values_of(binding.method), len(binding.contributions), binding.candidates, 0, 0,
+            inert=all(c.inert for _, given in binding.contributions for c in given), skipped=dict(binding.skipped),
+        )  # fmt: skip
+        for site, _ in binding.contributions:
+            runtime = runtime_of(site.module)
+            tally = runtime.tallies.get(binding.lease) if runtime is not None else None
+            if tally is None:
+                continue
+            report.fired += tally.fired
+            report.acted += tally.acted
+            for kernel, count in tally.kernels.items():
+                report.kernels[kernel] = report.kernels.get(kernel, 0) + count
+            report.reasons.update(tally.reasons)
+            layer = {"site": site.name, "fired": tally.fired, "acted": tally.acted}
+            if tally.tokens_seen:
+                layer |= {
+                    "tokens_seen": tally.tokens_seen,
+                    "tokens_kept": tally.tokens_kept,
+                    "bytes_kept": tally.bytes_kept,
+                }
+            report.layers.append(layer)
+        return report
+
+    def verify(self, probe: Any = None) -> Any:
+        """Check on ``probe`` (default: one made for the model) that the patch does what it says.
+
+        See ``trainless.verify.verify`` for the checks; the result prints as a table and is true when
+        nothing failed.
+        """
+        from .verify import verify
+
+        return verify(self, probe)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the resolved recipe, its calibrations and the report into ``folder``, to be patched again from."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        resolved = deepcopy(self.recipe.resolved())
+        for use, entry in zip(self.recipe.uses, resolved["patches"], strict=True):
+            if use.calibration is not None:
+                copy = folder / f"{use.id}.safetensors"
+                if copy.resolve() != use.calibration.resolve():
+                    copy.write_bytes(use.calibration.read_bytes())
+                entry["with"]["calibration"] = copy.name
+        from .recipes.text import write
+
+        (folder / "recipe.yaml").write_text(write(resolved), encoding="utf-8")
+        report = json.dumps(self.report().to_dict(), indent=2, default=str)
+        (folder / "report.json").write_text(report + "\n", encoding="utf-8")
+        return folder
+
+    def __repr__(self) -> str:
+        state = "" if self.applied else ", removed"
+        counts = ", ".join(f"{b.name}: {len(b.contributions)}/{b.candidates} sites" for b in self.bindings)
+        return f"Patch({counts}{state})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Patch:
+        raise Unsupported("a patch belongs to one model and cannot be copied; patch the other model")
+
+
+def patch(model: Any, what: Any, **parameters: Any) -> Patch:
+    """Patch ``model`` in place and return the handle.
+
+    model: a loaded torch module, a diffusers pipeline (its denoiser is patched) or a transformers
+    pipeline. what: a method name, a packaged recipe's name, a path, a mapping, or a list of names and
+    ``{use, with, where}`` mappings. parameters: those of the method, when ``what`` names one.
+
+    Raises NoMatch (nothing to bind), Unsupported (found, but cannot be patched), Conflict, InputError,
+    RecipeError, CalibrationError; the model is then exactly as it was.
+    """
+    recipe = what if isinstance(what, Recipe) else resolve(what, parameters)
+    parts, bindings = bind(model, recipe)
+    check(bindings)
+    made = Patch(model, recipe, parts, bindings)
+    made._commit()
+    return made
+
+
+@contextlib.contextmanager
+def patched(model: Any, what: Any, **parameters: Any) -> Iterator[Patch]:
+    """``patch`` for the length of a ``with`` block; the patch comes off even when the block raises."""
+    made = patch(model, what, **parameters)
+    try:
+        yield made
+    finally:
+        # An error on the way out must not hide the block's own.
+        if sys.exc_info()[0] is None:
+            made.remove()
+        else:
+            with contextlib.suppress(ForeignEdit):
+                made.remove()
+
+
+def patches_on(model: Any) -> list[Patch]:
+    """The patches on a model or pipeline, in the order in which they came."""
+    from .hosts import components
+
+    found: list[Patch] = []
+    for part in components(model):
+        for module in part.module.modules():
+            station = vars(module).get(STATION)
+            found += [p for p in station.patches if p not in found] if station is not None else []
+    return found
+
+
+def unpatch(model: nn.Module | Any) -> None:
+    """Remove every patch from ``model``; all are removed before a ForeignEdit is raised."""
+    problems = []
+    for made in reversed(patches_on(model)):
+        try:
+            made.remove()
+        except ForeignEdit as error:
+            problems.append(str(error))
+    if problems:
+        raise ForeignEdit("; ".join(problems))
+
+
+def _refuse_saving(*args: Any, **kwargs: Any) -> None:
+    raise TrainlessError(
+        "save_pretrained would write replaced weights as if they were the model's own; remove the patch first"
+    )
+
+
+def _reset_compiler() -> None:
+    """Compiled code does not notice hooks and configs that changed under it: make it compile anew."""
+    if "torch._dynamo" in sys.modules:
+        import torch._dynamo as dynamo
+
+        if getattr(dynamo.eval_frame, "cached_backends", None):
+            dynamo.reset()

@@ -1,0 +1,81 @@
+"""What a patch did: sites, calls, kernels, tokens and bytes; printable, and plain data for machines."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class MethodReport:
+    """One method of a patch. fired: calls that passed; acted: calls in which it changed or measured something."""
+
+    method: str
+    parameters: dict[str, Any]
+    sites: int
+    of: int
+    fired: int
+    acted: int
+    inert: bool
+    kernels: dict[str, int] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    layers: list[dict[str, Any]] = field(default_factory=list)  # per site: name, fired, acted, tokens, bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    def __str__(self) -> str:
+        given = ", ".join(f"{k}={v!r}" for k, v in self.parameters.items())
+        lines = [f"{self.method}({given})", f"  sites    {self.sites}/{self.of} attention layers"]
+        calls = f"  calls    {self.fired} passed, {self.acted} acted on"
+        if self.inert:
+            calls += " (at its identity value: the stock kernel runs)"
+        elif self.fired and not self.acted:
+            calls += " — it changed nothing so far"
+        lines.append(calls)
+        if self.kernels:
+            lines.append("  kernels  " + ", ".join(f"{k} ×{n}" for k, n in self.kernels.items()))
+        lines += [f"           {kernel}: {reason}" for kernel, reason in self.reasons.items() if reason]
+        held = [layer for layer in self.layers if layer.get("tokens_seen")]
+        if held:
+            seen, kept = held[-1]["tokens_seen"], max(layer["tokens_kept"] for layer in held)
+            total = sum(layer["bytes_kept"] for layer in held)
+            lines.append(
+                f"  cache    {kept} of {seen} tokens kept per layer, {size(total)} in {len(held)} layers"
+            )
+        for reason, count in Counter(self.skipped.values()).items():
+            lines.append(f"  skipped  {count} ×: {reason}")
+        return "\n".join(lines)
+
+
+@dataclass
+class Report:
+    """What ``Patch.report()`` returns."""
+
+    model: str
+    recipe: str
+    state: str  # active, paused, removed
+    methods: list[MethodReport]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "recipe": self.recipe,
+            "state": self.state,
+            "methods": [m.to_dict() for m in self.methods],
+        }
+
+    def __str__(self) -> str:
+        head = f"{self.recipe} on {self.model}: {self.state}"
+        return "\n".join([head, *(str(m) for m in self.methods)])
+
+
+def size(count: float) -> str:
+    """Bytes for people: 1536 → "1.5 KiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError
