@@ -1,0 +1,49 @@
+"""What a kind of model must offer to be run over a list of prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ..models import Description, Loaded
+from .items import Faults
+from .keys import Job
+
+
+@dataclass
+class Output:
+    """One result: text or an image, with its tokens; or an error of this one item."""
+
+    text: str | None = None
+    image: Any = None
+    tokens_out: int | None = None
+    error: tuple[str, str] | None = None
+
+
+class Engine(Protocol):
+    """Prepared from the description alone; weights come with ``start``."""
+
+    media: bool  # results are images
+
+    def __init__(
+        self, description: Description, max_new_tokens: int | None, size: Any, steps: int | None
+    ): ...
+
+    def prepare(self, jobs: Sequence[Job], faults: Faults) -> None:
+        """Check what the model can use, and measure each job; called before weights are loaded."""
+
+    def order(self, job: Job) -> tuple[Any, ...]:
+        """Jobs are batched in this order."""
+
+    def together(self, a: Job, b: Job) -> bool:
+        """Whether two jobs may share a batch."""
+
+    def cost(self, jobs: Sequence[Job]) -> int:
+        """What a batch costs in memory, up to a factor."""
+
+    def start(self, loaded: Loaded) -> None:
+        """Take the loaded model."""
+
+    def generate(self, jobs: Sequence[Job]) -> list[Output]:
+        """Results of one batch, in order."""

@@ -1,0 +1,190 @@
+"""Images from prompts through any diffusers text-to-image pipeline."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..errors import Unsupported
+from ..models import Description, Loaded
+from . import params as parameters
+from .engine import Output
+from .items import Faults, Item
+from .keys import Job
+
+
+class ImageEngine:
+    """One pipeline call per batch; every image has its own generator."""
+
+    media = True
+
+    def __init__(
+        self,
+        description: Description,
+        max_new_tokens: int | None,
+        size: tuple[int, int] | None,
+        steps: int | None,
+    ):
+        self.description, self.size, self.steps = description, size, steps
+        self.takes = _signature(description)
+        for option, name, value in (("--size", "height", size), ("--steps", "num_inference_steps", steps)):
+            if value is not None and name not in self.takes:
+                raise Unsupported(f"{description.type} takes no {name}, so {option} cannot be used with it")
+        self.known = {name: p for name, p in parameters.IMAGE.items() if name in self.takes}
+        self.tokenizers: dict[str, Any] = {}
+        self.loaded: Loaded | None = None
+
+    # ------------------------------------------------------------ before weights
+
+    def prepare(self, jobs: Sequence[Job], faults: Faults) -> None:
+        self.tokenizers = _tokenizers(self.description)
+        seen: set[int] = set()
+        for job in jobs:
+            if id(job.item) not in seen:
+                seen.add(id(job.item))
+                self._check(job.item, faults)
+            job.length, job.refusal = self._measure(job.item)
+
+    def _check(self, item: Item, faults: Faults) -> None:
+        name = f"{self.description.type} makes images from a prompt and"
+        if item.messages is not None:
+            faults.add(item.where, f"{name} takes no messages")
+        if item.images:
+            faults.add(item.where, f"{name} takes no images")
+        if item.negative_prompt is not None and "negative_prompt" not in self.takes:
+            faults.add(item.where, f"{name} takes no negative_prompt")
+        parameters.check_params(item.params, self.known, self.description.type, item.where, faults)
+
+    def _measure(self, item: Item) -> tuple[int, tuple[str, str] | None]:
+        """Tokens of the prompt, and why it cannot be used: the pipeline would cut it short in silence.
+
+        With several text encoders the one that reads most counts: SD3 and FLUX are made to send long
+        prompts to T5 and their beginning to CLIP.
+        """
+        length, refusal = 0, None
+        for field, text in (("prompt", item.prompt), ("negative_prompt", item.negative_prompt)):
+            if not isinstance(text, str):
+                continue
+            counts = {name: len(t(text)["input_ids"]) for name, t in self.tokenizers.items()}
+            limits = {name: self._limit(t, item) for name, t in self.tokenizers.items()}
+            if field == "prompt":
+                length = max(counts.values(), default=0)
+            over = [name for name, limit in limits.items() if limit is not None and counts[name] > limit]
+            if over and len(over) == len(counts):
+                best = max(over, key=lambda name: limits[name] or 0)
+                refusal = (
+                    "PromptTooLong",
+                    f"{field} has {counts[best]} tokens; the text encoder reads {limits[best]}; shorten it",
+                )
+        return length, refusal
+
+    def _limit(self, tokenizer: Any, item: Item) -> int | None:
+        own = getattr(tokenizer, "model_max_length", None)
+        own = own if isinstance(own, int) and own < 1_000_000 else None
+        if "CLIP" in type(tokenizer).__name__:
+            return own
+        asked = item.params.get("max_sequence_length", self.takes.get("max_sequence_length"))
+        return asked if isinstance(asked, int) else own
+
+    # ------------------------------------------------------------ batches
+
+    def _group(self, item: Item) -> tuple[Any, ...]:
+        return (item.negative_prompt is not None, sorted(item.params.items()))
+
+    def order(self, job: Job) -> tuple[Any, ...]:
+        return (repr(self._group(job.item)), job.key)
+
+    def together(self, a: Job, b: Job) -> bool:
+        return self._group(a.item) == self._group(b.item)
+
+    def cost(self, jobs: Sequence[Job]) -> int:
+        height, width = self.size or (1, 1)
+        given = jobs[0].item.params
+        return len(jobs) * int(given.get("height", height)) * int(given.get("width", width))
+
+    def start(self, loaded: Loaded) -> None:
+        self.loaded = loaded
+        loaded.model.set_progress_bar_config(disable=True)
+
+    def generate(self, jobs: Sequence[Job]) -> list[Output]:
+        assert self.loaded is not None
+        keywords: dict[str, Any] = {"output_type": "np"}
+        if self.size is not None:
+            keywords["height"], keywords["width"] = self.size
+        if self.steps is not None:
+            keywords["num_inference_steps"] = self.steps
+        keywords.update(jobs[0].item.params)
+        if jobs[0].item.negative_prompt is not None:
+            keywords["negative_prompt"] = [job.item.negative_prompt for job in jobs]
+        # On the CPU, so that a seed gives the same noise on every machine.
+        generators = [torch.Generator("cpu").manual_seed(job.seed) for job in jobs]
+        with torch.inference_mode():
+            made = self.loaded.model(
+                prompt=[job.item.prompt for job in jobs], generator=generators, **keywords
+            )
+        flagged = getattr(made, "nsfw_content_detected", None) or [False] * len(jobs)
+        return [_image(pixels, bool(flag)) for pixels, flag in zip(made.images, flagged, strict=True)]
+
+
+def _image(pixels: Any, flagged: bool) -> Output:
+    """Pixels (height, width, 3) in 0..1 as a picture; a picture that is none becomes an error."""
+    import numpy as np
+    from PIL import Image
+
+    if flagged:
+        return Output(error=("SafetyChecker", "the pipeline's safety checker blacked the image out"))
+    if not np.isfinite(pixels).all():
+        return Output(
+            error=("NotFinite", "the image holds NaN or infinite values; try another dtype or fewer edits")
+        )
+    return Output(image=Image.fromarray((pixels * 255).round().clip(0, 255).astype("uint8").squeeze()))
+
+
+def _signature(description: Description) -> dict[str, Any]:
+    """Arguments of the pipeline's call with their defaults; Unsupported unless it makes images from text."""
+    cls = description.pipeline_class
+    takes = {
+        name: p.default for name, p in inspect.signature(cls.__call__).parameters.items() if name != "self"
+    }
+    from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING
+
+    known = cls in AUTO_TEXT2IMAGE_PIPELINES_MAPPING.values()
+    needs = [
+        name for name, default in takes.items() if default is inspect.Parameter.empty and name != "prompt"
+    ]
+    needs = [name for name in needs if name not in {"args", "kwargs"}]
+    media = [name for name in ("image", "video", "num_frames", "audio_length_in_s") if name in takes]
+    if needs or (media and not known):
+        raise Unsupported(
+            f"{description.type} needs or makes something else than a prompt and an image "
+            f"({', '.join(needs or media)}); only text-to-image pipelines are run in batches"
+        )
+    for name in ("prompt", "generator", "output_type"):
+        if name not in takes:
+            raise Unsupported(
+                f"{description.type} takes no {name!r}, so it cannot be run with a seed per item"
+            )
+    return takes
+
+
+def _tokenizers(description: Description) -> dict[str, Any]:
+    import transformers
+
+    from ..models.describe import first_line
+
+    place, keywords = description.source.origin
+    found = {}
+    for name, entry in description.config.items():
+        if name.startswith("tokenizer") and isinstance(entry, (list, tuple)) and all(entry):
+            try:
+                found[name] = getattr(transformers, entry[1]).from_pretrained(
+                    place, subfolder=name, **keywords
+                )
+            except Exception as error:
+                raise Unsupported(
+                    f"{description.spec}: {name} cannot be read ({first_line(error)})"
+                ) from error
+    return found

@@ -1,0 +1,91 @@
+"""What makes a result the same result: the key of each sample, and the seed that derives from it.
+
+A key covers the content of the item (media by their bytes), which of several equal items it is, the
+sample, the seed and the settings. ``id`` and ``meta`` are not in it, nor are batch size, order, number
+of processes or what else is in the file: a resumed run finds its results by key alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .items import Item
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a folder of results was made with; another value of any of them is another folder.
+
+    ``recipe`` is the digest of the resolved recipe with its calibrations, or None when unpatched.
+    """
+
+    model: str
+    recipe: str | None
+    dtype: str
+    seed: int
+    max_new_tokens: int | None
+    size: str | None
+    steps: int | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass
+class Job:
+    """One sample of one item. ``length`` is the prompt's tokens; ``tokens`` only for text models."""
+
+    item: Item
+    id: str | int
+    sample: int
+    key: str
+    seed: int
+    length: int = 0
+    tokens: list[int] = field(default_factory=list)
+    refusal: tuple[str, str] | None = None  # error type and message, when it cannot be run
+
+
+def jobs(items: Iterable[Item], settings: Settings) -> list[Job]:
+    """Every sample of every item with its key and seed, in order."""
+    seen: Counter[str] = Counter()
+    media: dict[Path, str] = {}
+    found = []
+    for item in items:
+        content = _content(item, media)
+        occurrence = seen[content]
+        seen[content] += 1
+        name = item.id if item.id is not None else content[:16] + (f"-{occurrence + 1}" if occurrence else "")
+        for sample in range(item.n):
+            seed = settings.seed if item.seed is None else item.seed
+            key = _hash({**settings.to_dict(), "seed": seed, "item": [content, occurrence, sample]})[:32]
+            # The seed that an item names is used as it is; further samples need others.
+            own = item.seed if item.seed is not None and sample == 0 else int(_hash(["seed", key])[:13], 16)
+            found.append(Job(item, name, sample, key, own))
+    return found
+
+
+def _content(item: Item, media: dict[Path, str]) -> str:
+    for path in item.images:
+        if path not in media:
+            media[path] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return _hash(
+        {
+            "prompt": item.prompt,
+            "messages": item.messages,
+            "images": [media[path] for path in item.images],
+            "negative_prompt": item.negative_prompt,
+            "params": dict(item.params),
+            "seed": item.seed,
+        }
+    )
+
+
+def _hash(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()

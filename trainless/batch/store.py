@@ -1,0 +1,274 @@
+"""The folder of results: run.json, append-only parts, media, report.json. A kill at any moment loses nothing.
+
+Only files that run.json lists are ever read, repaired or deleted; a folder without a run.json of ours
+is refused unless it is empty.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from .keys import Settings
+from .launch import Launch
+from .lock import NAME as LOCK
+
+RUN, REPORT, MEDIA = "run.json", "report.json", "media"
+FORMAT = 1
+_MEDIA_FILE = re.compile(r"[0-9a-f]{32}\.png|\.[0-9a-f]{32}\.png\.tmp")
+_WORDS = {"max_new_tokens": "--max-new-tokens", "size": "--size", "steps": "--steps", "seed": "--seed"}
+
+
+def part_name(rank: int, world: int) -> str:
+    return f"part-{rank:04d}-of-{world:04d}.jsonl"
+
+
+class Store:
+    """Results in ``folder``. Rank 0 calls ``prepare``; every rank reads ``records`` and calls ``append``."""
+
+    def __init__(self, folder: Path, launch: Launch):
+        self.folder, self.launch = folder, launch
+        self._part: int | None = None
+
+    # ------------------------------------------------------------ before a run
+
+    def check(self, settings: Settings, overwrite: bool) -> dict[str, Any] | None:
+        """The run.json that is there, or None. InputError when the folder is not ours to write to.
+
+        Changes nothing.
+        """
+        if self.folder.exists() and not self.folder.is_dir():
+            raise InputError(f"-o {self.folder}: this is a file; give a folder")
+        if not self.folder.exists():
+            return None
+        names = {p.name for p in self.folder.iterdir() if not p.name.startswith((LOCK, f".{RUN}"))}
+        if RUN not in names:
+            if names:
+                raise InputError(
+                    f"-o {self.folder}: the folder is not empty and holds no {RUN}, so it is not ours; "
+                    "use another folder"
+                )
+            return None
+        run = self._run()
+        if not overwrite:
+            self._same(run.get("settings", {}), settings)
+        return run
+
+    def prepare(self, settings: Settings, about: Mapping[str, Any], overwrite: bool) -> dict[str, int]:
+        """Rank 0, under the lock: make the folder ready; returns how many bytes of each part are past."""
+        run = self.check(settings, overwrite)
+        if run is not None and overwrite:
+            self._delete(run)
+            run = None
+        parts = list(run["parts"]) if run else []
+        for rank in range(self.launch.world):
+            name = part_name(rank, self.launch.world)
+            if name not in parts:
+                parts.append(name)
+        self._write(
+            RUN,
+            {
+                "trainless": {"format": FORMAT, "made_by": "generate"},
+                **(run or {}),
+                **about,
+                "settings": settings.to_dict(),
+                "parts": parts,
+                "media": MEDIA + "/<key>.png",
+                "report": REPORT,
+            },
+        )
+        for path in (self.folder / MEDIA).glob(".*.png.tmp"):
+            if _MEDIA_FILE.fullmatch(path.name):
+                path.unlink(missing_ok=True)
+        return {name: _repair(self.folder / name) for name in parts}
+
+    def make(self) -> None:
+        """Create the folder; InputError when that cannot be done."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"-o {self.folder} cannot be created ({error.strerror})") from error
+
+    # ------------------------------------------------------------ records
+
+    def records(self, sizes: Mapping[str, int] | None = None) -> dict[str, dict[str, Any]]:
+        """The last record of every key, in the first ``sizes`` bytes of each part (all: None).
+
+        Torn and damaged lines are passed over: what they held counts as not done.
+        """
+        names = sizes if sizes is not None else self._run()["parts"] if (self.folder / RUN).is_file() else []
+        found: dict[str, dict[str, Any]] = {}
+        for name in names:
+            path = self.folder / name
+            if not path.is_file():
+                continue
+            for key, record in _last(path, sizes[name] if sizes is not None else path.stat().st_size).items():
+                # Parts have no order among them: of an error and the success of its retry, the latter.
+                if key not in found or record["status"] == "ok":
+                    found[key] = record
+        return found
+
+    def append(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Write records to this rank's part, down to the disk; a kill leaves at most a torn last line."""
+        try:
+            if self._part is None:
+                path = self.folder / part_name(self.launch.rank, self.launch.world)
+                self._part = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            data = b"".join(json.dumps(r, ensure_ascii=False).encode() + b"\n" for r in records)
+            while data:
+                data = data[os.write(self._part, data) :]
+            os.fsync(self._part)
+        except OSError as error:
+            raise InputError(
+                f"{self.folder} cannot be written ({error.strerror}); what is there is safe, run again to go on"
+            ) from error
+
+    def save_image(self, key: str, image: Any) -> str:
+        """Write a PNG under a temporary name, then give it its own; returns its name inside the folder."""
+        folder = self.folder / MEDIA
+        folder.mkdir(exist_ok=True)
+        temporary, name = folder / f".{key}.png.tmp", f"{MEDIA}/{key}.png"
+        with temporary.open("wb") as file:
+            image.save(file, format="PNG")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self.folder / name)
+        return name
+
+    # ------------------------------------------------------------ after a run
+
+    def report(self, keys: Iterable[str], interrupted: bool) -> dict[str, Any]:
+        """Count the results of ``keys`` over all parts, and write report.json."""
+        records, wanted = self.records(), list(keys)
+        present = [records[key] for key in wanted if key in records]
+        errors = [r for r in present if r["status"] == "error"]
+        report = {
+            "total": len(wanted),
+            "ok": len(present) - len(errors),
+            "errors": len(errors),
+            "missing": len(wanted) - len(present),
+            "interrupted": interrupted,
+            "error_types": dict(Counter(r["error"]["type"] for r in errors)),
+            "tokens_in": sum(r["tokens_in"] or 0 for r in present),
+            "tokens_out": sum(r["tokens_out"] or 0 for r in present),
+            "seconds": round(sum(r["seconds"] or 0.0 for r in present), 3),
+            "other_records": len(records) - len(present),
+        }
+        self._write(REPORT, report)
+        return report
+
+    def close(self) -> None:
+        if self._part is not None:
+            os.close(self._part)
+            self._part = None
+
+    # ------------------------------------------------------------ inside
+
+    def _run(self) -> dict[str, Any]:
+        try:
+            run = json.loads((self.folder / RUN).read_text(encoding="utf-8"))
+            ours = run["trainless"]["made_by"] == "generate" and all(
+                re.fullmatch(r"part-\d{4,}-of-\d{4,}\.jsonl", name) for name in run["parts"]
+            )
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"-o {self.folder}: its {RUN} was not written by trainless generate, or is damaged; "
+                "use another folder"
+            ) from error
+        if not ours or run["trainless"]["format"] != FORMAT:
+            raise InputError(f"-o {self.folder}: its {RUN} is of another kind or version; use another folder")
+        return dict(run)
+
+    def _same(self, was: Mapping[str, Any], now: Settings) -> None:
+        wrong = [
+            f"{_WORDS.get(name, name)} was {was.get(name)!r}, is {value!r}"
+            for name, value in now.to_dict().items()
+            if was.get(name) != value
+        ]
+        if wrong:
+            raise InputError(
+                f"-o {self.folder} was made with other settings: {'; '.join(wrong)}. "
+                "Use another folder, or --overwrite to delete its results"
+            )
+
+    def _delete(self, run: Mapping[str, Any]) -> None:
+        for name in [*run["parts"], REPORT]:
+            (self.folder / name).unlink(missing_ok=True)
+        media = self.folder / MEDIA
+        if media.is_dir() and not media.is_symlink():
+            for path in media.iterdir():
+                if _MEDIA_FILE.fullmatch(path.name):
+                    path.unlink()
+            if not any(media.iterdir()):
+                media.rmdir()
+
+    def _write(self, name: str, value: Mapping[str, Any]) -> None:
+        temporary = self.folder / f".{name}.{self.launch.rank}.tmp"
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                json.dump(value, file, indent=2, ensure_ascii=False)
+                file.write("\n")
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(self.folder / name)
+        except OSError as error:
+            raise InputError(f"-o {self.folder} cannot be written ({error.strerror})") from error
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    whole = (
+        isinstance(record, dict)
+        and isinstance(record.get("key"), str)
+        and record.get("status") in {"ok", "error"}
+    )
+    return record if whole else None
+
+
+def _last(path: Path, size: int) -> dict[str, dict[str, Any]]:
+    """The last record of every key in the first ``size`` bytes of a part."""
+    found: dict[str, dict[str, Any]] = {}
+    with path.open("rb") as file:
+        for line in file:
+            size -= len(line)
+            if size < 0:
+                break
+            record = _record(line)
+            if record is not None:
+                found[record["key"]] = record
+    return found
+
+
+def _repair(path: Path) -> int:
+    """Cut a torn last line off, or end a whole one that lacks its line feed; returns the size."""
+    if not path.is_file():
+        return 0
+    with path.open("r+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        tail, start = b"", size
+        while start > 0 and b"\n" not in tail:
+            step = min(1 << 16, start)
+            start -= step
+            file.seek(start)
+            tail = file.read(step) + tail
+        last = tail[tail.rfind(b"\n") + 1 :]
+        if last:
+            if _record(last) is not None:
+                file.seek(size)
+                file.write(b"\n")
+                size += 1
+            else:
+                size -= len(last)
+                file.truncate(size)
+            file.flush()
+            os.fsync(file.fileno())
+    return size

@@ -1,0 +1,178 @@
+"""Text from prompts: what is sent, what fits, and one batch at a time through ``generate``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..models import Description, Loaded
+from . import params as parameters
+from .engine import Output
+from .items import Faults, Item
+from .keys import Job
+from .rows import RowChoice, RowEnd, cut
+
+DEFAULT_NEW_TOKENS = 64
+# What decoding needs to know about the checkpoint's special tokens; nothing else of its generation
+# config is used: decoding is greedy unless an item says otherwise, whatever the checkpoint prefers.
+_TOKENS = (
+    "bos_token_id",
+    "eos_token_id",
+    "decoder_start_token_id",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+)
+
+
+class TextEngine:
+    """Decoder-only and encoder-decoder language models."""
+
+    media = False
+
+    def __init__(self, description: Description, max_new_tokens: int | None, size: Any, steps: int | None):
+        self.description = description
+        self.new_tokens = max_new_tokens or DEFAULT_NEW_TOKENS
+        self.loaded: Loaded | None = None
+
+    # ------------------------------------------------------------ before weights
+
+    def prepare(self, jobs: Sequence[Job], faults: Faults) -> None:
+        done: dict[int, tuple[list[int], tuple[str, str] | None]] = {}
+        for job in jobs:
+            item = job.item
+            if id(item) not in done:
+                done[id(item)] = ([], None)
+                if self._usable(item, faults):
+                    tokens = self._tokens(item, faults)
+                    done[id(item)] = (tokens, self._too_long(item, len(tokens)))
+            job.tokens, job.refusal = done[id(item)]
+            job.length = len(job.tokens)
+
+    def _usable(self, item: Item, faults: Faults) -> bool:
+        before = len(faults.found)
+        name = f"{self.description.spec} writes text and"
+        for field, used in (("images", item.images), ("negative_prompt", item.negative_prompt)):
+            if used:
+                faults.add(item.where, f"{name} takes no {field}")
+        parameters.check_params(item.params, parameters.TEXT, self.description.spec, item.where, faults)
+        for message in item.messages or []:
+            if not isinstance(message["content"], str) and any(
+                p["type"] != "text" for p in message["content"]
+            ):
+                faults.add(item.where, f"{name} takes no image parts in messages")
+        if item.messages is not None and not getattr(self.description.tokenizer, "chat_template", None):
+            faults.add(item.where, f"{self.description.spec} has no chat template: give prompt, not messages")
+        return len(faults.found) == before
+
+    def _tokens(self, item: Item, faults: Faults) -> list[int]:
+        tokenizer = self.description.tokenizer
+        try:
+            if item.messages is None:
+                tokens = tokenizer(item.prompt)["input_ids"]
+            else:
+                text = tokenizer.apply_chat_template(
+                    _flat(item.messages), add_generation_prompt=True, tokenize=False
+                )
+                tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+        except Exception as error:  # chat templates raise what they like
+            faults.add(item.where, f"the chat template refuses these messages ({str(error)[:160]})")
+            return []
+        if not tokens or not (item.prompt or item.messages):
+            faults.add(item.where, "the prompt is empty")
+        return list(tokens)
+
+    def _too_long(self, item: Item, length: int) -> tuple[str, str] | None:
+        limit, new = self.description.positions, self._limit(item)
+        if limit is None:
+            return None
+        if self.description.encoder_decoder:
+            need, said = max(length, new), f"{length} prompt tokens, {new} new tokens"
+        else:
+            need, said = length + new, f"{length} prompt tokens and {new} new tokens"
+        if need <= limit:
+            return None
+        return (
+            "PromptTooLong",
+            f"{said}: the model has {limit} positions; shorten the prompt or ask for fewer tokens",
+        )
+
+    def _limit(self, item: Item) -> int:
+        return int(item.params.get("max_new_tokens", self.new_tokens))
+
+    # ------------------------------------------------------------ batches
+
+    def order(self, job: Job) -> tuple[Any, ...]:
+        return (-job.length, -self._limit(job.item), job.key)
+
+    def together(self, a: Job, b: Job) -> bool:
+        return True
+
+    def cost(self, jobs: Sequence[Job]) -> int:
+        return len(jobs) * (max(j.length for j in jobs) + max(self._limit(j.item) for j in jobs))
+
+    def start(self, loaded: Loaded) -> None:
+        from transformers import GenerationConfig
+
+        self.loaded = loaded
+        own = loaded.model.generation_config
+        known = {name: getattr(own, name, None) for name in _TOKENS}
+        known = {name: value for name, value in known.items() if value is not None}
+        ends = known.get("eos_token_id", loaded.tokenizer.eos_token_id)
+        self.ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+        pad = own.pad_token_id
+        pad = pad if isinstance(pad, int) else loaded.tokenizer.pad_token_id
+        self.pad = pad if pad is not None else self.ends[0] if self.ends else 0
+        # generate() fills what a call leaves open from the model's own config, so that one is replaced.
+        loaded.model.generation_config = GenerationConfig(pad_token_id=self.pad, do_sample=False, **known)
+
+    def generate(self, jobs: Sequence[Job]) -> list[Output]:
+        assert self.loaded is not None
+        model, device, tokenizer = self.loaded.model, self.loaded.device, self.loaded.tokenizer
+        width = max(job.length for job in jobs)
+        skip = [width - job.length for job in jobs]
+        ids = torch.tensor(
+            [[self.pad] * s + j.tokens for s, j in zip(skip, jobs, strict=True)], device=device
+        )
+        mask = torch.ones_like(ids)
+        for i, count in enumerate(skip):
+            mask[i, :count] = 0
+        # An encoder-decoder writes into a sequence of its own, which starts with one token.
+        start = 1 if self.description.encoder_decoder else width
+        limits = [self._limit(job.item) for job in jobs]
+        stops = [_stops(job.item) for job in jobs]
+        end = RowEnd(start, limits, self.ends, stops, tokenizer)
+        pads = [0] * len(jobs) if self.description.encoder_decoder else skip
+        choice = RowChoice([job.item.params for job in jobs], [job.seed for job in jobs], pads, device)
+        with torch.inference_mode():
+            written = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=max(limits),
+                stopping_criteria=[end],
+                **({"logits_processor": [choice]} if choice.needed else {}),
+            )
+        outputs = []
+        for row, length, stop in zip(written[:, start:].cpu(), end.lengths.tolist(), stops, strict=True):
+            text = tokenizer.decode(row[:length], skip_special_tokens=True)
+            outputs.append(Output(text=cut(text, stop), tokens_out=length))
+        return outputs
+
+
+def _flat(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Contents as strings: many templates know nothing of parts."""
+    return [
+        {
+            **m,
+            "content": m["content"]
+            if isinstance(m["content"], str)
+            else "".join(p["text"] for p in m["content"]),
+        }
+        for m in messages
+    ]
+
+
+def _stops(item: Item) -> list[str]:
+    stop = item.params.get("stop", [])
+    return [stop] if isinstance(stop, str) else list(stop)

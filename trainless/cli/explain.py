@@ -1,0 +1,29 @@
+"""``trainless explain``: what a patch would touch, and what it would cost, without weights."""
+
+from __future__ import annotations
+
+import typer
+
+from .shared import BAD_INPUT, DONE, Patches, Recipes, Sets, chosen
+
+
+def command(
+    model: str = typer.Argument(help="Hub id, local folder, GGUF file, or demo:smollm2."),
+    recipe: list[str] = Recipes,
+    patch: list[str] = Patches,
+    set_: list[str] = Sets,
+) -> int:
+    """Which sites each method would patch, conflicts, and an estimate of memory.
+
+    Loads no weights. Exit 1 when a method matches nothing or two methods clash.
+    """
+    what = chosen(recipe, patch, set_)
+    if what is None:
+        raise typer.BadParameter("name what to explain", param_hint="--patch or --recipe")
+    import trainless
+
+    from ..models import describe, skeleton
+
+    found = trainless.explain(skeleton(describe(model)), what)
+    print(found)
+    return DONE if found.ok else BAD_INPUT

