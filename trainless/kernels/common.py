@@ -43,7 +43,9 @@ def statistics_dtype(tensor: Tensor) -> torch.dtype:
 def check_shapes(query: Tensor, key: Tensor, value: Tensor | None, seen: Visibility, terms: Terms) -> None:
     """InputError unless the tensors fit each other, the mask and the bias."""
     if query.dim() != 4 or key.dim() != 4:
-        raise InputError(f"query and key must be 4-D (B, heads, tokens, D), got {query.dim()}-D, {key.dim()}-D")
+        raise InputError(
+            f"query and key must be 4-D (B, heads, tokens, D), got {query.dim()}-D, {key.dim()}-D"
+        )
     b, h, lq, d = query.shape
     kb, hkv, lk, kd = key.shape
     if kb != b or kd != d or hkv == 0 or h % hkv:

@@ -1,3 +1,6 @@
+# Triton code names its compile-time constants in capitals and carries no annotations.
+# ruff: noqa: N803
+# mypy: disable-error-code="no-untyped-def"
 """Device code that the Triton kernels share. Importing this imports Triton; only ``*/triton.py`` does.
 
 Addresses are int64 throughout: batch x heads x tokens x width passes 2**31 in ordinary long calls.
@@ -32,7 +35,7 @@ def mask_arguments(
     bias: Tensor | None,
 ) -> dict[str, Any]:
     """Arguments of ``finish`` for the given operands; absent ones point at ``query`` and are never read."""
-    b, h = query.shape[:2]
+    b = query.shape[0]
     found: dict[str, Any] = {
         "softcap": softcap or 1.0,
         "window": window or 0,
@@ -42,7 +45,9 @@ def mask_arguments(
         "KEYS": keys is not None,
         "MASK": 0 if mask is None else BOOL_MASK if mask.dtype == torch.bool else ADDITIVE_MASK,
         "BIAS": bias is not None,
-        "hidden": torch.finfo(mask.dtype).min * 0.25 if mask is not None and mask.is_floating_point() else 0.0,
+        "hidden": torch.finfo(mask.dtype).min * 0.25
+        if mask is not None and mask.is_floating_point()
+        else 0.0,
     }
     found["keys"] = query if keys is None else keys.view(torch.uint8)
     found["keys_b"] = 0 if keys is None or keys.shape[0] != b else keys.stride(0)
@@ -50,7 +55,7 @@ def mask_arguments(
     for name, tensor in (("mask", mask), ("bias", bias)):
         if tensor is None:
             found[name] = query
-            strides = (0, 0, 0, 0)
+            strides: tuple[int, ...] = (0, 0, 0, 0)
         else:
             found[name] = tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
             strides = tuple(0 if n == 1 else s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
@@ -62,6 +67,11 @@ def mask_arguments(
 def width_of(d: int) -> int:
     """Head width as the kernels hold it: a power of two, at least what a tile product takes."""
     return max(16, triton.next_power_of_2(d))
+
+
+def tile_sizes(width: int, dtype: torch.dtype) -> tuple[int, int]:
+    """(query rows, keys) of a tile; what fits into the 100 KiB of shared memory that every GPU since 2020 has."""
+    return (64, 64) if width <= 128 and dtype.itemsize == 2 else (32, 32)
 
 
 @triton.jit

@@ -67,6 +67,4 @@ def column_mass(
         from .triton import column_mass as form
     else:
         form = fused.column_mass if name == "fused" else blocked.column_mass
-    return form(
-        query, key, lse, visibility=visibility, terms=terms, rows=rows, heads=chosen, group=group
-    )
+    return form(query, key, lse, visibility=visibility, terms=terms, rows=rows, heads=chosen, group=group)

@@ -75,9 +75,7 @@ def column_mass(
         for n in range(parts):
             offered[..., d + n] = rest.to(query.dtype)
             rest = rest - offered[..., d + n].to(rest.dtype)
-        _, total = _flash(
-            asked.flatten(1, 2), offered, offered, 0.0, visibility.causal, scale=terms.scale
-        )
+        _, total = _flash(asked.flatten(1, 2), offered, offered, 0.0, visibility.causal, scale=terms.scale)
         # A column whose rows all were excluded holds about NEVER: its exponential is zero, as it should.
         mass = total.flip(2).exp().view(b, len(key_heads), share, lk)
         if group == "sum":

@@ -1,3 +1,6 @@
+# Triton code names its compile-time constants in capitals and carries no annotations.
+# ruff: noqa: N803
+# mypy: disable-error-code="no-untyped-def"
 """Triton form of ``column_mass``: one program per (batch row, query head, key tile).
 
 A program walks over the query tiles that can see its keys and adds up in registers: no atomics, one
@@ -13,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import Terms
-from ..tiles import finish, load_rows, mask_arguments, mask_operands, product, width_of
+from ..tiles import finish, load_rows, mask_arguments, mask_operands, product, tile_sizes, width_of
 from ..visibility import Visibility
 
 
@@ -77,7 +80,7 @@ def column_mass_op(
     lk, count = key.shape[2], heads.shape[0]
     out = torch.empty(b, count, lk, dtype=torch.float32, device=query.device)
     width = width_of(d)
-    bm, bn = (64, 64) if width <= 128 else (32, 32)
+    bm, bn = tile_sizes(width, query.dtype)
     _column_mass[(triton.cdiv(lk, bn), b * count)](
         query, *query.stride(), key, *key.stride(), lse.contiguous(), heads.contiguous(), out,
         h, count, h // key.shape[1], lq, lk, d, scale,
@@ -88,7 +91,7 @@ def column_mass_op(
 
 
 @column_mass_op.register_fake
-def _(query, key, lse, heads, scale, causal, window, keys, mask, bias, softcap):  # type: ignore[no-untyped-def]
+def _(query, key, lse, heads, scale, causal, window, keys, mask, bias, softcap):
     return query.new_empty(query.shape[0], heads.shape[0], key.shape[2], dtype=torch.float32)
 
 

@@ -78,9 +78,9 @@ def row_attention(
     """Attention of one row or a few, with its probabilities; for decoding.
 
     query (B, H, Lq, D), key and value (B, Hkv, Lk, D). valid: bool (B, Hkv, Lk), (B|1, Hkv|1, Lq, Lk) or
-    (B|1, H, Lq, Lk), True for keys that exist. Keys are never repeated over a group. Returns out (B, H, Lq, Dv) in the dtype of
-    ``query`` and probabilities (B, H, Lq, Lk) in float32 (float64 for float64 input); a row without a
-    valid key gives zeros in both.
+    (B|1, H, Lq, Lk), True for keys that exist. Keys are never repeated over a group. Returns out
+    (B, H, Lq, Dv) in the dtype of ``query`` and probabilities (B, H, Lq, Lk) in float32 (float64 for
+    float64 input); a row without a valid key gives zeros in both.
     """
     b, h, lq, d = query.shape
     hkv, lk = key.shape[1:3]

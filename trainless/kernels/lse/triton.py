@@ -1,3 +1,6 @@
+# Triton code names its compile-time constants in capitals and carries no annotations.
+# ruff: noqa: N803
+# mypy: disable-error-code="no-untyped-def"
 """Triton form of ``attention``: one program per query tile, online softmax, log-sum-exp beside it.
 
 Registered as ``trainless::attention_lse``, so a compiler sees one operator. Speed on a GPU has not been
@@ -12,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import Terms
-from ..tiles import finish, key_range, load_rows, mask_arguments, mask_operands, product, width_of
+from ..tiles import finish, key_range, load_rows, mask_arguments, mask_operands, product, tile_sizes, width_of
 from ..visibility import Visibility
 
 
@@ -94,7 +97,7 @@ def attention_lse(
     out = query.new_empty(b, h, lq, d)
     lse = torch.empty(b, h, lq, dtype=torch.float32, device=query.device)
     width = width_of(d)
-    bm, bn = (64, 64) if width <= 128 else (32, 32)
+    bm, bn = tile_sizes(width, query.dtype)
     _attention[(triton.cdiv(lq, bm), b * h)](
         query, *query.stride(), key, *key.stride(), value, *value.stride(), out, *out.stride(), lse,
         query if sinks is None else sinks.contiguous(),
@@ -106,7 +109,7 @@ def attention_lse(
 
 
 @attention_lse.register_fake
-def _(query, key, value, scale, causal, window, keys, mask, bias, softcap, sinks):  # type: ignore[no-untyped-def]
+def _(query, key, value, scale, causal, window, keys, mask, bias, softcap, sinks):
     b, h, lq, d = query.shape
     return query.new_empty(b, h, lq, d), query.new_empty(b, h, lq, dtype=torch.float32)
 

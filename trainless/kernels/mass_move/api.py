@@ -70,7 +70,9 @@ def mass_move(
         raise InputError(f"rows {rows.dtype} {tuple(rows.shape)}: bool {(b, count, lq)} is needed")
     if isinstance(keep, Tensor):
         if keep.dim() and not _broadcasts(keep, (b, count, lq)):
-            raise InputError(f"keep {tuple(keep.shape)}: something broadcastable to {(b, count, lq)} is needed")
+            raise InputError(
+                f"keep {tuple(keep.shape)}: something broadcastable to {(b, count, lq)} is needed"
+            )
     elif not 0 <= keep <= 1:
         raise InputError(f"keep={keep}: a part of the probability, from 0 to 1")
     if tuple(out.shape[:3]) != (b, h, lq) or tuple(lse.shape) != (b, h, lq):
@@ -90,6 +92,4 @@ def mass_move(
 
 
 def _broadcasts(tensor: Tensor, shape: tuple[int, ...]) -> bool:
-    return tensor.dim() == len(shape) and all(
-        n in (1, m) for n, m in zip(tensor.shape, shape, strict=True)
-    )
+    return tensor.dim() == len(shape) and all(n in (1, m) for n, m in zip(tensor.shape, shape, strict=True))

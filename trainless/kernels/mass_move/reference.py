@@ -43,5 +43,7 @@ def mass_move(
     edit = target.any(-1) if rows is None else target.any(-1) & rows
     value = value.repeat_interleave(h // value.shape[1], dim=1)[:, chosen]
     new = out.clone()
-    new[:, chosen] = torch.where(edit[..., None], (moved.to(value.dtype) @ value).to(out.dtype), out[:, chosen])
+    new[:, chosen] = torch.where(
+        edit[..., None], (moved.to(value.dtype) @ value).to(out.dtype), out[:, chosen]
+    )
     return new

@@ -1,3 +1,6 @@
+# Triton code names its compile-time constants in capitals and carries no annotations.
+# ruff: noqa: N803
+# mypy: disable-error-code="no-untyped-def"
 """Triton form of ``mass_move`` with every other key as the target: one program per query tile.
 
 A program reads the source columns alone. Only a tile that holds a row where the correction would lose
@@ -14,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import Terms
-from ..tiles import finish, key_range, load_rows, mask_arguments, mask_operands, product, width_of
+from ..tiles import finish, key_range, load_rows, mask_arguments, mask_operands, product, tile_sizes, width_of
 from ..visibility import Visibility
 from .blocked import LIMIT
 
@@ -136,7 +139,7 @@ def mass_move_op(
     # Source keys first, in order: no size has to come back to the host.
     index = torch.argsort(source.to(torch.uint8), dim=-1, descending=True, stable=True)
     width = width_of(d)
-    bm, bn = (64, 64) if width <= 128 else (32, 32)
+    bm, bn = tile_sizes(width, query.dtype)
     _mass_move[(triton.cdiv(lq, bm), b * count)](
         query, *query.stride(), key, *key.stride(), value, *value.stride(), out, *out.stride(),
         new, *new.stride(), lse.float().contiguous(), keep.contiguous(),
@@ -150,7 +153,7 @@ def mass_move_op(
 
 
 @mass_move_op.register_fake
-def _(  # type: ignore[no-untyped-def]
+def _(
     query, key, value, out, lse, source, keep, heads, scale, causal, window, keys, mask, bias, softcap, sinks
 ):
     return torch.empty_like(out)
