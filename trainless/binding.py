@@ -41,16 +41,12 @@ def bind(model: Any, recipe: Recipe) -> tuple[list[Component], list[Binding]]:
     CalibrationError for a calibration of another model, RecipeError when the recipe is for other models.
     """
     parts = components(model)
-    _check_fits(model, parts, recipe)
+    check_fits(model, parts, recipe)
     sites = find_sites(parts)
-    bindings = []
-    for use in recipe.uses:
-        found = module_sites(parts) if use.method.site_kind == "module" else sites
-        bindings.append(_bind_one(model, parts, found, use))
-    return parts, bindings
+    return parts, [bind_one(model, parts, sites, use) for use in recipe.uses]
 
 
-def _check_fits(model: Any, parts: list[Component], recipe: Recipe) -> None:
+def check_fits(model: Any, parts: list[Component], recipe: Recipe) -> None:
     if recipe.fits:
         recipe.check_fits(*_names_of(model, parts))
 
@@ -65,16 +61,28 @@ def _names_of(model: Any, parts: list[Component]) -> list[str]:
     return names or [type(model).__name__]
 
 
-def _bind_one(model: Any, parts: list[Component], sites: list[Site], use: Use) -> Binding:
-    method = apply_calibration(use.method, use.calibration, parts[0])
-    name = method.name
+@dataclass(frozen=True)
+class Match:
+    """Where a method can act before its own parameters and ``where`` narrow it."""
+
+    sites: list[Site]
+    candidates: int  # sites whose host, role and part fit
+    skipped: dict[str, str]  # site name -> reason
+
+
+def match(
+    model: Any, parts: list[Component], sites: Sequence[Site], method: Method, part: str | None = None
+) -> Match:
+    """The sites of ``model`` at which ``method`` can act; NoMatch, with what was looked for, when none."""
     pool = [s for s in sites if s.host in method.hosts]
     if not pool:
         hosts = " and ".join(sorted(method.hosts))
-        raise NoMatch(f"{name}: works on {hosts} models, and {type(model).__name__} has no such attention")
+        raise NoMatch(
+            f"{method.name}: works on {hosts} models, and {type(model).__name__} has no such attention"
+        )
     fitting = [s for s in pool if s.role in method.roles or s.kind == "module"]
     skipped: dict[str, str] = {}
-    usable = _default_parts(fitting, method, use, parts)
+    usable = _default_parts(fitting, method, part, parts)
     for site in usable:
         reason = site.refusal or method.refuses(site) or _kv_refusal(method, site)
         if reason:
@@ -82,6 +90,17 @@ def _bind_one(model: Any, parts: list[Component], sites: list[Site], use: Use) -
     matched = [s for s in usable if s.name not in skipped]
     if not matched:
         raise NoMatch(_nothing(method, model, pool, fitting, usable, skipped))
+    return Match(matched, len(usable), skipped)
+
+
+def bind_one(model: Any, parts: list[Component], sites: list[Site], use: Use) -> Binding:
+    """Bind one method of a recipe; ``sites`` are the attention sites of the model. Raises as ``bind`` does."""
+    method = apply_calibration(use.method, use.calibration, parts[0])
+    name = method.name
+    if method.site_kind == "module":
+        sites = module_sites(parts)
+    found = match(model, parts, sites, method, use.where.part)
+    matched = found.sites
     method.validate(matched)
     chosen = [s for s in matched if method.wants_layer(s)]
     narrowed = use.where.select(chosen) if use.where else chosen
@@ -102,13 +121,13 @@ def _bind_one(model: Any, parts: list[Component], sites: list[Site], use: Use) -
         raise NoMatch(
             f"{name}: contributes nothing at any of {len(narrowed)} sites; check its heads and layers"
         )
-    return Binding(use, method, Lease(name), len(usable), contributions, skipped)
+    return Binding(use, method, Lease(name), found.candidates, contributions, found.skipped)
 
 
-def _default_parts(sites: list[Site], method: Method, use: Use, parts: list[Component]) -> list[Site]:
+def _default_parts(sites: list[Site], method: Method, part: str | None, parts: list[Component]) -> list[Site]:
     """Narrow to the parts that a method acts on unless ``where: {part}`` names one."""
-    if use.where.part is not None:
-        return [s for s in sites if use.where.part in s.parts]
+    if part is not None:
+        return [s for s in sites if part in s.parts]
     extra = frozenset().union(*(p.parts for p in parts if not p.main)) if parts else frozenset()
     sites = [s for s in sites if not (s.parts & extra)]
     if method.parts:
@@ -196,5 +215,6 @@ def same_plan(binding: Binding, method: Method) -> Binding:
 
 
 __all__ = [
-    "Binding", "InputError", "Unsupported", "bind", "check", "entries_by_module", "find_conflicts", "same_plan",
+    "Binding", "InputError", "Match", "Unsupported", "bind", "bind_one", "check", "check_fits",
+    "entries_by_module", "find_conflicts", "match", "same_plan",
 ]  # fmt: skip
