@@ -26,7 +26,7 @@ def triton_shape_reasons(query: Tensor, value: Tensor, visibility: Visibility) -
     if query.shape[-1] > 256 or value.shape[-1] != query.shape[-1]:
         reasons.append(f"triton: head width {query.shape[-1]} (value {value.shape[-1]})")
     if visibility.dense is not None and not isinstance(visibility.dense, Tensor):
-        reasons.append("triton: a BlockMask without a simple structure")
+        reasons.append("triton: a BlockMask or pattern without a simple structure")
     if 0 in query.shape or visibility.lk == 0:
         reasons.append("triton: empty input")
     return tuple(reasons)

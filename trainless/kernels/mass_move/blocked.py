@@ -192,7 +192,8 @@ def _exact(
         head = chosen[n]
         one = torch.tensor([head], device=query.device)
         keys, values = key[batch, head // share].to(wide), value[batch, head // share].to(wide)
-        part, own = _one_row_of_batch(seen, terms, batch)
+        part, bias = seen.row_of_batch(batch), terms.position_bias
+        own = terms if bias is None or bias.shape[0] == 1 else replace(terms, position_bias=bias[batch][None])
         inner = group.index[batch, n, group.filled[batch, n]]
         for rows in hard[batch, n].nonzero()[:, 0].split(step):
             hi = part.span(int(rows[0]), int(rows[-1]) + 1)[1]
@@ -214,32 +215,3 @@ def _exact(
             edited = (k * s) * (torch.softmax(inside, -1) @ values[inner[inner < hi]])
             edited += (w - k * s) / total * (weights @ values[:hi])
             new[batch, head, rows] = torch.where(receives, edited.to(new.dtype), new[batch, head, rows])
-
-
-def _one_row_of_batch(seen: Visibility, terms: Terms, batch: int) -> tuple[Visibility, Terms]:
-    """Mask and bias of one batch row."""
-
-    def cut(tensor: Tensor | None) -> Tensor | None:
-        return tensor if tensor is None or tensor.shape[0] == 1 else tensor[batch : batch + 1]
-
-    dense = seen.dense
-    if isinstance(dense, Tensor):
-        dense = cut(dense)
-    elif hasattr(dense, "row"):
-        dense = dense.row(batch)
-    elif dense is not None and dense.shape[0] > 1:
-        dense = _BlockMaskRow(dense, batch)
-    part = replace(seen, keys=cut(seen.keys), dense=dense, real=None)
-    return part, replace(terms, position_bias=cut(terms.position_bias))
-
-
-class _BlockMaskRow:
-    """The part of a flex BlockMask that belongs to one batch row."""
-
-    def __init__(self, mask: object, batch: int):
-        self._mask, self._batch = mask, batch
-        self.shape = (1, *mask.shape[1:])  # type: ignore[attr-defined]
-
-    def mask_mod(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        found: Tensor = self._mask.mask_mod(b + self._batch, h, q, k)  # type: ignore[attr-defined]
-        return found

@@ -1,0 +1,72 @@
+"""Masks without a simple form: tensors, flex BlockMasks and predicates, evaluated a few rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def evaluate(dense: Any, rows: Tensor, lo: int, hi: int, device: torch.device) -> Tensor:
+    """bool (B|1, H|1, rows, hi - lo) for the row numbers ``rows`` (n,) and keys [lo, hi)."""
+    if isinstance(dense, Tensor):
+        piece = dense[:, :, rows, lo:hi]
+        return piece if piece.dtype == torch.bool else hidden_apart(piece)
+    if isinstance(dense, Pairs):
+        return dense.at(rows, lo, hi)
+    return _block_mask_rows(dense, rows, hi, device)[..., lo:hi]
+
+
+def one_row(dense: Any, batch: int) -> Any:
+    """The part of a mask that belongs to one batch row."""
+    if dense is None or dense.shape[0] == 1:
+        return dense
+    if isinstance(dense, Tensor):
+        return dense[batch : batch + 1]
+    if isinstance(dense, Pairs):
+        return Pairs(dense.predicate, one_row(dense.under, batch), dense.offset)
+    return BlockMaskRow(dense, batch)
+
+
+def hidden_apart(piece: Tensor) -> Tensor:
+    """True where an additive mask lets the key be seen."""
+    # Models write "hidden" as -inf, as the dtype's minimum, or (T5) as half of it.
+    return piece > torch.finfo(piece.dtype).min * 0.25
+
+
+class Pairs:
+    """A predicate over (query, key) numbers, on top of a mask without structure if there is one."""
+
+    def __init__(self, predicate: Callable[[Tensor, Tensor], Tensor], under: Any, offset: int):
+        self.predicate, self.under, self.offset = predicate, under, offset
+        self.shape = getattr(under, "shape", (1, 1))
+
+    def at(self, rows: Tensor, lo: int, hi: int) -> Tensor:
+        keys = torch.arange(lo, hi, device=rows.device)
+        seen = self.predicate((rows + self.offset)[:, None], keys[None, :]).expand(len(rows), len(keys))
+        seen = seen[None, None]
+        return seen if self.under is None else seen & evaluate(self.under, rows, lo, hi, rows.device)
+
+
+class BlockMaskRow:
+    """The part of a flex BlockMask that belongs to one batch row."""
+
+    def __init__(self, mask: Any, batch: int):
+        self._mask, self._batch = mask, batch
+        self.shape = (1, *mask.shape[1:])
+
+    def mask_mod(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        found: Tensor = self._mask.mask_mod(b + self._batch, h, q, k)
+        return found
+
+
+def _block_mask_rows(mask: Any, rows: Tensor, lk: int, device: torch.device) -> Tensor:
+    from torch.nn.attention.flex_attention import create_mask
+
+    def shifted(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return mask.mask_mod(b, h, rows[q], k)
+
+    found: Tensor = create_mask(shifted, mask.shape[0], mask.shape[1], rows.shape[0], lk, device=str(device))
+    return found
