@@ -10,6 +10,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,8 +50,8 @@ def rotation(site: Site, model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]
 
 
 def _rotate(
-    rotary: nn.Module, apply: Callable[..., tuple[Tensor, Tensor]], extra: dict, keys: Tensor, steps: Tensor
-) -> Tensor:  # type: ignore[type-arg]
+    rotary: nn.Module, apply: Callable[..., tuple[Tensor, Tensor]], extra: dict[str, Any], keys: Tensor, steps: Tensor
+) -> Tensor:
     b, hkv, length, width = keys.shape
     # In at least float32: a cached key is rotated once more, and bfloat16 angles would not survive that.
     exact = torch.float64 if keys.dtype == torch.float64 else torch.float32

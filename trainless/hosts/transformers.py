@@ -119,7 +119,7 @@ def _attention(
     return out, facts.pop("weights", None)
 
 
-_attention._trainless_made = True  # type: ignore[attr-defined]
+_attention._trainless_made = True
 
 
 def _user_function(module: nn.Module) -> Callable[..., Any]:
@@ -139,7 +139,7 @@ def _user_function(module: nn.Module) -> Callable[..., Any]:
                 'call model.set_attn_implementation("sdpa") first'
             )
         return eager
-    return ALL_ATTENTION_FUNCTIONS.get_interface(name, None)
+    return ALL_ATTENTION_FUNCTIONS[name]
 
 
 def _call(

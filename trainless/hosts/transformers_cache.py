@@ -100,7 +100,7 @@ def _must_be_empty(method: str, layer: Any, index: int) -> None:
 
 def prefill_wrapper(model: nn.Module, runtimes: Sequence[Runtime]) -> Callable[..., Any]:
     """``_prefill`` of this instance, deferring eviction until the last chunk of a chunked prefill."""
-    original = model._prefill
+    original: Any = model._prefill
 
     @functools.wraps(original)
     def prefill(
@@ -108,7 +108,7 @@ def prefill_wrapper(model: nn.Module, runtimes: Sequence[Runtime]) -> Callable[.
     ) -> Any:
         if generation_config.prefill_chunk_size is None:
             return original(input_ids, generation_config, model_kwargs, *args, **kwargs)
-        leases = []
+        leases: list[Any] = []
         for runtime in runtimes:
             if runtime.plan.lookahead:
                 raise Unsupported(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from typing import Any
 
@@ -28,7 +27,7 @@ def find(model: nn.Module, family: str, prefix: str = "", parts: frozenset[str] 
 
     Raises Unsupported, naming the family, when the model has attention and none of it dispatches.
     """
-    ancestors = {n: m for n, m in model.named_modules() if isinstance(m, PreTrainedModel)}
+    ancestors: dict[str, nn.Module] = {n: m for n, m in model.named_modules() if isinstance(m, PreTrainedModel)}
     found: list[Found] = [
         (name, module, _parts(name, module, ancestors) | parts, _role(name, module))
         for name, module in model.named_modules()
@@ -48,14 +47,18 @@ def _refuse(model: nn.Module, family: str) -> None:
             )
 
 
-@functools.cache
+_dispatching: dict[type, bool] = {}
+
+
 def dispatches(cls: type) -> bool:
     """Whether this class's own forward looks up its attention function by its own config."""
-    try:
-        source = inspect.getsource(cls.forward)  # type: ignore[attr-defined]
-    except (OSError, TypeError, AttributeError):
-        return False
-    return "ALL_ATTENTION_FUNCTIONS" in source and "self.config._attn_implementation" in source
+    if cls not in _dispatching:
+        try:
+            source = inspect.getsource(cls.forward)  # type: ignore[attr-defined]
+        except (OSError, TypeError, AttributeError):
+            source = ""
+        _dispatching[cls] = "ALL_ATTENTION_FUNCTIONS" in source and "self.config._attn_implementation" in source
+    return _dispatching[cls]
 
 
 def _role(name: str, module: nn.Module) -> str:

@@ -115,7 +115,7 @@ def stateful(layer: Any) -> Any:
     if cls not in _stateful:
         # _layer_type registers subclasses globally in transformers; ours must stay out of that table.
         _stateful[cls] = type(f"Stateful{cls.__name__}", (StatefulMixin, cls), {"_layer_type": None})
-    made = object.__new__(_stateful[cls])
+    made: Any = object.__new__(_stateful[cls])
     vars(made).update(vars(layer))
     made.states = {}
     return made

@@ -28,6 +28,9 @@ class Slots(Carrier, DynamicLayer):
 
     _layer_type = None
     policy: Any
+    keys: Any  # a tensor from the first update on; the stock class says Tensor | None
+    values: Any
+    record_past: bool = False
 
     def __init__(self) -> None:
         super().__init__()

@@ -13,7 +13,7 @@ def evicting(rule: Evict, site: Site) -> list[Contribution]:
     """
     limit = site.facts.get("max_positions")
     fixed = [b for b in (rule.sinks, rule.recent, rule.heavy) if isinstance(b, int)]
-    inert = bool(limit) and sum(fixed) >= limit
+    inert = limit is not None and sum(fixed) >= limit
     found = [Contribution("kv", policy=rule, inert=inert)]
     if rule.rolled:
         found.append(Contribution("position", _shifts, inert=inert))
