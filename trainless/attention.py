@@ -91,7 +91,7 @@ class _Run:
             steps = self._value(entry)
             if steps is None:
                 continue
-            rotate = self.runtime.facts.get("rotate")
+            rotate = self.runtime.rotate
             if rotate is None:
                 raise Unsupported(
                     f"{entry.method}: {self.runtime.site.name} has no rotary embedding that can be moved; "
@@ -165,12 +165,15 @@ class _Run:
                 f"{self.runtime.site.name}: attention dropout is on (training mode) and a patch edits this "
                 "attention; call model.eval() or remove the patch"
             )
+        if layer is not None and layer.evicted and call.query.shape[2] == 1 and not (extra or moves):
+            if not self.plan.of["pattern"] and not self.plan.of["observe"] and "lse" not in wanted:
+                return self._decode_kept(layer, wanted)
         visible = self._visibility(layer, predicates)
         if call.query.shape[2] <= FEW_ROWS and not extra:
             return self._few_rows(layer, visible, wanted, moves)
-        plain = not (self.edited or extra or predicates)
+        plain = not (self.edited or extra)
         out, lse = self._attention(visible)
-        self.edited = self.edited or bool(extra) or bool(predicates)
+        self.edited = self.edited or bool(extra)
         if extra:
             out, lse = self._merge_extra(out, lse, extra)
         self.stats.lse = lse
@@ -228,6 +231,7 @@ class _Run:
             pairs = self._value(entry)
             if pairs is not None:
                 visible = visible.restrict(pairs.visible)
+                self.edited = True
                 self.acted.add(entry.owner)
         return visible
 
@@ -303,6 +307,18 @@ class _Run:
 
     # ------------------------------------------------------------------ whole rows of probabilities
 
+    def _decode_kept(self, layer: CompressingLayer, wanted: set[str]) -> Tensor:
+        """A decode step over kept tokens, the call that runs most often: no mask, no copies, one score update."""
+        call = self.call
+        out, probabilities = row_attention(
+            call.query, call.key, call.value, valid=layer.valid(), **self._options()
+        )
+        self.kernel = "rows"
+        if "column_mass" in wanted:
+            rows = probabilities if call.real is None else probabilities * call.real[:, None, :, None]
+            layer.score(rows[:, :, 0], rows if layer.record_past else None)
+        return out.transpose(1, 2).contiguous()
+
     def _few_rows(
         self, layer: CompressingLayer | None, visible: Visibility, wanted: set[str], moves: tuple[Entry, ...]
     ) -> Tensor:
@@ -312,14 +328,8 @@ class _Run:
         watching = not (moves or self.edited or self.plan.of["pattern"])
         if watching and not wanted:
             return self.delegate(call)
-        if not moves and not self.plan.of["pattern"] and lq == 1 and layer is not None and layer.evicted:
-            out, probabilities = row_attention(
-                call.query, call.key, call.value, valid=layer.valid(), **self._options()
-            )
-            self.kernel = "rows"
-        else:
-            out, probabilities = self._probabilities(visible, 0, lq)
-            self.kernel = "rows"
+        out, probabilities = self._probabilities(visible, 0, lq)
+        self.kernel = "rows"
         rows = probabilities if call.real is None else probabilities * call.real[:, None, :, None]
         if "column_mass" in wanted:
             self.stats.column_mass = rows.sum(2)
@@ -331,17 +341,15 @@ class _Run:
         if "lse" in wanted:
             _, self.stats.lse = self._attention(visible)
         changed = False
-        for entry in self.plan.of["pattern"]:
-            if entry.contribution.dynamic:
-                pairs = self._value(entry)
-                if pairs is not None:
-                    out, probabilities = self._probabilities(visible.restrict(pairs.visible), 0, lq)
-                    changed = True
-                    self.acted.add(entry.owner)
-        for entry in moves:
-            move = self._value(entry)
-            if move is None:
-                continue
+        for entry in dynamic:
+            pairs = self._value(entry)
+            if pairs is not None:
+                out, probabilities = self._probabilities(visible.restrict(pairs.visible), 0, lq)
+                changed = True
+                self.acted.add(entry.owner)
+        if edits is None:
+            edits = [(entry, move) for entry in moves if (move := self._value(entry)) is not None]
+        for entry, move in edits:
             changed = True
             self.acted.add(entry.owner)
             edit = move.edit if isinstance(move, RowEdit) else _move_edit(move)
@@ -352,7 +360,8 @@ class _Run:
             self.acted.add(entry.owner)
         if changed:
             out = _apply(probabilities, call.value, call.query.dtype)
-        elif watching:
+        elif not self.edited:
+            # Only looked at, or found nothing to edit: the user's own kernel gives the output, bit for bit.
             return self.delegate(call)
         return out.transpose(1, 2).contiguous()
 

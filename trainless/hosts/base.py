@@ -7,11 +7,11 @@ that patches come off in any order. Between the two, patches only add and remove
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import Unsupported
 from ..journal import Journal
@@ -64,6 +64,8 @@ class Runtime:
         self.journal = Journal()
         self.plan = AttentionPlan([])
         self.facts: dict[str, Any] = {}  # set by the host's hooks for the call under way
+        self.rotate: Callable[[Tensor, Tensor], Tensor] | None = None  # turns keys by so many positions
+        self.hooked = False  # the host's own use: whether its hook is in place
 
     def add(self, entries: Sequence[Entry]) -> None:
         self.entries.extend(entries)

@@ -66,8 +66,13 @@ class ConfigView:
         raise Unsupported("a patched model cannot be pickled: remove the patch first, or use save_pretrained")
 
 
-@torch.compiler.disable
-def _attention(
+def _attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+    """The one registered attention function. Compiled models break their graph here, so counters stay right."""
+    # Asking costs far less per call than a disabled function does, and eager decoding makes many calls.
+    return (_uncompiled if torch.compiler.is_compiling() else _routed)(module, *args, **kwargs)
+
+
+def _routed(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -77,7 +82,6 @@ def _attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Any]:
-    """The one registered attention function. Compiled models break their graph here, so counters stay right."""
     runtime = runtime_of(module)
     if runtime is None:
         raise Unsupported(
@@ -119,7 +123,8 @@ def _attention(
     return out, facts.pop("weights", None)
 
 
-_attention._trainless_made = True
+_uncompiled = torch.compiler.disable(_routed)
+_attention._trainless_made = True  # type: ignore[attr-defined]
 
 
 def _user_function(module: nn.Module) -> Callable[..., Any]:
@@ -172,6 +177,11 @@ def _call(
     causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
     facts = runtime.facts
     layer = facts.get("layer")
+    if layer is None and lk > lq and runtime.plan.needs_layer and runtime.site.role == "self":
+        raise Unsupported(
+            f"{runtime.plan.entries[0].method}: {runtime.site.name} attends to {lk - lq} tokens of a cache that the "
+            "patch cannot see, so it cannot keep the state of the sequence; this way of caching is not supported"
+        )
     causal = causal and lq > 1 and mask is None
     if causal and lk > lq and isinstance(layer, StaticLayer):
         key, value, lk = key[:, :, :lq], value[:, :, :lq], lq  # an empty static cache: only these are filled
@@ -245,6 +255,19 @@ class TransformersHost:
         name = runtime.site.name
         journal.add(AttributeEdit(module, ATTRIBUTE, runtime, f"{name}.{ATTRIBUTE}"))
         journal.add(AttributeEdit(module, "config", ConfigView(vars(module)["config"]), f"{name}.config"))
+
+    def prepare(self, runtime: Runtime, model: nn.Module) -> None:
+        """What the contributions at a site need beyond the call itself; called when some have been added.
+
+        The hook that finds the cache layer, unless everything here is known to change nothing (then the
+        stock path has nothing extra to do); the rotation of the model's rotary embedding.
+        """
+        if any(e.contribution.kind == "position" for e in runtime.entries):
+            runtime.rotate = rotation(runtime.site, model)
+        if runtime.hooked or all(e.contribution.inert for e in runtime.entries):
+            return
+        runtime.hooked = True
+        module, journal, name = runtime.site.module, runtime.journal, runtime.site.name
         hook = functools.partial(before, runtime)
         journal.add(
             HookEdit(
@@ -253,11 +276,6 @@ class TransformersHost:
                 f"forward hook on {name}",
             )
         )
-
-    def prepare(self, runtime: Runtime, model: nn.Module) -> None:
-        """What a plan needs beyond the call itself: the rotation of the model's rotary embedding."""
-        if any(e.contribution.kind == "position" for e in runtime.entries):
-            runtime.facts["rotate"] = rotation(runtime.site, model)
 
     def install_model(self, model: nn.Module, journal: Journal, runtimes: Sequence[Runtime]) -> None:
         for name, module in model.named_modules():

@@ -16,22 +16,23 @@ from ..kv import CompressingLayer, StatefulMixin, stateful
 from .base import Lease, Runtime
 
 
-@torch.compiler.disable
 def before(runtime: Runtime, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Note which cache layer this call will use, replacing a stock layer that is still empty by ours."""
+    (_uncompiled if torch.compiler.is_compiling() else _note_layer)(runtime, module, args, kwargs)
+
+
+def _note_layer(
+    runtime: Runtime, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
     facts = runtime.facts
-    rotate = facts.get("rotate")
     facts.clear()
-    if rotate is not None:
-        facts["rotate"] = rotate
     if any(kwargs.get(name) is not None for name in ("key_value_states", "encoder_hidden_states")):
         # The same class serves as self- and cross-attention; only the site's own role is patched.
         if runtime.site.role != "cross":
             facts["cross"] = True
             return
-    cache = kwargs.get("past_key_values")
-    if cache is None:
-        cache = next((a for a in args if isinstance(a, Cache | EncoderDecoderCache)), None)
+    # By type, not by name: some families call it layer_past, or pass it by position.
+    cache = next((a for a in (*kwargs.values(), *args) if isinstance(a, Cache | EncoderDecoderCache)), None)
     if isinstance(cache, EncoderDecoderCache):
         cache = cache.cross_attention_cache if runtime.site.role == "cross" else cache.self_attention_cache
     if not isinstance(cache, Cache):
@@ -50,6 +51,9 @@ def before(runtime: Runtime, module: nn.Module, args: tuple[Any, ...], kwargs: d
     facts["layer"] = layer
     past = layer.get_seq_length()
     facts["past"] = int(past)
+
+
+_uncompiled = torch.compiler.disable(_note_layer)
 
 
 def _ours(runtime: Runtime, layer: Any, index: int) -> Any:
