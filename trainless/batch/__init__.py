@@ -1,5 +1,5 @@
 """Prompts in, results out: reading, running, resuming, sharing out among processes."""
 
-from .generate import OptionError, Request, generate
+from .request import OptionError, Request, generate
 
 __all__ = ["OptionError", "Request", "generate"]

@@ -151,9 +151,17 @@ def _pipeline(description: Description, dtype: torch.dtype) -> Any:
     place, keywords = description.source.origin
     variant = _variant(description)
     extra = {"variant": variant} if variant else {}
-    pipeline = description.pipeline_class.from_pretrained(place, torch_dtype=dtype, **keywords, **extra)
+    pipeline = description.pipeline_class.from_pretrained(place, **{_dtype_word(): dtype}, **keywords, **extra)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _dtype_word() -> str:
+    """What diffusers calls the type: `dtype` since 0.42. Drop when that is the oldest one we take."""
+    from importlib.metadata import version
+
+    major, minor = (int(part) for part in version("diffusers").split(".")[:2])
+    return "dtype" if (major, minor) >= (0, 42) else "torch_dtype"
 
 
 def _component(description: Description, name: str, entry: Any) -> Any:
