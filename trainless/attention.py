@@ -168,9 +168,16 @@ class _Run:
         if layer is not None and layer.evicted and call.query.shape[2] == 1 and not (extra or moves):
             if not self.plan.of["pattern"] and not self.plan.of["observe"] and "lse" not in wanted:
                 return self._decode_kept(layer, wanted)
+        dynamic = [e for e in self.plan.of["pattern"] if e.contribution.dynamic]
+        edits = None
+        if not (wanted or dynamic):
+            # Frozen rules need no statistics: ask them first, they may have nothing to edit in this call.
+            edits = [(entry, move) for entry in moves if (move := self._value(entry)) is not None]
+            if not (edits or predicates or extra or self.edited or self.plan.of["observe"]):
+                return self.delegate(call)
         visible = self._visibility(layer, predicates)
         if call.query.shape[2] <= FEW_ROWS and not extra:
-            return self._few_rows(layer, visible, wanted, moves)
+            return self._few_rows(layer, visible, wanted, moves, dynamic, edits)
         plain = not (self.edited or extra)
         out, lse = self._attention(visible)
         self.edited = self.edited or bool(extra)
@@ -180,20 +187,18 @@ class _Run:
         options = self._options()
         if "column_mass" in wanted:
             self._column_mass(layer, visible, lse, options)
-        for entry in self.plan.of["pattern"]:
-            if entry.contribution.dynamic:
-                pairs = self._value(entry)
-                if pairs is not None:
-                    visible = visible.restrict(pairs.visible)
-                    out, lse = self._attention(visible)
-                    self.stats = Statistics(lse=lse)
-                    self.edited = True
-                    self.acted.add(entry.owner)
+        for entry in dynamic:
+            pairs = self._value(entry)
+            if pairs is not None:
+                visible = visible.restrict(pairs.visible)
+                out, lse = self._attention(visible)
+                self.stats = Statistics(lse=lse)
+                self.edited = True
+                self.acted.add(entry.owner)
         changed = False
-        for entry in moves:
-            move = self._value(entry)
-            if move is None:
-                continue
+        if edits is None:
+            edits = [(entry, move) for entry in moves if (move := self._value(entry)) is not None]
+        for entry, move in edits:
             changed = True
             self.acted.add(entry.owner)
             if isinstance(move, RowEdit):
@@ -320,14 +325,17 @@ class _Run:
         return out.transpose(1, 2).contiguous()
 
     def _few_rows(
-        self, layer: CompressingLayer | None, visible: Visibility, wanted: set[str], moves: tuple[Entry, ...]
+        self,
+        layer: CompressingLayer | None,
+        visible: Visibility,
+        wanted: set[str],
+        moves: tuple[Entry, ...],
+        dynamic: list[Entry],
+        edits: list[tuple[Entry, MassMove | RowEdit]] | None,
     ) -> Tensor:
         """Decode steps and short turns: every probability is at hand, so edits are made on them directly."""
         call = self.call
         lq = call.query.shape[2]
-        watching = not (moves or self.edited or self.plan.of["pattern"])
-        if watching and not wanted:
-            return self.delegate(call)
         out, probabilities = self._probabilities(visible, 0, lq)
         self.kernel = "rows"
         rows = probabilities if call.real is None else probabilities * call.real[:, None, :, None]

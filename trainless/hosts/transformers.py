@@ -189,7 +189,7 @@ def _call(
         mask = _padding_mask(mask, lq, lk, causal or bool(getattr(module, "is_causal", True) and lq > 1))
         causal = False
     implementation = _user_name(module)
-    runtime.facts["same_bits"] = implementation == "sdpa" and mask is None and query.device.type == "cpu"
+    facts["same_bits"] = implementation == "sdpa" and query.device.type == "cpu" and kwargs.get("position_bias") is None
     window = kwargs.get("sliding_window")
     return AttentionCall(
         query, key, value, mask,
