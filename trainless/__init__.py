@@ -16,23 +16,31 @@ from .errors import (
     TrainlessError,
     Unsupported,
 )
+from .explain import Explanation, explain
+from .listing import MethodInfo, methods
 from .patching import Patch, patch, patched, unpatch
 from .recipes import load_recipe
+from .verification import Verification
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CalibrationError",
     "Conflict",
+    "Explanation",
     "ForeignEdit",
     "InputError",
+    "MethodInfo",
     "NoMatch",
     "Patch",
     "RecipeError",
     "TrainlessError",
     "Unsupported",
+    "Verification",
     "__version__",
+    "explain",
     "load_recipe",
+    "methods",
     "patch",
     "patched",
     "unpatch",

@@ -1,0 +1,63 @@
+"""Probes: small inputs made for a model from what it says about itself, on which a patch can be tried.
+
+Each host has a module ``<host>_probe`` with ``probes(part, sites, tokens)``; this one finds it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..seams import Site
+
+SEED = 20240
+STEPS = 3  # cached decode steps after the prefill
+
+
+@dataclass(frozen=True)
+class Probe:
+    """``run()`` calls the model once, on inputs that never change and a fresh cache, and returns its outputs.
+
+    misses: parts of the model that it does not reach. unit: what one run is, for timings.
+    """
+
+    name: str
+    run: Callable[[], Any]
+    misses: frozenset[str] = frozenset()
+    unit: str = "call"
+
+
+def default_probes(part: Any, sites: Sequence[Site], tokens: int) -> list[Probe]:
+    """Probes for one component, whose patched sites are ``sites``; Unsupported when it needs one of the user's.
+
+    tokens: how long a prefill should be so that the patch has something to do; less when the model has
+    fewer positions.
+    """
+    module = importlib.import_module(f"{__package__}.{part.host.name}_probe")
+    found: list[Probe] = module.probes(part, sites, tokens)
+    return found
+
+
+class Draw:
+    """Seeded random tensors on the device and in the type of a model; the same on every device."""
+
+    def __init__(self, model: nn.Module, seed: int = SEED):
+        own = next((p for p in model.parameters() if p.is_floating_point()), None)
+        self.device = torch.device("cpu") if own is None else own.device
+        self.dtype = torch.float32 if own is None else own.dtype
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.generator).to(self.device, self.dtype)
+
+    def choice(self, pool: Tensor, *shape: int) -> Tensor:
+        index = torch.randint(len(pool), shape, generator=self.generator)
+        return pool[index].to(self.device)
+
+    def full(self, value: float, *shape: int) -> Tensor:
+        return torch.full(shape, value, device=self.device, dtype=self.dtype)

@@ -1,0 +1,86 @@
+"""How many bytes a key/value cache takes, from head counts and eviction rules; nothing is run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .binding import Binding, entries_by_module
+from .hosts import Component, find_sites
+from .hosts.base import runtime_of
+from .seams import AttentionPlan, Entry, Evict, Site
+
+LENGTHS = (4096, 32768)
+
+
+@dataclass(frozen=True)
+class CachePoint:
+    """Bytes of keys and values of one sequence of ``tokens`` tokens. beyond: more than the model's positions."""
+
+    tokens: int
+    unpatched: int
+    patched: int
+    beyond: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+@dataclass(frozen=True)
+class CacheEstimate:
+    """``layers`` that cache, their ``dtype``, the model's ``positions`` if it names a limit, and the points."""
+
+    layers: int
+    dtype: str
+    positions: int | None
+    points: tuple[CachePoint, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**vars(self), "points": [p.to_dict() for p in self.points]}
+
+
+def estimate(
+    parts: Sequence[Component], bindings: Sequence[Binding], lengths: Sequence[int] = LENGTHS
+) -> CacheEstimate | None:
+    """The cache of the model that ``bindings`` touch, unpatched and under them; None when none caches.
+
+    Counts causal self-attention layers whose head counts are known; a sliding-window layer holds its
+    window. Patches that stand on the model already count as part of "patched".
+    """
+    planned = entries_by_module(bindings)
+    for part in parts:
+        sites = [s for s in find_sites([part]) if _caches(s)]
+        if sites and any(s.module in planned for s in sites):
+            break
+    else:
+        return None
+    width = next((p.dtype for p in part.module.parameters() if p.is_floating_point()), torch.float32)
+    limits = [s.facts.get("max_positions") for s in sites]
+    positions = next((n for n in limits if isinstance(n, int) and n > 0), None)
+    points = []
+    for tokens in lengths:
+        before = after = 0
+        for site in sites:
+            per_token = 2 * (site.kv_heads or 0) * (site.head_dim or 0) * width.itemsize
+            window = site.facts.get("sliding_window")
+            held = min(tokens, window) if window else tokens
+            rule = _rule(site, planned[site.module][1] if site.module in planned else [])
+            before += held * per_token
+            after += (held if rule is None else min(held, rule.total(tokens))) * per_token
+        points.append(CachePoint(tokens, before, after, positions is not None and tokens > positions))
+    return CacheEstimate(len(sites), str(width).removeprefix("torch."), positions, tuple(points))
+
+
+def _caches(site: Site) -> bool:
+    known = site.kv_heads is not None and site.head_dim is not None
+    return site.causal and site.role == "self" and known and not site.facts.get("shares_kv")
+
+
+def _rule(site: Site, entries: Sequence[Entry]) -> Evict | None:
+    """The eviction rule that would stand at the site."""
+    runtime = runtime_of(site.module)
+    standing = list(runtime.plan.entries) if runtime is not None else []
+    return AttentionPlan([*standing, *entries]).evict

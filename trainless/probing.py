@@ -1,0 +1,243 @@
+"""Trying a patch out without leaving a trace: the same inputs and seeds each time, counters put back after."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import InputError
+from .hosts import Component
+from .hosts.base import Lease, Runtime, Tally, runtime_of
+from .hosts.probes import SEED, STEPS, Probe, default_probes
+from .seams import Evict, Site
+
+BASE = 64  # tokens of a prefill: more than few rows, so that the blocked kernels are tried
+MOST = 2048  # tokens of a prefill that is made longer so that an evictor has something to drop
+
+
+# ---------------------------------------------------------------- which probes
+
+
+def probes_for(parts: Sequence[Component], sites: Sequence[Site], tokens: int) -> list[Probe]:
+    """The default probes of every component that one of ``sites`` belongs to; Unsupported names what has none."""
+    found = []
+    for part in parts:
+        own = [s for s in sites if s.name.startswith(part.prefix)]
+        longer = [p for p in parts if len(p.prefix) > len(part.prefix)]
+        own = [s for s in own if not any(s.name.startswith(p.prefix) for p in longer)]
+        if own:
+            found += default_probes(part, own, tokens)
+    return found
+
+
+def tokens_for(rules: Sequence[Evict]) -> int:
+    """A prefill length at which every eviction rule has to drop something, where that is within reason."""
+    need = BASE
+    for rule in rules:
+        parts = (rule.sinks, rule.recent, rule.heavy)
+        fixed = sum(b for b in parts if isinstance(b, int))
+        share = sum(b for b in parts if isinstance(b, float))
+        if share < 1:
+            need = max(need, int((fixed + STEPS + 1) / (1 - share)) + 8)
+    return need if need <= MOST else BASE
+
+
+def user_probe(model: Any, parts: Sequence[Component], given: Any) -> Probe:
+    """A probe from what the user gave: inputs of the model by name, input ids, or a function of the model."""
+    # A diffusers pipeline is called as a whole; it has its own arguments.
+    target = model if parts[0].prefix else parts[0].module
+    if isinstance(given, Mapping):
+        return Probe("the inputs given", lambda: target(**_fresh(dict(given))))
+    if isinstance(given, Tensor):
+        from .hosts.transformers_probe import cached
+
+        ids = given if given.dim() == 2 else given[None]
+        module = parts[0].module
+        if parts[0].host.name != "transformers" or ids.is_floating_point():
+            raise InputError("probe: a tensor means input ids; for other inputs give a dictionary of them")
+        if not any(getattr(m, "is_causal", False) for m in module.modules()):
+            return Probe(f"the {ids.shape[1]} tokens given", lambda: module(input_ids=ids))
+        said = f"the {ids.shape[1]} tokens given, then {min(STEPS, ids.shape[1])} cached steps"
+        return Probe(said, lambda: cached(module, ids, ids[:, :STEPS]))
+    if callable(given):
+        return Probe("the function given", lambda: given(model))
+    raise InputError(
+        f"probe={type(given).__name__}: give a dictionary of the model's inputs, a tensor of input ids, "
+        "or a function of the model that returns its outputs"
+    )
+
+
+def _fresh(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs with copies of what a call may change: caches and containers, not tensors."""
+    return {k: v if isinstance(v, Tensor) else deepcopy(v) for k, v in inputs.items()}
+
+
+# ---------------------------------------------------------------- running
+
+
+@contextlib.contextmanager
+def quietly(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Evaluation mode, no gradients, and the random state, all as before afterwards."""
+    training = [(m, m.training) for module in modules for m in module.modules()]
+    devices = sorted(
+        {p.device.index or 0 for m in modules for p in m.parameters() if p.device.type == "cuda"}
+    )
+    with torch.random.fork_rng(devices), torch.no_grad():
+        try:
+            for module, _ in training:
+                module.training = False
+            yield
+        finally:
+            for module, was in training:
+                module.training = was
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Every tensor and image in an output, depth first; caches are not outputs."""
+    if isinstance(value, Tensor):
+        yield value.detach().clone()
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            if key != "past_key_values":
+                yield from tensors_in(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from tensors_in(item)
+    elif hasattr(value, "__array__") or hasattr(value, "getbands"):
+        import numpy
+
+        array = numpy.asarray(value)
+        if array.dtype.kind in "fiub":
+            yield torch.from_numpy(array.copy())
+
+
+def same_bits(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
+    """Whether two lists of outputs agree in shape, type and every bit."""
+    return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+
+
+def _same(x: Tensor, y: Tensor) -> bool:
+    if x.shape != y.shape or x.dtype != y.dtype:
+        return False
+    raw = [t.contiguous().reshape(-1).view(torch.uint8) for t in (x, y)]
+    return torch.equal(raw[0], raw[1])
+
+
+def difference(a: Sequence[Tensor], b: Sequence[Tensor]) -> str:
+    """How two lists of outputs differ, for people."""
+    if [t.shape for t in a] != [t.shape for t in b]:
+        return "the outputs differ in number or shape"
+    most = 0.0
+    for x, y in zip(a, b, strict=True):
+        if x.numel():
+            gap = (x.double() - y.double()).abs()
+            most = max(most, float(gap.nan_to_num(float("inf")).max()))
+    return f"the outputs differ by up to {most:.3g}"
+
+
+# ---------------------------------------------------------------- counting
+
+
+@dataclass
+class Ran:
+    """One run of every probe: per probe, its output tensors and the counters of each patch at each module."""
+
+    outputs: list[list[Tensor]]
+    counts: list[dict[nn.Module, dict[Lease, Tally]]]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [tensor for found in self.outputs for tensor in found]
+
+    def at(self, site: Site, lease: Lease, probe: int | None = None) -> Tally:
+        """The counters of one patch's method at one site, over all probes or in one."""
+        total = Tally()
+        for found in self.counts if probe is None else [self.counts[probe]]:
+            tally = found.get(site.module, {}).get(lease)
+            if tally is not None:
+                total.fired += tally.fired
+                total.acted += tally.acted
+                total.kernels.update(tally.kernels)
+                total.tokens_seen = max(total.tokens_seen, tally.tokens_seen)
+        return total
+
+    def calls_of_others(self, leases: set[Lease]) -> list[tuple[int, int, int, int]]:
+        """What every patch but ``leases`` did, in a form in which two runs can be compared."""
+        return [
+            (id(module), id(lease), tally.fired, tally.acted)
+            for found in self.counts
+            for module, tallies in found.items()
+            for lease, tally in tallies.items()
+            if lease not in leases
+        ]
+
+
+def runtimes(parts: Sequence[Component]) -> list[Runtime]:
+    found = (runtime_of(module) for part in parts for module in part.module.modules())
+    return [runtime for runtime in found if runtime is not None]
+
+
+def run(parts: Sequence[Component], probes: Sequence[Probe]) -> Ran:
+    """Run every probe with all counters at zero; random numbers are drawn from the same seed each time."""
+    ran = Ran([], [])
+    for probe in probes:
+        standing = runtimes(parts)
+        for runtime in standing:
+            runtime.tallies = {lease: Tally() for lease in runtime.tallies}
+            runtime.facts.pop("around", None)
+            runtime.refresh()
+        torch.manual_seed(SEED)
+        ran.outputs.append(list(tensors_in(probe.run())))
+        ran.counts.append({runtime.site.module: dict(runtime.tallies) for runtime in standing})
+    if not ran.tensors:
+        raise InputError("the probe gives no tensors or images to compare; return the model's outputs")
+    return ran
+
+
+class Standing:
+    """How every patch stands: its place among others, its counters, and the order of hooks."""
+
+    def __init__(self, parts: Sequence[Component]):
+        self.parts = parts
+        self.entries = {r.site.module: list(r.entries) for r in runtimes(parts)}
+        self.tallies = {r.site.module: (r.tallies, r.facts.get("around")) for r in runtimes(parts)}
+        self.hooks = [
+            (hooks, list(hooks))
+            for part in parts
+            for module in part.module.modules()
+            for hooks in (module._forward_pre_hooks, module._forward_hooks)
+        ]
+
+    def restore_order(self) -> None:
+        """After a patch was taken off and put back: everything in its old place again."""
+        for runtime in runtimes(self.parts):
+            present = {entry.owner for entry in runtime.entries}
+            runtime.entries = [e for e in self.entries[runtime.site.module] if e.owner in present]
+            runtime.refresh()
+        for hooks, before in self.hooks:
+            _reorder(hooks, before)
+
+    def restore_counters(self) -> None:
+        for runtime in runtimes(self.parts):
+            tallies, around = self.tallies[runtime.site.module]
+            runtime.tallies = {lease: tallies[lease] for lease in runtime.tallies if lease in tallies}
+            runtime.facts.pop("around", None)
+            if around is not None:
+                runtime.facts["around"] = around
+            runtime.refresh()
+
+
+def _reorder(hooks: Any, before: list[int]) -> None:
+    """Put hooks that were taken off and put on again into their old places among the others."""
+    again = [key for key in hooks if key not in before]
+    if not again:
+        return
+    order = [key if key in hooks else again.pop(0) for key in before if key in hooks or again]
+    for key in [*order, *again]:
+        hooks.move_to_end(key)
