@@ -72,7 +72,13 @@ def test_datasets_folder(tmp_path):
 
 
 def test_openai_lines(tmp_path):
-    body = {"model": "x", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 5, "stop": ["."], "n": 2}
+    body = {
+        "model": "x",
+        "messages": [{"role": "user", "content": "hi"}],
+        "max_tokens": 5,
+        "stop": ["."],
+        "n": 2,
+    }
     line = {"custom_id": "r1", "method": "POST", "url": "/v1/chat/completions", "body": body}
     file = tmp_path / "p.jsonl"
     file.write_text(json.dumps(line))
@@ -120,7 +126,7 @@ BAD_LINES = [
 def test_bad_line_is_named_with_its_place(tmp_path, line, said):
     file = tmp_path / "p.jsonl"
     file.write_text('{"prompt": "fine"}\n\n' + line + "\n")
-    with pytest.raises(InputError, match="p.jsonl:3: ") as error:
+    with pytest.raises(InputError, match=r"p\.jsonl:3: ") as error:
         read(file)
     assert said in str(error.value)
     assert all("p.jsonl:3: " in line for line in str(error.value).splitlines())

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import records, results, write_lines
 
-from trainless.batch.keys import Settings, jobs
 from trainless.batch.items import Item
+from trainless.batch.keys import Settings, jobs
 
 ARGS = ("--max-new-tokens", 4, "--batch-size", 2)
 
@@ -242,7 +242,15 @@ def test_key_covers_content_and_settings(tmp_path):
         Item("", prompt="x", images=(image,), seed=0),
         Item("", messages=[{"role": "user", "content": "x"}], images=(image,)),
     ]
-    changed = {"model": "n", "recipe": "r", "dtype": "float16", "seed": 1, "max_new_tokens": 5, "size": "8x8", "steps": 1}
+    changed = {
+        "model": "n",
+        "recipe": "r",
+        "dtype": "float16",
+        "seed": 1,
+        "max_new_tokens": 5,
+        "size": "8x8",
+        "steps": 1,
+    }
     found = [keys(item)[0] for item in different]
     found += [keys(base, settings=replace(SETTINGS, **{k: v}))[0] for k, v in changed.items()]
     image.write_bytes(b"2")

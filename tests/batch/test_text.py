@@ -102,7 +102,8 @@ def sampled(run, llama, name, rows, *more):
 
 def test_a_sampled_item_does_not_depend_on_batch_order_or_neighbours(run, llama):
     rows = [
-        {"prompt": p, "n": 3, "params": {"temperature": 1.5, "top_k": 50, "top_p": 0.95}} for p in ("one", "three", LONG)
+        {"prompt": p, "n": 3, "params": {"temperature": 1.5, "top_k": 50, "top_p": 0.95}}
+        for p in ("one", "three", LONG)
     ]
     rows.append({"prompt": "greedy one"})
     base = sampled(run, llama, "a", rows, "--batch-size", 1)
@@ -160,7 +161,10 @@ def test_temperature_zero_and_penalty_alone_are_greedy(run, llama, plain):
 
 
 def test_messages_go_through_the_chat_template(run, llama, plain):
-    messages = [{"role": "system", "content": "be"}, {"role": "user", "content": [{"type": "text", "text": "kind"}]}]
+    messages = [
+        {"role": "system", "content": "be"},
+        {"role": "user", "content": [{"type": "text", "text": "kind"}]},
+    ]
     write_lines("p.jsonl", [{"messages": messages}])
     assert run("generate", llama, "p.jsonl", "-o", "out", "--max-new-tokens", 8)[0] == 0
     (record,) = records("out")

@@ -72,6 +72,8 @@ def generate(request: Request, say: Callable[[str], None] = lambda line: print(l
     engine.prepare(work, faults)
     refuse(faults)
     if recipe is not None:
+        for line in recipe.understood() if launch.rank == 0 else ():
+            say(line)
         _check_fit(description, recipe)
     store.check(settings, request.overwrite)
     size = request.batch_size or DEFAULT_BATCH[description.kind]

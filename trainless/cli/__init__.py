@@ -57,5 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character still runs
+            stream.reconfigure(
+                errors="backslashreplace"
+            )  # a terminal that cannot show a character still runs
     app(args=arguments, prog_name="trainless")

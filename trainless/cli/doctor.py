@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
-
-from .shared import table
 
 _PACKAGES = ("trainless", "torch", "transformers", "safetensors", "huggingface-hub")
 
 
 def command() -> int:
     """Versions, devices, which kernels will run and why, and which extras are there."""
-    import torch
+    from ..tables import table
 
     print("versions")
     rows = [["python", platform.python_version()], *([name, _version(name)] for name in _PACKAGES)]
     print(table(rows, indent=2))
     print("devices")
-    print(table(_devices(torch), indent=2))
+    print(table(_devices(), indent=2))
     print("kernels")
     print(table(_kernels(), indent=2))
     print("extras")
@@ -35,9 +34,7 @@ def _version(name: str) -> str:
         return "not installed"
 
 
-def _devices(torch: object) -> list[list[str]]:
-    import os
-
+def _devices() -> list[list[str]]:
     import torch as t
 
     rows = [["cpu", f"{os.cpu_count()} cores, {t.get_num_threads()} threads, {platform.machine()}; float32"]]
@@ -57,7 +54,10 @@ def _devices(torch: object) -> list[list[str]]:
 def _kernels() -> list[list[str]]:
     from ..kernels.dispatch import available
 
-    return [[name, choice.name, "; ".join(choice.reasons) or "the fastest form"] for name, choice in available().items()]
+    return [
+        [name, choice.name, "; ".join(choice.reasons) or "the fastest form"]
+        for name, choice in available().items()
+    ]
 
 
 def _extras() -> list[list[str]]:

@@ -8,7 +8,7 @@ from .shared import BAD_INPUT, DONE, Patches, Recipes, Sets, chosen
 
 
 def command(
-    model: str = typer.Argument(help="Hub id, local folder, GGUF file, or demo:smollm2."),
+    model: str = typer.Argument(metavar="MODEL", help="Hub id, folder, GGUF file, or demo:smollm2."),
     recipe: list[str] = Recipes,
     patch: list[str] = Patches,
     set_: list[str] = Sets,
@@ -20,10 +20,9 @@ def command(
     what = chosen(recipe, patch, set_)
     if what is None:
         raise typer.BadParameter("name what to explain", param_hint="--patch or --recipe")
-    import trainless
-
+    from ..explain import explain
     from ..models import describe, skeleton
 
-    found = trainless.explain(skeleton(describe(model)), what)
+    found = explain(skeleton(describe(model)), what)
     print(found)
     return DONE if found.ok else BAD_INPUT

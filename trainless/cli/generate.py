@@ -9,20 +9,28 @@ import typer
 
 from .shared import BAD_COMMAND, Patches, Recipes, Sets, check_sets, say
 
+Out = typer.Option(..., "-o", metavar="DIR", help="Folder of results; run again to resume.")
+
 
 def command(
-    model: str = typer.Argument(help="Hub id, local folder, GGUF file, or demo:smollm2."),
-    prompts: str = typer.Argument(help="txt, JSONL, CSV, Parquet, OpenAI batch, a datasets name; - is stdin."),
-    out: Path = typer.Option(..., "-o", metavar="DIR", help="Folder of results; run again to resume."),
+    model: str = typer.Argument(metavar="MODEL", help="Hub id, folder, GGUF file, or demo:smollm2."),
+    prompts: str = typer.Argument(
+        metavar="PROMPTS", help="txt, JSONL, CSV, Parquet, OpenAI batch, a datasets name; - is stdin."
+    ),
+    out: Path = Out,
     recipe: list[str] = Recipes,
     patch: list[str] = Patches,
     set_: list[str] = Sets,
-    max_new_tokens: int = typer.Option(None, "--max-new-tokens", min=1, help="Text: default 64."),
-    batch_size: int = typer.Option(None, "--batch-size", min=1, help="Default: text 8, images 1."),
-    limit: int = typer.Option(None, "--limit", min=1, help="Only the first N prompts."),
-    seed: int = typer.Option(0, "--seed", min=0, max=2**63 - 1, help="Seed of the run."),
+    max_new_tokens: int = typer.Option(
+        None, "--max-new-tokens", metavar="N", min=1, help="Text: default 64."
+    ),
+    batch_size: int = typer.Option(
+        None, "--batch-size", metavar="N", min=1, help="Default: text 8, images 1."
+    ),
+    limit: int = typer.Option(None, "--limit", metavar="N", min=1, help="Only the first N prompts."),
+    seed: int = typer.Option(0, "--seed", metavar="N", min=0, max=2**63 - 1, help="Seed of the run."),
     size: str = typer.Option(None, "--size", metavar="HxW", help="Images: height and width in pixels."),
-    steps: int = typer.Option(None, "--steps", min=1, help="Images: denoising steps."),
+    steps: int = typer.Option(None, "--steps", metavar="N", min=1, help="Images: denoising steps."),
     retry_errors: bool = typer.Option(False, "--retry-errors", help="Run the items again that failed."),
     overwrite: bool = typer.Option(False, "--overwrite", help="Delete the results in DIR first."),
     dry_run: bool = typer.Option(False, "--dry-run", help="Check everything, run nothing."),
@@ -69,7 +77,9 @@ def _size(text: str | None) -> tuple[int, int] | None:
         return None
     found = re.fullmatch(r"([1-9]\d{0,5})[xX]([1-9]\d{0,5})", text)
     if not found:
-        raise typer.BadParameter(f"{text!r} is not HEIGHTxWIDTH in pixels, such as 512x768", param_hint="--size")
+        raise typer.BadParameter(
+            f"{text!r} is not HEIGHTxWIDTH in pixels, such as 512x768", param_hint="--size"
+        )
     height, width = int(found[1]), int(found[2])
     if height % 8 or width % 8:
         raise typer.BadParameter(f"{text!r}: height and width must be multiples of 8", param_hint="--size")

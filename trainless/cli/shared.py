@@ -4,22 +4,33 @@ from __future__ import annotations
 
 import functools
 import os
-import shutil
 import sys
-import textwrap
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import typer
 
 from ..errors import TrainlessError
+from ..tables import table
+
+__all__ = [
+    "BAD_COMMAND",
+    "BAD_INPUT",
+    "DONE",
+    "INTERRUPTED",
+    "ITEM_ERRORS",
+    "chosen",
+    "guarded",
+    "say",
+    "table",
+]
 
 DONE, ITEM_ERRORS, BAD_INPUT, BAD_COMMAND, INTERRUPTED = 0, 3, 1, 2, 130
 DEBUG = "TRAINLESS_DEBUG"  # set: errors come with their traceback
 
-Recipes = typer.Option(None, "--recipe", help="A recipe: packaged name or file. Repeatable.")
-Patches = typer.Option(None, "--patch", help="A method with its defaults. Repeatable.")
+Recipes = typer.Option(None, "--recipe", metavar="R", help="A recipe: packaged name or file. Repeatable.")
+Patches = typer.Option(None, "--patch", metavar="NAME", help="A method, with its defaults. Repeatable.")
 Sets = typer.Option(None, "--set", metavar="NAME.KEY=VALUE", help="Set a method's parameter. Repeatable.")
 
 
@@ -86,25 +97,10 @@ def check_sets(what: Sequence[str], sets: Sequence[str]) -> None:
         name, dot, rest = text.partition(".")
         key, equals, _ = rest.partition("=")
         if not (name and dot and key and equals):
-            raise typer.BadParameter(f"{text!r} is not NAME.KEY=VALUE, such as h2o.recent=64", param_hint="--set")
+            raise typer.BadParameter(
+                f"{text!r} is not NAME.KEY=VALUE, such as h2o.recent=64", param_hint="--set"
+            )
         if not what:
-            raise typer.BadParameter(f"{text!r}: no method is in use; add --patch or --recipe", param_hint="--set")
-
-
-def width() -> int:
-    """Columns to print in: at most 100, and 80 where nobody says."""
-    return min(shutil.get_terminal_size((80, 24)).columns, 100)
-
-
-def table(rows: Iterable[Sequence[str]], indent: int = 0) -> str:
-    """Rows as columns, the last one wrapped so that lines stay within ``width()``."""
-    rows = [[str(cell) for cell in row] for row in rows]
-    columns = max(map(len, rows), default=0)
-    widths = [max((len(r[i]) for r in rows if len(r) > i + 1), default=0) for i in range(columns - 1)]
-    lines = []
-    for row in rows:
-        head = " " * indent + "".join(f"{cell:<{w}}  " for cell, w in zip(row[:-1], widths, strict=False))
-        room = max(20, width() - len(head))
-        body = textwrap.wrap(row[-1], room) or [""]
-        lines += [head + body[0], *(" " * len(head) + more for more in body[1:])]
-    return "\n".join(line.rstrip() for line in lines)
+            raise typer.BadParameter(
+                f"{text!r}: no method is in use; add --patch or --recipe", param_hint="--set"
+            )
