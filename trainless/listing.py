@@ -63,7 +63,7 @@ class MethodInfo:
             lines.append(wrapped(f"note: {self.note}", 2, 4))
         rows = [[_shown(p), p.help] for p in self.parameters]
         if self.calibration is not None and "calibration" not in {p.name for p in self.parameters}:
-            rows.append(["calibration", f"file made by `trainless calibrate {self.calibration}`"])
+            rows.append(["calibration", "file made by `trainless calibrate`"])
         return "\n".join([*lines, table(rows, indent=4)])
 
 
