@@ -18,8 +18,9 @@ from torch import Tensor
 from .errors import InputError, Unsupported
 from .hosts.base import Lease, Runtime
 from .kernels.column_mass import column_mass
+from .kernels.common import Terms
 from .kernels.lse import attention as attention_lse
-from .kernels.lse import row_attention
+from .kernels.lse import choose, row_attention
 from .kernels.mass_move import mass_move
 from .kernels.visibility import Visibility, visibility
 from .kv import CompressingLayer
@@ -223,8 +224,10 @@ class _Run:
         _, h, hkv, lq, lk = call.shape
         if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[1] not in (1, h):
             mask = mask.repeat_interleave(h // hkv, 1)  # slots differ from one key/value head to the next
+        # Flash-style padding (B, Lk) comes beside the causal flag, not instead of it.
+        padding = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
         visible = visibility(
-            mask,
+            mask if padding is None else None,
             causal=causal,
             lq=lq,
             lk=lk,
@@ -232,6 +235,8 @@ class _Run:
             window=call.sliding_window,
             device=call.query.device,
         )
+        if padding is not None:
+            visible = replace(visible, keys=padding[:, -lk:].bool())
         for entry in predicates:
             pairs = self._value(entry)
             if pairs is not None:
@@ -251,8 +256,13 @@ class _Run:
 
     def _attention(self, visible: Visibility) -> tuple[Tensor, Tensor]:
         call = self.call
-        out, lse = attention_lse(call.query, call.key, call.value, visibility=visible, **self._options())
-        self.kernel = "lse"
+        options = self._options()
+        choice = choose(
+            call.query, call.key, call.value, visibility=visible,
+            terms=Terms(call.scaling, call.position_bias, call.softcap, call.sink_logits),
+        )  # fmt: skip
+        self.kernel, self.reasons = f"lse/{choice.name}", "; ".join(choice.reasons)
+        out, lse = attention_lse(call.query, call.key, call.value, visibility=visible, **options)
         return out, lse
 
     def _column_mass(
@@ -474,6 +484,8 @@ class _Run:
                 tally.acted += 1
         for tally in self.runtime.live:
             tally.kernels[self.kernel] += 1
+            if self.reasons:
+                tally.reasons[self.kernel] = self.reasons
         if layer is None:
             return
         for entry in self.plan.of["kv"]:

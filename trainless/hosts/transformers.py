@@ -22,6 +22,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..attention import attend
 from ..errors import Unsupported
 from ..journal import MARKER, AttributeEdit, HookEdit, Journal
+from ..kernels.visibility import visibility
+from ..kv import CompressingLayer
 from ..seams import AttentionCall, Site
 from .base import ATTRIBUTE, Runtime, runtime_of
 from .rotary import rotation
@@ -182,23 +184,24 @@ def _call(
             f"{runtime.plan.entries[0].method}: {runtime.site.name} attends to {lk - lq} tokens of a cache that the "
             "patch cannot see, so it cannot keep the state of the sequence; this way of caching is not supported"
         )
-    causal = causal and lq > 1 and mask is None
+    # A 2-D mask marks padding and leaves causality to the flag; any other mask says everything itself.
+    padding = isinstance(mask, Tensor) and mask.dim() == 2
+    causal = causal and lq > 1 and (mask is None or padding)
     if causal and lk > lq and isinstance(layer, StaticLayer):
         key, value, lk = key[:, :, :lq], value[:, :, :lq], lq  # an empty static cache: only these are filled
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        mask = _padding_mask(mask, lq, lk, causal or bool(getattr(module, "is_causal", True) and lq > 1))
-        causal = False
     implementation = _user_name(module)
     facts["same_bits"] = implementation == "sdpa" and query.device.type == "cpu" and kwargs.get("position_bias") is None
     window = kwargs.get("sliding_window")
+    # A compressed layer hands out fewer keys than the mask is about.
+    held = facts["past"] + lq if isinstance(layer, CompressingLayer) else lk
     return AttentionCall(
         query, key, value, mask,
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
         causal=causal, dropout=dropout,
         position_bias=kwargs.get("position_bias"), softcap=kwargs.get("softcap"), sink_logits=kwargs.get("s_aux"),
         # A tensor mask already has the window in it.
-        sliding_window=window if not isinstance(mask, Tensor) else None,
-        site=runtime.site, layer=layer, past=facts.get("past", 0), real=_real_rows(mask, lq, lk), facts=facts,
+        sliding_window=window if mask is None or padding else None,
+        site=runtime.site, layer=layer, past=facts.get("past", 0), real=_real_rows(mask, lq, held), facts=facts,
     )  # fmt: skip
 
 
@@ -210,26 +213,35 @@ def _one_sequence(bounds: Any) -> bool:
     return isinstance(bounds, Tensor) and bounds.numel() == 2
 
 
-def _padding_mask(mask: Tensor, lq: int, lk: int, causal: bool) -> Tensor:
-    """A flash-style 2-D padding mask (B, >=Lk) as a bool mask (B, 1, 1|Lq, Lk)."""
-    whole = mask[:, -lk:].bool()[:, None, None, :]
-    if causal:
-        seen = torch.ones(lq, lk, dtype=torch.bool, device=mask.device).tril(lk - lq)
-        whole = whole & seen
-    return whole
-
-
 def _real_rows(mask: Any, lq: int, lk: int) -> Tensor | None:
     """(B, Lq) bool: which of this call's tokens are not padding: those that see themselves. None: all."""
-    if not isinstance(mask, Tensor) or mask.dim() != 4 or lk < lq or mask.shape[-1] < lq:
+    if mask is None or lk < lq:
         return None
-    own = mask[..., -lq:]
-    if mask.shape[-2] == lq:
-        own = own.diagonal(dim1=-2, dim2=-1)
+    if not isinstance(mask, Tensor):
+        real = _block_mask_diagonal(mask, lq, lk)
+    elif mask.dim() == 2:
+        real = mask[:, -lq:].bool()
+    elif mask.dim() != 4 or mask.shape[-1] < lq:
+        return None
     else:
-        own = own[..., 0, :]
-    real = own[:, 0] if own.dtype == torch.bool else own[:, 0] > torch.finfo(own.dtype).min / 2
+        own = mask[..., -lq:]
+        own = own.diagonal(dim1=-2, dim2=-1) if mask.shape[-2] == lq else own[..., 0, :]
+        real = own[:, 0] if own.dtype == torch.bool else own[:, 0] > torch.finfo(own.dtype).min / 2
     return None if bool(real.all()) else real
+
+
+def _block_mask_diagonal(mask: Any, lq: int, lk: int) -> Tensor:
+    """Which tokens see themselves under a flex BlockMask, evaluated a block of rows at a time."""
+    seen = visibility(mask, causal=False, lq=lq, lk=lk)
+    found = []
+    for start in range(0, lq, 128):
+        rows = torch.arange(start, min(lq, start + 128), device=seen.device)
+        own = (rows + lk - lq).expand(mask.shape[0], 1, -1).contiguous()
+        block = seen.columns(own, rows)
+        if block is None:
+            return torch.ones(mask.shape[0], lq, dtype=torch.bool, device=seen.device)
+        found.append(block[:, 0].diagonal(dim1=-2, dim2=-1))
+    return torch.cat(found, 1)
 
 
 class TransformersHost:

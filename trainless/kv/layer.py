@@ -124,7 +124,9 @@ class CompressingLayer(Slots):
 
     def score(self, mass: Tensor, tail: Tensor | None = None) -> None:
         """Add column mass (B, H, Lk). ``tail`` (B, H, rows, Lk): its last rows one by one, if they may be cropped."""
+        mass = mass.detach()
         if tail is not None:
+            tail = tail.detach()
             mass = mass - tail.sum(2)
             self.pending = self._grouped(tail)
         add = self._grouped(mass[:, :, None])[:, :, 0]
@@ -161,6 +163,10 @@ class CompressingLayer(Slots):
         if rows == 1:
             heads = self.positions >= 0
             return heads[:, :, None, :], False
+        if mask is not None and mask.dim() == 2:
+            mask = mask[:, None, None, :].bool()
+            if rows > 1:
+                mask = mask[..., -rows:] & torch.ones(rows, rows, dtype=torch.bool, device=device).tril()
         new = mask[..., -rows:] if mask is not None else None
         if new is None:
             new = torch.ones(rows, rows, dtype=torch.bool, device=device).tril()[None, None]
