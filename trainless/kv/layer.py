@@ -128,8 +128,9 @@ class CompressingLayer(Slots):
         if tail is not None:
             tail = tail.detach()
             mass = mass - tail.sum(2)
-            self.pending = self._grouped(tail)
         add = self._grouped(mass[:, :, None])[:, :, 0]
+        if tail is not None:
+            add = self._hold_back(self._grouped(tail), add)
         if self.scores is None:
             self.scores = add
             return
@@ -137,6 +138,16 @@ class CompressingLayer(Slots):
         if short:
             self.scores = torch.cat([self.scores, self.scores.new_zeros(*self.scores.shape[:2], short)], 2)
         self.scores.add_(add)
+
+    def _hold_back(self, rows: Tensor, add: Tensor) -> Tensor:
+        """Keep the last rows (B, Hkv, rows, S) apart until crop() says which stay; returns what to add now."""
+        if self.pending is not None:
+            # A draft is fed token by token: the rows of its earlier calls may still be taken back, too.
+            short = rows.shape[3] - self.pending.shape[3]
+            rows = torch.cat([torch.nn.functional.pad(self.pending, (0, short)), rows], 2)
+        surplus = max(0, rows.shape[2] - self.TAIL)
+        self.pending = rows[:, :, surplus:]
+        return add + rows[:, :, :surplus].sum(2) if surplus else add
 
     def valid(self) -> Tensor | None:
         """(B, Hkv, S) bool: which slots hold a token; None when all of them do."""
