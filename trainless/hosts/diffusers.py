@@ -141,7 +141,7 @@ def _denoisers(model: nn.Module) -> dict[str, nn.Module]:
 
     Outermost, because the blocks of a UNet are diffusers models too, and do not know its size.
     """
-    found: dict[str, nn.Module] = {}
+    found: dict[str, Any] = {}
     for name, module in model.named_modules():
         if isinstance(module, ModelMixin) and not any(not o or name.startswith(f"{o}.") for o in found):
             found[name] = module

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import Unsupported
 from ..seams import Site
 
 Size = tuple[int, int]
@@ -103,6 +104,12 @@ class Context:
         self.local = threading.local()
         self.seen: tuple[weakref.ref[Tensor], int, Size | None] | None = None
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Context:
+        raise Unsupported("a patched denoiser cannot be copied: remove the patch first, then patch each copy")
+
+    def __reduce__(self) -> Any:
+        raise Unsupported("a patched denoiser cannot be pickled: remove the patch, or use save_pretrained")
+
     @property
     def geometry(self) -> Geometry | None:
         return getattr(self.local, "geometry", None)
@@ -127,8 +134,8 @@ class Context:
             sample: Size = (hidden.shape[-2], hidden.shape[-1])
             if self.patch is None or "sample" in given or hidden.dim() > 4:
                 return Geometry(sample=sample, text=text, timestep=step)
-            grid = (sample[0] // self.patch[0], sample[1] // self.patch[1])
-            return Geometry(sample, grid, product(grid), text, step)
+            tokens = (sample[0] // self.patch[0], sample[1] // self.patch[1])
+            return Geometry(sample, tokens, product(tokens), text, step)
         grid = self._packed_grid(given)
         latent = None if grid is None else (grid[0] * 2, grid[1] * 2)
         return Geometry(latent, grid, _length(hidden, 1), text, step)
@@ -177,9 +184,8 @@ def describe(site: Site, geometry: Geometry | None, lq: int, lk: int) -> dict[st
     else:
         image, grid = geometry.tokens, geometry.grid
         grid_at = _grid_of_patches(patch)
-        together = image is not None and geometry.text is not None and lq == image + geometry.text
-        if image is not None and (image > lk or not (site.role == "joint" or image == lq or together)):
-            image = None  # these tokens are not the image's: a refiner over text, a window, a shard
+        if image is not None and not _holds_image(site, image, geometry.text, lq, lk):
+            image = None
     if image is None:
         return found
     facts["grid_at"] = grid_at
@@ -188,6 +194,13 @@ def describe(site: Site, geometry: Geometry | None, lq: int, lk: int) -> dict[st
         facts["image_tokens"] = image
         found["text"] = lk - image
     return found
+
+
+def _holds_image(site: Site, image: int, text: int | None, lq: int, lk: int) -> bool:
+    """Whether these tokens are the image's; not those of a refiner over text, of a window or of a shard."""
+    if site.role == "cross" or image == lq:
+        return image == lq
+    return image <= lk and (site.role == "joint" or (text is not None and lq == image + text))
 
 
 def _in_unet(
