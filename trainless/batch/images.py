@@ -68,7 +68,7 @@ class ImageEngine:
         for field, text in (("prompt", item.prompt), ("negative_prompt", item.negative_prompt)):
             if not isinstance(text, str):
                 continue
-            counts = {name: len(t(text)["input_ids"]) for name, t in self.tokenizers.items()}
+            counts = {name: len(t(text, verbose=False)["input_ids"]) for name, t in self.tokenizers.items()}
             limits = {name: self._limit(t, item) for name, t in self.tokenizers.items()}
             if field == "prompt":
                 length = max(counts.values(), default=0)

@@ -70,12 +70,12 @@ class TextEngine:
         tokenizer = self.description.tokenizer
         try:
             if item.messages is None:
-                tokens = tokenizer(item.prompt)["input_ids"]
+                tokens = tokenizer(item.prompt, verbose=False)["input_ids"]
             else:
                 text = tokenizer.apply_chat_template(
                     _flat(item.messages), add_generation_prompt=True, tokenize=False
                 )
-                tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+                tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         except Exception as error:  # chat templates raise what they like
             faults.add(item.where, f"the chat template refuses these messages ({str(error)[:160]})")
             return []

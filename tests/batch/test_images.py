@@ -1,0 +1,181 @@
+"""Images from tiny random pipelines: a UNet and a joint-attention transformer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import records, write_lines
+
+pytest.importorskip("diffusers")
+from PIL import Image
+
+ROWS = [
+    {"id": "a", "prompt": "a cat"},
+    {"id": "b", "prompt": "a much longer prompt about two dogs", "n": 2},
+    {"id": "c", "prompt": "a cat", "seed": 7},
+]
+ARGS = ("--steps", 2, "--size", "16x16")
+
+
+@pytest.fixture(scope="session")
+def diffusion(tmp_path_factory):
+    from tiny import save_stable_diffusion
+
+    return save_stable_diffusion(tmp_path_factory.mktemp("pipelines") / "sd")
+
+
+@pytest.fixture(scope="session")
+def flux(tmp_path_factory):
+    from tiny import save_flux
+
+    return save_flux(tmp_path_factory.mktemp("pipelines") / "flux")
+
+
+def images(folder):
+    """(id, sample) -> pixels, and every file that a record names must be there."""
+    found = {}
+    for record in records(folder):
+        assert record["status"] == "ok", record["error"]
+        assert record["file"] == f"media/{record['key']}.png" and "text" not in record
+        found[record["id"], record["sample"]] = np.asarray(Image.open(Path(folder, record["file"]))).astype(
+            int
+        )
+    assert len(list(Path(folder, "media").iterdir())) == len(found)
+    return found
+
+
+def same(a, b):
+    """Equal up to one step of 255: batches of another size may round differently."""
+    return a.keys() == b.keys() and all(np.abs(a[k] - b[k]).max() <= 1 for k in a)
+
+
+@pytest.mark.parametrize("model", ["diffusion", "flux"])
+def test_every_image_has_its_seed_whatever_the_batch(run, request, model):
+    folder = request.getfixturevalue(model)
+    write_lines("p.jsonl", ROWS)
+    code, _, err = run("generate", folder, "p.jsonl", "-o", "one", *ARGS, "--batch-size", 1)
+    assert code == 0, err
+    one = images("one")
+    assert {(p.shape) for p in one.values()} == {(16, 16, 3)} and len(one) == 4
+    assert np.abs(one["b", 0] - one["b", 1]).max() > 1, "samples differ"
+    write_lines("p.jsonl", ROWS[::-1])
+    assert run("generate", folder, "p.jsonl", "-o", "four", *ARGS, "--batch-size", 4)[0] == 0
+    assert same(images("four"), one)
+    (record,) = [r for r in records("one") if r["id"] == "c"]
+    assert record["seed"] == 7 and record["tokens_out"] is None
+
+
+def test_image_is_what_the_pipeline_gives_with_that_seed(run, diffusion):
+    from diffusers import StableDiffusionPipeline
+
+    given = {"params": {"guidance_scale": 3.0}, "negative_prompt": "blur"}
+    write_lines(
+        "p.jsonl",
+        [{"id": "c", "prompt": "a cat", "seed": 7}, {"id": "d", "prompt": "a cat", "seed": 7, **given}],
+    )
+    assert run("generate", diffusion, "p.jsonl", "-o", "out", *ARGS)[0] == 0
+    made = images("out")
+    pipeline = StableDiffusionPipeline.from_pretrained(diffusion)
+    for name, keywords in (("c", {}), ("d", {"guidance_scale": 3.0, "negative_prompt": "blur"})):
+        wanted = pipeline(
+            "a cat",
+            num_inference_steps=2,
+            height=16,
+            width=16,
+            generator=torch.Generator().manual_seed(7),
+            **keywords,
+        ).images[0]
+        assert np.abs(np.asarray(wanted).astype(int) - made[name, 0]).max() <= 1
+    assert np.abs(made["c", 0] - made["d", 0]).max() > 1
+
+
+def test_resume_makes_only_what_is_missing(run, diffusion, monkeypatch):
+    from trainless.batch.images import ImageEngine
+
+    write_lines("p.jsonl", ROWS)
+    assert run("generate", diffusion, "p.jsonl", "-o", "out", *ARGS, "--limit", 1)[0] == 0
+    Path("out/media/.{}.png.tmp".format("0" * 32)).write_bytes(b"torn")
+    seen, sound = [], ImageEngine.generate
+    monkeypatch.setattr(ImageEngine, "generate", lambda self, jobs: (seen.extend(jobs), sound(self, jobs))[1])
+    assert run("generate", diffusion, "p.jsonl", "-o", "out", *ARGS)[0] == 0
+    assert sorted(job.item.id for job in seen) == ["b", "b", "c"]
+    assert len(images("out")) == 4, "the torn temporary file of a killed run is gone"
+
+
+def test_prompt_that_the_encoder_would_cut_is_an_error_record(run, diffusion, flux):
+    write_lines("p.jsonl", [{"id": "long", "prompt": "x" * 90}, {"id": "fits", "prompt": "x" * 75}])
+    code, _, _ = run("generate", diffusion, "p.jsonl", "-o", "out", *ARGS)
+    assert code == 3
+    found = {r["id"]: r for r in records("out")}
+    assert found["long"]["error"]["type"] == "PromptTooLong" and "77" in found["long"]["error"]["message"]
+    assert found["long"]["file"] is None and found["fits"]["status"] == "ok"
+    # FLUX sends long prompts to T5, which reads 512 tokens.
+    write_lines("p.jsonl", [{"id": "long", "prompt": "x" * 90}])
+    assert run("generate", flux, "p.jsonl", "-o", "flux", *ARGS)[0] == 0
+
+
+def test_an_image_of_nan_is_an_error(run, diffusion, monkeypatch):
+    from diffusers import AutoencoderKL
+
+    sound = AutoencoderKL.decode
+
+    def broken(self, *args, **keywords):
+        return (sound(self, *args, **{**keywords, "return_dict": False})[0] * float("nan"),)
+
+    monkeypatch.setattr(AutoencoderKL, "decode", broken)
+    write_lines("p.jsonl", ROWS[:1])
+    assert run("generate", diffusion, "p.jsonl", "-o", "out", *ARGS)[0] == 3
+    (record,) = records("out")
+    assert record["error"]["type"] == "NotFinite" and record["file"] is None
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"messages": [{"role": "user", "content": "x"}]}, "takes no messages"),
+        ({"prompt": "x", "params": {"temperature": 1}}, "takes no parameter 'temperature'"),
+        ({"prompt": "x", "params": {"guidance_scale": "high"}}, "params.guidance_scale must be a number"),
+        ({"prompt": "x", "image": "p.jsonl"}, "takes no images"),
+    ],
+)
+def test_what_a_pipeline_cannot_use_is_refused_before_weights(run, diffusion, row, said, monkeypatch):
+    import trainless.batch.request as module
+
+    monkeypatch.setattr(module, "load", lambda *_: pytest.fail("weights were loaded"))
+    write_lines("p.jsonl", [{"prompt": "fine"}, row])
+    code, _, err = run("generate", diffusion, "p.jsonl", "-o", "out", *ARGS)
+    assert code == 1 and "p.jsonl:2: " in err and said in err
+    assert not Path("out").exists()
+
+
+def test_pipeline_settings_are_settings(run, diffusion):
+    write_lines("p.jsonl", ROWS[:1])
+    assert run("generate", diffusion, "p.jsonl", "-o", "out", *ARGS)[0] == 0
+    code, _, err = run("generate", diffusion, "p.jsonl", "-o", "out", "--steps", 3, "--size", "24x16")
+    assert code == 1 and "--steps was 2, is 3" in err and "--size was '16x16', is '24x16'" in err
+    assert json.loads(Path("out/run.json").read_text())["model"]["type"] == "StableDiffusionPipeline"
+    assert run("generate", diffusion, "p.jsonl", "-o", "new", "--max-new-tokens", 3)[0] == 2
+
+
+def test_skeleton_has_the_pipelines_shapes_and_no_weights(diffusion, flux):
+    from trainless.models import describe, skeleton
+
+    for folder, denoiser in ((diffusion, "unet"), (flux, "transformer")):
+        pipeline = skeleton(describe(str(folder)))
+        parts = [getattr(pipeline, denoiser), pipeline.text_encoder, pipeline.vae]
+        assert {p.device.type for part in parts for p in part.parameters()} == {"meta"}
+
+
+def test_pipelines_that_need_an_image_are_refused_by_name(run, diffusion, tmp_path):
+    import shutil
+
+    shutil.copytree(diffusion, "img2img")
+    index = Path("img2img/model_index.json")
+    index.write_text(index.read_text().replace("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline"))
+    write_lines("p.jsonl", ROWS[:1])
+    code, _, err = run("generate", "img2img", "p.jsonl", "-o", "out")
+    assert code == 1 and "StableDiffusionImg2ImgPipeline" in err and "text-to-image" in err
