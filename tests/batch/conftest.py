@@ -1,51 +1,8 @@
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
-import pytest
-
 sys.path.insert(0, str(Path(__file__).parent))
 
-
-@pytest.fixture(scope="session")
-def llama(tmp_path_factory):
-    from tiny import save_llama
-
-    return save_llama(tmp_path_factory.mktemp("models") / "llama")
-
-
-@pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
-    """Run ``trainless ARGUMENTS`` in this process: (exit code, stdout, stderr). The folder is tmp_path."""
-    from trainless.cli import main
-
-    monkeypatch.chdir(tmp_path)
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
-
-    def call(*arguments) -> tuple[int, str, str]:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main([str(a) for a in arguments])
-        out, err = capsys.readouterr()
-        assert "Traceback" not in err
-        return ended.value.code or 0, out, err
-
-    return call
-
-
-def records(folder) -> list[dict]:
-    return [json.loads(line) for part in sorted(Path(folder).glob("part-*.jsonl")) for line in part.open()]
-
-
-def results(folder) -> dict:
-    """What was made, by key: everything of a record but the time it took."""
-    return {r["key"]: {k: v for k, v in r.items() if k != "seconds"} for r in records(folder)}
-
-
-def write_lines(path, rows) -> Path:
-    path = Path(path)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
+from batch_helpers import llama, run  # noqa: F401

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import records, write_lines
+from batch_helpers import records, write_lines
 
 pytest.importorskip("diffusers")
 from PIL import Image
@@ -23,14 +23,14 @@ ARGS = ("--steps", 2, "--size", "16x16")
 
 @pytest.fixture(scope="session")
 def diffusion(tmp_path_factory):
-    from tiny import save_stable_diffusion
+    from tiny_models import save_stable_diffusion
 
     return save_stable_diffusion(tmp_path_factory.mktemp("pipelines") / "sd")
 
 
 @pytest.fixture(scope="session")
 def flux(tmp_path_factory):
-    from tiny import save_flux
+    from tiny_models import save_flux
 
     return save_flux(tmp_path_factory.mktemp("pipelines") / "flux")
 

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import records, results
+from batch_helpers import records, results
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "CUDA_VISIBLE_DEVICES": ""}
 for _name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import records
+from batch_helpers import records
 
 from trainless.batch.engine import Output
 from trainless.batch.interrupt import Interrupt

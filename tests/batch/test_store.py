@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import records, results, write_lines
+from batch_helpers import records, results, write_lines
 
 from trainless.batch.items import Item
 from trainless.batch.keys import Settings, jobs
@@ -120,7 +120,7 @@ def test_other_settings_are_refused_by_name(go, more, said):
 
 
 def test_another_model_is_refused_and_a_moved_one_is_not(go, run, llama, tmp_path):
-    from tiny import save_llama
+    from tiny_models import save_llama
 
     prompts(2)
     assert go()[0] == 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import records, results, write_lines
+from batch_helpers import records, results, write_lines
 
 LONG = "a much longer prompt than the others, so that rows are padded"
 PROMPTS = ["short", LONG, "of middling length", "x", "of middling length"]
@@ -193,7 +193,7 @@ def test_what_does_not_fit_becomes_an_error_record(run, llama):
 
 
 def test_encoder_decoder_models_write_too(run, tmp_path):
-    from tiny import byte_tokenizer
+    from tiny_models import byte_tokenizer
     from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5Config, T5ForConditionalGeneration
 
     torch.manual_seed(0)

@@ -106,7 +106,7 @@ BAD_INPUTS = [
 
 @pytest.mark.parametrize(("arguments", "said"), BAD_INPUTS, ids=[" ".join(a) for a, _ in BAD_INPUTS])
 def test_bad_input_is_one_clear_error_before_weights(run, llama, arguments, said, monkeypatch):
-    from tiny import save_bert
+    from tiny_models import save_bert
 
     import trainless.batch.request as module
 
@@ -146,7 +146,7 @@ def test_every_fault_of_a_file_at_once(run, llama):
 
 
 def test_no_chat_template_is_a_line_error(run, tmp_path):
-    from tiny import save_llama
+    from tiny_models import save_llama
 
     save_llama(tmp_path / "plain", chat=False)
     Path("p.jsonl").write_text('{"messages": [{"role": "user", "content": "x"}]}\n')
