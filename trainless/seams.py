@@ -166,6 +166,7 @@ class Contribution:
     inert: bool = False
     stateful: bool = False
     lookahead: bool = False
+    in_order: bool = False  # reads keys by their place in the sequence, so none may be evicted
     dynamic: bool = False  # pattern only: chosen from statistics
     admits: frozenset[str] = frozenset({"gain"})  # form only: kinds it can live with
     policy: Evict | None = None  # kv only
@@ -345,6 +346,8 @@ def _clash(a: Entry, b: Entry) -> str | None:
     for one, other in ((x, y), (y, x)):
         if one.kind == "form" and other.kind not in one.admits and other.kind not in {"around", "weights"}:
             return f"seam form replaces softmax attention, which seam {other.kind} needs"
+        if one.in_order and other.kind == "kv":
+            return f"seam {one.kind} reads the keys in their order, and seam kv drops some; give them different layers"
         if one.kind == "pattern" and one.dynamic and other.statistics:
             return f"seam pattern is chosen from statistics that seam {other.kind} reads as well"
     return None

@@ -97,7 +97,7 @@ class Act(Method):
         heads = heads_at(self.heads, site, self.skip_layers)
         inert = self.beta == 1.0
         if self.statistics == "running":
-            return [Contribution("mass", self._running(heads), heads=heads, inert=inert, stateful=True)]
+            return [Contribution("mass", self._running(heads), heads=heads, inert=inert, stateful=True, in_order=True)]
         return [
             Contribution(
                 "mass", self._frozen(heads), needs=_at_prefill, heads=heads, inert=inert, stateful=True,
@@ -109,14 +109,15 @@ class Act(Method):
 
     def _frozen(self, heads: tuple[int, ...] | None) -> Any:
         def value(call: AttentionCall, stats: Statistics, state: State) -> MassMove | None:
-            if stats.column_mass is not None:
+            if call.fresh:  # later calls may carry statistics too, that another method asked for
+                assert stats.column_mass is not None
                 sinks = self._sinks(call, _pick(stats.column_mass, heads), stats.rows)
                 if not bool(sinks.any()):
                     return None
-                state.set("sinks", sinks, keys=2)
+                state.set("sinks", _on_every_head(sinks, call, heads), keys=2)
                 return MassMove(sinks, self.beta)
             frozen = state.get("sinks")
-            return None if frozen is None else MassMove(_on_query_heads(frozen, call, heads), self.beta)
+            return None if frozen is None else MassMove(_pick(_as_wide(frozen, call), heads), self.beta)
 
         return value
 
@@ -193,8 +194,17 @@ def _pick(per_head: Tensor, heads: tuple[int, ...] | None) -> Tensor:
     return per_head if heads is None else per_head[:, list(heads)]
 
 
-def _on_query_heads(sinks: Tensor, call: AttentionCall, heads: tuple[int, ...] | None) -> Tensor:
-    """Sinks as they are stored, cut or padded to the keys of this call."""
+def _on_every_head(sinks: Tensor, call: AttentionCall, heads: tuple[int, ...] | None) -> Tensor:
+    """(B, H, Lk): sinks of the chosen heads among all, so that a cache can tell whose keys they are."""
+    if heads is None:
+        return sinks
+    every = sinks.new_zeros(sinks.shape[0], call.query.shape[1], sinks.shape[2])
+    every[:, list(heads)] = sinks
+    return every
+
+
+def _as_wide(sinks: Tensor, call: AttentionCall) -> Tensor:
+    """Sinks as they are stored, padded to the keys of this call."""
     short = call.key.shape[2] - sinks.shape[2]
     return torch.cat([sinks, sinks.new_zeros(*sinks.shape[:2], short)], 2) if short > 0 else sinks
 
