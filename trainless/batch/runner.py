@@ -47,7 +47,7 @@ class Runner:
 
     def refuse(self, jobs: Iterable[Job]) -> None:
         """Records of jobs that cannot be run."""
-        records = [_record(job, Output(error=job.refusal), 0.0, {}, None) for job in jobs]
+        records = [_record(job, Output(error=job.refusal), 0.0, {}, None, self.engine.media) for job in jobs]
         if records:
             self.store.append(records)
             self.progress.add(len(records), len(records))
