@@ -1,0 +1,168 @@
+"""The shape of the package: imports point one way, files stay short, the core knows no method's name."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from trainless.patchers import known
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "trainless"
+LONGEST = 500
+
+# From the bottom to the top; a unit may import units of earlier lines only. A unit is a file or a folder of
+# the package; hosts/base.py (what stands at a patched site) is one of its own, because the cache layers and
+# the engine below the hosts need it. `patch` and `verify` are two halves of one thing.
+ORDER = [
+    {"errors"},
+    {"seams", "journal", "layers", "tables"},
+    {"kernels", "hosts.base", "report", "verification"},
+    {"kv", "patchers"},
+    {"attention", "recipes"},
+    {"hosts"},
+    {"calibration", "probing"},
+    {"binding"},
+    {"memory", "listing"},
+    {"explain", "patching", "verify"},
+    {"models"},
+    {"batch"},
+    {"calibrators", "bench"},
+    {"__init__"},
+    {"cli"},
+    {"__main__"},
+]
+TOGETHER = {frozenset({"patching", "verify"})}
+# A method sees the vocabulary and the kernels, and nothing of the machinery that runs it.
+METHODS_MAY_IMPORT = {"errors", "seams", "kernels"}
+LEVEL = {unit: level for level, units in enumerate(ORDER) for unit in units}
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+SOURCES = [
+    f
+    for folder in ("trainless", "tests", "examples", "benchmarks", "docs")
+    for f in (ROOT / folder).rglob("*.py")
+]
+
+
+def unit_of(parts: tuple[str, ...]) -> str:
+    """The unit of a module given as its path inside the package."""
+    if parts[:2] == ("hosts", "base"):
+        return "hosts.base"
+    return parts[0] if parts else "__init__"
+
+
+def imports(file: Path) -> set[str]:
+    """The units that ``file`` imports, wherever in the file it does so, its own left out."""
+    own = file.relative_to(PACKAGE).with_suffix("").parts
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            paths = [tuple(alias.name.split(".")) for alias in node.names]
+            targets = [path[1:] for path in paths if path[0] == "trainless"]
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                base = own[: len(own) - node.level]
+            elif (node.module or "").split(".")[0] == "trainless":
+                base = ()
+            else:
+                continue
+            module = tuple((node.module or "").split(".")) if node.module else ()
+            base += module[1:] if not node.level else module
+            # `from ..hosts import base` names a module, not something inside one.
+            targets = [
+                (*base, alias.name) if len(base) < 2 and is_module((*base, alias.name)) else base
+                for alias in node.names
+            ]
+        else:
+            continue
+        found |= {unit_of(target) for target in targets}
+    return found - {unit_of(own)}
+
+
+def is_module(parts: tuple[str, ...]) -> bool:
+    place = PACKAGE.joinpath(*parts)
+    return place.with_suffix(".py").is_file() or (place / "__init__.py").is_file()
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_imports_point_one_way(file: Path) -> None:
+    own = unit_of(file.relative_to(PACKAGE).with_suffix("").parts)
+    assert own in LEVEL, f"{own} has no place in ORDER: say where it belongs"
+    for target in imports(file):
+        assert target in LEVEL, f"{own} imports {target}, which has no place in ORDER"
+        if frozenset({own, target}) not in TOGETHER:
+            assert LEVEL[target] < LEVEL[own], f"{own} imports {target}, which stands beside or above it"
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if f.parent.name == "patchers"], ids=lambda f: f.stem)
+def test_methods_see_only_the_vocabulary(file: Path) -> None:
+    assert imports(file) <= METHODS_MAY_IMPORT
+
+
+def test_an_import_upwards_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(f"{__name__}.PACKAGE", tmp_path)
+    (tmp_path / "hosts").mkdir()
+    for name in ("base", "__init__"):
+        (tmp_path / "hosts" / f"{name}.py").write_text("")
+    file = tmp_path / "kernels.py"
+    file.write_text(
+        "import trainless\nfrom .hosts.base import Lease\nfrom .hosts import base\nfrom .hosts import find_sites\n"
+        "def f():\n    from trainless.cli.shared import say\n    from . import errors\n    import torch\n"
+    )
+    assert imports(file) == {"__init__", "hosts.base", "hosts", "cli"}
+    (tmp_path / "errors.py").write_text("")
+    assert "errors" in imports(file)
+
+
+@pytest.mark.parametrize("file", SOURCES, ids=lambda f: str(f.relative_to(ROOT)))
+def test_files_are_short(file: Path) -> None:
+    assert len(file.read_text(encoding="utf-8").splitlines()) <= LONGEST
+
+
+def names() -> set[str]:
+    return {*known(aliases=True)}
+
+
+def names_in(source: str) -> set[str]:
+    """Names of methods that code depends on: whole strings, and modules imported. Prose may give examples."""
+    tree = ast.parse(source)
+    prose = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+        and node.body
+        and isinstance(node.body[0], ast.Expr)
+    }
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prose:
+            found |= {node.value} & names()
+        if isinstance(node, ast.ImportFrom):
+            path = (node.module or "").split(".")
+            found |= (
+                {path[-1], *(alias.name for alias in node.names)} & names() if "patchers" in path else set()
+            )
+    return found
+
+
+def test_a_name_in_code_is_seen() -> None:
+    name = sorted(known())[0]
+    assert names_in(f"if method.name == {name!r}: pass") == {name}
+    assert names_in(f"from ..patchers.{name} import Thing") == {name}
+    assert names_in(f'"""Such as {name}."""\n') == set()
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_the_core_knows_no_method(file: Path) -> None:
+    # A method's own file and the measurement that is made for it may name it.
+    own = {file.stem} if file.parent.name in ("patchers", "calibrators") else set()
+    classes = {
+        cls.name
+        for cls in known().values()
+        if cls.__module__ == ".".join(("trainless", *file.relative_to(PACKAGE).with_suffix("").parts))
+    }
+    aliases = {alias for cls in known().values() if cls.name in classes for alias in cls.aliases}
+    assert names_in(file.read_text(encoding="utf-8")) <= own | classes | aliases
