@@ -131,16 +131,18 @@ def test_fused_projections(family):
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_sequential_offload(when):
-    """accelerate rebinds every module's forward and keeps weights away until it runs."""
+@pytest.mark.parametrize("offload", ["cpu_offload", "cpu_offload_with_hook"])
+def test_offloading(when, offload):
+    """accelerate rebinds forward, of every module (sequential) or of the whole, and moves weights around it."""
     accelerate = pytest.importorskip("accelerate")
+    start = getattr(accelerate, offload)
     model = models.build("unet")
     want = _oracle(model, "unet")
     if when == "before":
-        accelerate.cpu_offload(model, execution_device="cpu")
+        start(model, execution_device="cpu")
     with _patched(model):
         if when == "after":
-            accelerate.cpu_offload(model, execution_device="cpu")
+            start(model, execution_device="cpu")
         torch.testing.assert_close(run(model, "unet"), want, rtol=0, atol=1e-12)
         accelerate.hooks.remove_hook_from_module(model, recurse=True)
         torch.testing.assert_close(run(model, "unet"), want, rtol=0, atol=1e-12)

@@ -212,7 +212,7 @@ def _modes() -> list[Interception]:
 
 
 def _close(mode: Interception) -> None:
-    mode.closed = True
+    mode.closed, mode.home = True, None  # a frame keeps its tensors alive
     if _get_current_function_mode() is mode:
         mode.__exit__(None, None, None)
 
