@@ -129,7 +129,7 @@ class _Run:
                     f"{self.runtime.site.name}: a scale per head or query cannot be combined with "
                     "soft-capped logits or learned sinks; use one number"
                 )
-            query = (call.query * factor.to(call.query.dtype)).to(call.query.dtype)
+            query = (call.query.to(call.statistics_dtype) * factor).to(call.query.dtype)
             self.call = replace(call, query=query, position_bias=bias)
             return
         # c·tanh(s·x/c) times f is (f·c)·tanh((f·s)·x/(f·c)): scaling all three scales the whole logit.

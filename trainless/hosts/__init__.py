@@ -67,11 +67,14 @@ def host_of(model: nn.Module) -> Host:
 
 
 def _pipeline(pipeline: Any) -> list[Component]:
-    from .diffusers import DiffusersHost, denoiser_of, text_encoders_of
+    from .diffusers import DiffusersHost, denoisers_of, text_encoders_of
     from .transformers import TransformersHost
 
-    name, denoiser = denoiser_of(pipeline)
-    found = [Component(f"{name}.", denoiser, DiffusersHost(pipeline), frozenset({"denoiser"}))]
+    # Some pipelines hand over from one denoiser to a second one; a patch on half the steps would be a trap.
+    found = [
+        Component(f"{name}.", denoiser, DiffusersHost(pipeline), frozenset({"denoiser"}))
+        for name, denoiser in denoisers_of(pipeline)
+    ]
     for name, encoder in text_encoders_of(pipeline):
         found.append(
             Component(f"{name}.", encoder, TransformersHost(), frozenset({"text_encoder"}), main=False)
