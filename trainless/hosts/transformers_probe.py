@@ -24,7 +24,7 @@ def probes(part: Any, sites: Sequence[Site], tokens: int) -> list[Probe]:
     text = model.main_input_name == "input_ids" and "input_ids" in takes
     if text and getattr(model.config, "is_encoder_decoder", False) and "decoder_input_ids" in takes:
         return [_seq2seq(model, tokens)]
-    if text and "past_key_values" in takes and _decodes(model):
+    if text and "past_key_values" in takes and decodes(model):
         return [_decoder(model, takes, tokens)]
     if text:
         return [_encoder(model, takes, tokens)]
@@ -36,12 +36,12 @@ def probes(part: Any, sites: Sequence[Site], tokens: int) -> list[Probe]:
     )
 
 
-def _decodes(model: PreTrainedModel) -> bool:
+def decodes(model: PreTrainedModel) -> bool:
     return any(getattr(module, "is_causal", False) for module in model.modules() if "config" in vars(module))
 
 
 def _decoder(model: PreTrainedModel, takes: Any, tokens: int) -> Probe:
-    draw, pool = Draw(model), _vocabulary(model.config)
+    draw, pool = Draw(model), vocabulary(model.config)
     length = _fitting(model.config, tokens)
     ids, more = draw.choice(pool, 1, length), draw.choice(pool, 1, STEPS)
     keep: dict[str, Any] = {}
@@ -66,7 +66,7 @@ def cached(model: nn.Module, ids: Tensor, more: Tensor, prefill: dict[str, Any] 
 
 
 def _seq2seq(model: PreTrainedModel, tokens: int) -> Probe:
-    draw, pool = Draw(model), _vocabulary(model.config)
+    draw, pool = Draw(model), vocabulary(model.config)
     length = _fitting(model.config, tokens)
     source, ids, more = (draw.choice(pool, 1, n) for n in (length, length, STEPS))
 
@@ -83,7 +83,7 @@ def _seq2seq(model: PreTrainedModel, tokens: int) -> Probe:
 
 
 def _encoder(model: PreTrainedModel, takes: Any, tokens: int) -> Probe:
-    draw, pool = Draw(model), _vocabulary(model.config)
+    draw, pool = Draw(model), vocabulary(model.config)
     length = _fitting(model.config, tokens)
     mask = torch.ones(2, length, dtype=torch.long, device=draw.device)
     mask[1, length - length // 4 :] = 0
@@ -114,7 +114,7 @@ def _image_size(config: Any) -> tuple[int, int] | None:
     return (int(size[0]), int(size[1])) if isinstance(size, (list, tuple)) and len(size) == 2 else None
 
 
-def _vocabulary(config: Any) -> Tensor:
+def vocabulary(config: Any) -> Tensor:
     """Token ids without those that the config gives a meaning: padding, image placeholders and the like."""
     text = config.get_text_config()
     special: set[int] = set()

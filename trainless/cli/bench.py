@@ -1,0 +1,53 @@
+"""``trainless bench``: unpatched against patched in one run, as a table, as data and as a plot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from .shared import BAD_INPUT, DONE, Patches, Recipes, Sets, chosen, say
+
+Out = typer.Option(None, "-o", metavar="DIR", help="Write bench.json and bench.png there.")
+Text = typer.Option(None, "--text", metavar="FILE", help="Language models: compare on this text.")
+
+
+def command(
+    model: str = typer.Argument(metavar="MODEL", help="Hub id, local folder, GGUF file, or demo:smollm2."),
+    recipe: list[str] = Recipes,
+    patch: list[str] = Patches,
+    set_: list[str] = Sets,
+    out: Path = Out,
+    tokens: int = typer.Option(1024, "--tokens", min=2, help="Language models: tokens of the prefill."),
+    new_tokens: int = typer.Option(64, "--new-tokens", min=1, help="Language models: cached steps after it."),
+    text: Path = Text,
+) -> int:
+    """Speed, memory and agreement, unpatched against patched, alternating in one run.
+
+    Exit 1, without numbers, when the patch does not pass verify.
+    """
+    what = chosen(recipe, patch, set_)
+    if what is None:
+        raise typer.BadParameter("name what to compare with", param_hint="--patch or --recipe")
+    from ..bench import bench
+    from ..bench.result import check_folder
+    from ..errors import InputError
+    from ..models import describe, load
+    from ..models.extras import require
+
+    if out is not None:
+        require("matplotlib", "the plot of `bench -o`")
+        check_folder(out)
+    try:
+        prose = None if text is None else text.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {text}: {error}") from None
+    description = describe(model)
+    loaded = load(description)
+    tokenizer = loaded.tokenizer if description.kind in ("text", "vlm") else None
+    found = bench(loaded.model, what, tokens=tokens, new_tokens=new_tokens, text=prose, tokenizer=tokenizer)
+    print(found)
+    if out is not None:
+        for path in found.save(out):
+            say(f"wrote {path}")
+    return BAD_INPUT if found.withheld else DONE
