@@ -8,6 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Models write "hidden" as -inf, as the minimum of some floating-point type, or (T5) as half of it. The
+# smallest of these is half of float16's; no bias comes near, and exp of it is zero.
+HIDDEN = -16000.0
+
 
 def evaluate(dense: Any, rows: Tensor, lo: int, hi: int, device: torch.device) -> Tensor:
     """bool (B|1, H|1, rows, hi - lo) for the row numbers ``rows`` (n,) and keys [lo, hi)."""
@@ -32,8 +36,7 @@ def one_row(dense: Any, batch: int) -> Any:
 
 def hidden_apart(piece: Tensor) -> Tensor:
     """True where an additive mask lets the key be seen."""
-    # Models write "hidden" as -inf, as the dtype's minimum, or (T5) as half of it.
-    return piece > torch.finfo(piece.dtype).min * 0.25
+    return piece > HIDDEN
 
 
 class Pairs:

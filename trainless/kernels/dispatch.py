@@ -61,13 +61,14 @@ def available() -> dict[str, Choice]:
 
     Used by ``trainless doctor``; starts nothing and imports no Triton.
     """
-    found = {}
     cuda = torch.cuda.is_available()
-    missing = () if cuda and triton_missing() is None else (triton_missing() or "triton: no CUDA device",)
-    for name, cpu in (("lse", "fused"), ("column_mass", "blocked"), ("mass_move", "blocked")):
-        best = "fused" if name == "lse" else "triton"
-        if cuda and (name == "lse" or not missing):
-            found[name] = Choice(best)
-        else:
-            found[name] = Choice(cpu, () if name == "lse" else missing)
-    return found
+    missing = triton_missing()
+    if cuda and missing is None:
+        return {name: Choice("triton") for name in ("lse", "column_mass", "mass_move")}
+    why = (missing or "triton: no CUDA device",)
+    # On a GPU without Triton everything is the blocked form; the fused operator is the CPU's.
+    return {
+        "lse": Choice("blocked", why) if cuda else Choice("fused"),
+        "column_mass": Choice("blocked", why),
+        "mass_move": Choice("blocked", why),
+    }

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .dense import HIDDEN
 from .visibility import Visibility
 
 BOOL_MASK, ADDITIVE_MASK = 1, 2
@@ -45,9 +46,7 @@ def mask_arguments(
         "KEYS": keys is not None,
         "MASK": 0 if mask is None else BOOL_MASK if mask.dtype == torch.bool else ADDITIVE_MASK,
         "BIAS": bias is not None,
-        "hidden": torch.finfo(mask.dtype).min * 0.25
-        if mask is not None and mask.is_floating_point()
-        else 0.0,
+        "hidden": HIDDEN,
     }
     found["keys"] = query if keys is None else keys.view(torch.uint8)
     found["keys_b"] = 0 if keys is None or keys.shape[0] != b else keys.stride(0)

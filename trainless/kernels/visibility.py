@@ -42,7 +42,7 @@ def visibility(
     """Describe what a model passed as its attention mask.
 
     mask: None (then ``causal`` decides), bool with True for visible, additive float (zero or a bias for
-    visible; the dtype's minimum, half of it, or -inf for hidden), each broadcastable to (B, H, lq, lk),
+    visible; below -16000 for hidden), each broadcastable to (B, H, lq, lk),
     or a flex BlockMask. real: bool (B, lq), False on padding queries. window: sliding window, applied on
     top of the mask; see ``Visibility``. Raises InputError for a mask of another shape or type.
     """
@@ -71,7 +71,8 @@ def visibility(
 
 
 def _recognise(mask: Any, lq: int, lk: int, device: torch.device | None = None) -> Visibility:
-    version = getattr(mask, "_version", 0)
+    # Inference tensors count no versions; the masks that models build under it are never written to again.
+    version = 0 if isinstance(mask, Tensor) and mask.is_inference() else getattr(mask, "_version", 0)
     key = (id(mask), lq, lk)
     known = _RECOGNISED.get(key)
     if known is not None and known[0]() is mask and known[1] == version:

@@ -86,7 +86,7 @@ def _uniform(
     hkv, lk = key.shape[1], key.shape[2]
     share, wide = h // hkv, key.dtype
     simple = terms.plain and seen.structured
-    base = _LOG2E if simple else 1.0
+    factor = terms.scale * (_LOG2E if simple else 1.0)
     out = torch.zeros(b, hkv if summed else h, lk, dtype=wide, device=query.device)
     # The feature against which -lse is multiplied; a soft-cap bends q·k first, so there it is added later.
     keys = torch.cat([key, key.new_ones(b, hkv, lk, 1)], -1) if simple else key
@@ -105,10 +105,10 @@ def _uniform(
         n = share * (i1 - i0)
         packed = query.new_empty(b, hkv, share, i1 - i0, d + simple, dtype=wide)
         grouped = query[:, :, i0:i1].unflatten(1, (hkv, share))
-        torch.mul(grouped, terms.scale * base, out=packed[..., :d])
+        packed[..., :d].copy_(grouped)
         minus = negative[:, :, i0:i1]
         if simple:
-            torch.mul(minus.unflatten(1, (hkv, share)), base, out=packed[..., d])
+            packed[..., d] = minus.unflatten(1, (hkv, share)) / terms.scale
         packed = packed.view(b * hkv, n, -1)
         for first, j0 in itertools.product(range(0, b * hkv, lanes), range(lo, hi, tile)):
             last, j1 = min(b * hkv, first + lanes), min(hi, j0 + tile)
@@ -117,6 +117,9 @@ def _uniform(
                 torch.mm(packed[first], keys[first, :, j0:j1], out=z[0])
             else:
                 torch.bmm(packed[first:last], keys[first:last, :, j0:j1], out=z)
+            # The scale multiplies finished sums, as it does where lse was made: the two then agree to the last
+            # bit and cancel. Folded into the query it would save this pass and cost a digit.
+            z.mul_(factor)
             if simple:
                 z = _hide(z.exp2_().view(-1, i1 - i0, j1 - j0), seen, i0, i1, j0, j1)
             else:

@@ -12,7 +12,7 @@ from ..visibility import Visibility
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 # The operator's own tiles are 256 rows (from 768 rows up) by 512 keys. Pieces cut on those borders give
 # the bits of one call over everything.
-_ROWS, _KEYS = 1024, 512
+_ROWS, _KEYS = 768, 512
 
 
 def fused_reasons(query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> tuple[str, ...]:
@@ -89,17 +89,17 @@ def _additive_mask(
     query: Tensor, seen: Visibility, terms: Terms, rows: Tensor, lo: int, hi: int
 ) -> Tensor | None:
     visible = seen.at(rows, lo, hi)
-    # An additive mask keeps its finite values as the model wrote them.
     added = seen.bias_at(rows, lo, hi)
     if terms.position_bias is not None:
         bias = bias_block(terms.position_bias, None, rows, lo, hi)
-        added = bias if added is None else added + bias
-    if visible is None and added is None:
-        return None
+        added = bias if added is None else added.to(statistics_dtype(query)) + bias
     if added is None:
-        assert visible is not None
+        if visible is None:
+            return None
         added = torch.zeros(visible.shape, dtype=query.dtype, device=query.device)
-    added = added.to(query.dtype)
+    # The operator adds masks in float32, or in the dtype of the query; float32 values are not cut to half.
+    if query.dtype == torch.float64 or added.dtype != torch.float32:
+        added = added.to(query.dtype)
     if visible is not None:
         added = added.masked_fill(~visible, -torch.inf)
     return added.expand(*added.shape[:2], rows.shape[0], hi - lo)
@@ -121,8 +121,8 @@ def blocked(
     for i0 in range(0, lq, step):
         i1 = min(lq, i0 + step)
         lo, hi = visibility.span(i0, i1)
-        q = (query[:, :, i0:i1].to(wide) * terms.scale).reshape(b, hkv, -1, d)
-        z = (q @ keys[..., lo:hi]).view(b, h, i1 - i0, hi - lo)
+        q = query[:, :, i0:i1].to(wide).reshape(b, hkv, -1, d)
+        z = (q @ keys[..., lo:hi]).mul_(terms.scale).view(b, h, i1 - i0, hi - lo)
         rows = torch.arange(i0, i1, device=query.device)
         z = shared_logits(z, terms, visibility, None, rows, lo, hi)
         total = torch.logsumexp(z, -1) if hi > lo else z.new_full(z.shape[:3], -torch.inf)

@@ -61,7 +61,7 @@ def mass_move(
     for i0 in range(0, lq, step):
         i1 = min(lq, i0 + step)
         at = torch.arange(i0, i1, device=device)
-        q = pick_heads(query[:, :, i0:i1], picked).to(wide) * terms.scale
+        q = pick_heads(query[:, :, i0:i1], picked).to(wide)
         total = pick_heads(lse[:, :, i0:i1], picked).to(wide)
         o = pick_heads(out[:, :, i0:i1], picked)
         k = kept[:, :, i0:i1]
@@ -71,8 +71,9 @@ def mass_move(
         if other is None:
             w = _total_mass(total, terms, picked)
             c = (w - k * s) / (w - s)
-            hard = (s > 0) & (k != 1) & ~((c <= LIMIT[out.dtype]) & (w > s))
-            idle = hard if active is None else hard | ~active
+            still = (s == 0) | (k == 1)
+            hard = ~still & ~((c <= LIMIT[out.dtype]) & (w > s))
+            idle = hard | still if active is None else hard | still | ~active
             c = c.masked_fill(idle, 1)
             k = k.masked_fill(idle, 1)
             hard = hard if active is None else hard & active
@@ -102,7 +103,8 @@ def _total_mass(lse: Tensor, terms: Terms, heads: Tensor | None) -> Tensor | flo
     if terms.sink_logits is None:
         return 1.0
     sink = terms.sink_logits.to(lse.dtype)
-    return 1 - torch.exp((sink if heads is None else sink[heads]).view(1, -1, 1) - lse)
+    held = torch.exp((sink if heads is None else sink[heads]).view(1, -1, 1) - lse)
+    return 1 - held.masked_fill(torch.isneginf(lse), 0)
 
 
 class _Columns:
@@ -134,7 +136,7 @@ class _Columns:
     def weights(
         self, q: Tensor, lse: Tensor, seen: Visibility, terms: Terms, heads: Tensor | None, rows: Tensor
     ) -> Tensor:
-        """Probabilities of the chosen keys, (B, h, rows, S); q is scaled already."""
+        """Probabilities of the chosen keys, (B, h, rows, S)."""
         z = self._logits(q, seen, terms, heads, rows)
         blind = torch.isneginf(lse)
         return z.sub_(lse.masked_fill(blind, 0)[..., None]).exp_().masked_fill_(blind[..., None], 0)
@@ -153,7 +155,8 @@ class _Columns:
     def _logits(
         self, q: Tensor, seen: Visibility, terms: Terms, heads: Tensor | None, rows: Tensor
     ) -> Tensor:
-        z = q @ self.key.transpose(-1, -2)
+        # Scaled after the product, as where lse was made, so that the two cancel to the last bit.
+        z = (q @ self.key.transpose(-1, -2)).mul_(terms.scale)
         if terms.softcap is not None:
             z = terms.softcap * torch.tanh(z / terms.softcap)
         if terms.position_bias is not None:
@@ -197,7 +200,7 @@ def _exact(
         inner = group.index[batch, n, group.filled[batch, n]]
         for rows in hard[batch, n].nonzero()[:, 0].split(step):
             hi = part.span(int(rows[0]), int(rows[-1]) + 1)[1]
-            z = (query[batch, head, rows].to(wide) * terms.scale) @ keys[:hi].t()
+            z = (query[batch, head, rows].to(wide) @ keys[:hi].t()).mul_(terms.scale)
             z = shared_logits(z[None, None], own, part, one, rows, 0, hi)[0, 0]
             inside = z[:, inner[inner < hi]]
             outside = z.masked_fill_(source[batch, n, :hi], -torch.inf)

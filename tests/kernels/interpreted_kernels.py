@@ -1,0 +1,197 @@
+"""Every Triton kernel on the CPU, in Triton's interpreter. Run by ``test_triton.py`` in a process of its own.
+
+The interpreter has to be chosen before Triton is imported, and other tests of the same run may have
+imported it. It knows no bfloat16 arithmetic: float32 and float16 here.
+"""
+
+import os
+
+import pytest
+import torch
+from kernel_cases import edit, make, no_worse, oracle, times_values
+
+from trainless.kernels import attention, visibility
+from trainless.kernels.column_mass import triton as column_mass_form
+from trainless.kernels.common import Terms
+from trainless.kernels.lse import triton as lse_form
+from trainless.kernels.mass_move import triton as mass_move_form
+
+assert os.environ.get("TRITON_INTERPRET") == "1", "run through test_triton.py"
+
+KINDS = ("full", "causal", "left", "keys", "window", "local", "dense", "per_head", "additive")
+SHAPES = [(2, 4, 2, 70, 70, 24), (1, 4, 1, 5, 90, 16), (1, 2, 2, 40, 33, 16), (1, 1, 1, 1, 1, 16)]
+DTYPES = [torch.float32, torch.float16]
+terms_of = lambda case: Terms(case.scale, **case.terms)  # noqa: E731
+
+
+def cases():
+    for n, kind in enumerate(KINDS):
+        for shape in SHAPES[: 1 if n % 2 else 4]:
+            yield pytest.param(kind, shape, bool(n % 2), id=f"{kind}-{shape[3]}x{shape[4]}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("kind", "shape", "extras"), cases())
+def test_attention(kind, shape, extras, dtype):
+    case = make(kind, shape, dtype, extras=extras)
+    _, _, want, lse = oracle(case)
+    _, _, plain, plain_lse = oracle(case, dtype)
+    out, got = lse_form.attention(*case.qkv, visibility=case.seen(), terms=terms_of(case))
+    assert out.dtype == dtype and got.dtype == torch.float32
+    no_worse(out, want, plain)
+    sees = torch.isfinite(lse)
+    assert torch.equal(torch.isfinite(got), sees)
+    no_worse(got[sees], lse[sees], plain_lse[sees])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("kind", "shape", "extras"), cases())
+def test_column_mass(kind, shape, extras, dtype):
+    case = make(kind, shape, dtype, extras=extras)
+    _, a, _, _ = oracle(case)
+    z, _, _, plain_lse = oracle(case.to(torch.float32), torch.float32)
+    b, h, lq = case.query.shape[:3]
+    rows = torch.rand(b, lq) < 0.7
+    plain = torch.exp(z - plain_lse[..., None]).nan_to_num(0.0) * rows[:, None, :, None]
+    want = (a * rows[:, None, :, None]).sum(2)
+    heads = [h - 1, 0] if h > 1 else [0]
+    options = {"visibility": case.seen(), "terms": terms_of(case), "rows": rows}
+    call = (case.query, case.key, plain_lse)
+    no_worse(column_mass_form.column_mass(*call, **options), want, plain.sum(2))
+    some = column_mass_form.column_mass(*call, heads=heads, **options)
+    no_worse(some, want[:, heads], plain.sum(2)[:, heads])
+    hkv, lk = case.key.shape[1:3]
+    group = column_mass_form.column_mass(*call, group="sum", **options)
+    torch.testing.assert_close(group.double(), want.view(b, hkv, -1, lk).sum(2), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("keep", [0.0, 0.4])
+@pytest.mark.parametrize(("kind", "shape", "extras"), cases())
+def test_mass_move(kind, shape, extras, keep, dtype):
+    case = make(kind, shape, dtype, extras=extras)
+    b, h, lq = case.query.shape[:3]
+    case.key[:, :, 0] *= 3  # rows on both sides of the limit from which they are computed again
+    source = torch.rand(b, h, case.key.shape[2]) < 0.3
+    source[:, : h // 2 + 1, 0] = True
+    rows = torch.rand(b, 1, lq) < 0.8
+    _, a, _, _ = oracle(case)
+    want = times_values(edit(a, case.truth, source, keep, None, rows), case.value.double())
+    _, eager, _, _ = oracle(case, dtype)
+    plain = times_values(edit(eager, case.truth, source, keep, None, rows).to(dtype), case.value)
+    options = {"visibility": case.seen(), "terms": terms_of(case)}
+    out, lse = lse_form.attention(*case.qkv, **options)
+    before = out.clone()
+    heads = list(range(h))[::-1]
+    got = mass_move_form.mass_move(
+        *case.qkv, out, lse, source=source.flip(1), keep=keep, rows=rows, heads=heads, **options
+    )
+    assert torch.equal(out, before)
+    no_worse(got, want, plain, factor=4.0 if dtype == torch.float32 else 2.0)
+    still = ~rows.expand(b, h, lq)
+    assert torch.equal(got[still], out[still])
+    assert torch.equal(mass_move_form.mass_move(
+        *case.qkv, out, lse, source=source, keep=1.0, rows=None, heads=None, **options
+    ), out)  # fmt: skip
+
+
+def test_views_and_memory_around_the_result():
+    """Tokens before heads, a slice of a longer cache: nothing outside is read, nothing beside is written."""
+    case = make("causal", (2, 4, 2, 37, 37, 24), torch.float32)
+    q = case.query.transpose(1, 2).contiguous().transpose(1, 2)
+    k = torch.cat([case.key, torch.full_like(case.key, torch.nan)], 2)[:, :, :37]
+    v = case.value.transpose(2, 3).contiguous().transpose(2, 3)
+    options = {"visibility": case.seen(), "terms": terms_of(case)}
+    out, lse = lse_form.attention(q, k, v, **options)
+    same, _ = lse_form.attention(*case.qkv, **options)
+    assert torch.equal(out, same)
+    mass = column_mass_form.column_mass(q, k, lse, **options)
+    assert torch.equal(mass, column_mass_form.column_mass(*case.qkv[:2], lse, **options))
+    guarded = torch.full((2, 4, 39, 26), 7.0)
+    view = guarded[:, :, 1:38, 1:25]
+    view.copy_(out)
+    source = torch.rand(2, 2, 37) < 0.3
+    move = {"source": source, "keep": 0.4, "rows": None, "heads": [2, 1], **options}
+    got = mass_move_form.mass_move(q, k, v, view, lse, **move)
+    assert torch.equal(got, mass_move_form.mass_move(*case.qkv, out, lse, **move))
+    assert torch.equal(got[:, [0, 3]], out[:, [0, 3]])
+    assert torch.equal(view, out) and (guarded[:, :, 0] == 7).all() and (guarded[..., 25] == 7).all()
+
+
+def test_rows_that_see_nothing():
+    case = make("dense", (1, 2, 1, 20, 20, 16), torch.float32)
+    case.truth[0, 0, 4] = False
+    options = {"visibility": case.seen(), "terms": terms_of(case)}
+    out, lse = lse_form.attention(*case.qkv, **options)
+    assert not out[0, :, 4].any() and torch.isneginf(lse[0, :, 4]).all()
+    mass = column_mass_form.column_mass(*case.qkv[:2], lse, **options)
+    torch.testing.assert_close(mass.sum(-1), torch.full((1, 2), 19.0))
+    source = torch.ones(1, 2, 20, dtype=torch.bool)
+    got = mass_move_form.mass_move(
+        *case.qkv, out, lse, source=source, keep=0.1, rows=None, heads=None, **options
+    )
+    assert torch.equal(got, out)
+
+
+def test_the_forms_agree_with_the_cpu_forms():
+    case = make("left", (2, 4, 2, 70, 70, 16), torch.float32)
+    out, lse = attention(*case.qkv, visibility=case.seen(), scale=case.scale)
+    got, got_lse = lse_form.attention(*case.qkv, visibility=case.seen(), terms=terms_of(case))
+    torch.testing.assert_close(got, out, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got_lse, lse, rtol=1e-6, atol=1e-5)
+
+
+def operands(kind, extras):
+    case = make(kind, (2, 4, 2, 20, 20, 16), torch.float32, extras=extras)
+    seen, terms = case.seen(), case.terms
+    mask = (seen.causal, seen.window, seen.keys, seen.dense, terms.get("position_bias"), terms.get("softcap"))
+    return case, mask, terms.get("sink_logits")
+
+
+@pytest.mark.parametrize(("kind", "extras"), [("causal", False), ("left", True), ("dense", False)])
+def test_the_operators_are_registered_correctly(kind, extras):
+    case, mask, sinks = operands(kind, extras)
+    heads = torch.tensor([3, 0])
+    check = torch.library.opcheck
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    check(torch.ops.trainless.attention_lse.default, (*case.qkv, 0.3, *mask, sinks), test_utils=tests)
+    out, lse = torch.ops.trainless.attention_lse(*case.qkv, 0.3, *mask, sinks)
+    arguments = (case.query, case.key, lse, heads, 0.3, *mask)
+    check(torch.ops.trainless.column_mass.default, arguments, test_utils=tests)
+    source = torch.rand(2, 2, 20) < 0.3
+    arguments = (*case.qkv, out, lse, source, torch.full((2, 2, 20), 0.4), heads, 0.3, *mask, sinks)
+    check(torch.ops.trainless.mass_move.default, arguments, test_utils=tests)
+
+
+def test_a_compiler_sees_one_operator_each():
+    case, mask, sinks = operands("causal", False)
+    seen = []
+
+    def record(graph, _):
+        seen.extend(str(n.target) for n in graph.graph.nodes if "trainless" in str(n.target))
+        return graph.forward
+
+    def both(q, k, v):
+        out, lse = torch.ops.trainless.attention_lse(q, k, v, 0.3, *mask, sinks)
+        return out, torch.ops.trainless.column_mass(q, k, lse, torch.arange(4), 0.3, *mask)
+
+    got = torch.compile(both, fullgraph=True, backend=record)(*case.qkv)
+    assert len(seen) == 2, seen
+    for a, b in zip(got, both(*case.qkv), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_addresses_are_wide():
+    """A batch stride beyond 2**31 elements: the second batch row lies 4 GiB away, in memory never touched."""
+    stride = 2**31 + 64
+    try:
+        base = torch.empty(stride + 20 * 16, dtype=torch.float16)
+    except RuntimeError:
+        pytest.skip("cannot reserve 4 GiB of address space")
+    q = base.as_strided((2, 1, 20, 16), (stride, 320, 16, 1))
+    small = torch.randn(2, 1, 20, 16).half()
+    q.copy_(small)
+    terms, seen = Terms(0.3), visibility(None, causal=True, lq=20, lk=20)
+    got = lse_form.attention(q, q, q, visibility=seen, terms=terms)
+    want = lse_form.attention(small, small, small, visibility=seen, terms=terms)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))

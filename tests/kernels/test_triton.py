@@ -1,0 +1,122 @@
+"""The Triton forms: all of them in the interpreter, compiled for a GPU that need not be there, never imported early."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from trainless.kernels import available
+from trainless.kernels.dispatch import triton_reasons
+
+HERE = Path(__file__).parent
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed"
+)
+
+
+def python(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=HERE.parent.parent,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+
+
+@needs_triton
+@pytest.mark.slow
+def test_every_kernel_runs_in_the_interpreter():
+    """In a process of its own: the interpreter must be chosen before anything imports Triton."""
+    done = python(
+        "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(HERE / "interpreted_kernels.py"),
+        TRITON_INTERPRET="1",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+
+
+COMPILE = """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from trainless.kernels.column_mass.triton import _column_mass
+from trainless.kernels.lse.triton import _attention
+from trainless.kernels.mass_move.triton import _mass_move
+
+pointers = {"q": "bf16", "k": "bf16", "v": "bf16", "old": "bf16", "new": "bf16", "bias": "bf16", "sinks": "bf16",
+            "lse": "fp32", "keep": "fp32", "keys": "u8", "mask": "u8", "source": "u8",
+            "index": "i64", "filled": "i64", "chosen": "i64"}
+flags = dict(CAUSAL=True, WINDOW=FULL, CAP=FULL, KEYS=True, MASK=int(FULL), BIAS=FULL, SINKS=FULL, EXACT=False,
+             BM=64, BN=64, BS=16, BD=64)
+for kernel in KERNELS:
+    types, constants = {}, {}
+    for name in kernel.arg_names:
+        if name.isupper():
+            types[name], constants[name] = "constexpr", flags[name]
+        elif name == "out":
+            types[name] = "*fp32" if kernel is _column_mass else "*bf16"
+        elif name in pointers:
+            types[name] = "*" + pointers[name]
+        else:
+            types[name] = "fp32" if name in ("scale", "softcap", "hidden", "limit") else "i64"
+    made = compile(ASTSource(kernel, types, constants), target=GPUTarget("cuda", CAPABILITY, 32))
+    assert "cubin" in made.asm
+    assert made.metadata.shared <= 100 * 1024, made.metadata.shared
+    print("compiled", kernel.__name__)
+"""
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kernels", "full", "capability"),
+    [("_column_mass, _attention", True, 80), ("_mass_move,", False, 90)],
+)
+def test_kernels_compile_for_a_gpu(kernels, full, capability, tmp_path):
+    """To machine code, within the shared memory that every such GPU has; no GPU is needed for that."""
+    code = COMPILE.replace("FULL", str(full)).replace("KERNELS", f"({kernels})")
+    code = code.replace("CAPABILITY", str(capability))
+    script = tmp_path / "compile_kernels.py"
+    script.write_text(code)
+    done = python(str(script), TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0")
+    assert done.returncode == 0, done.stderr[-4000:]
+    for name in kernels.strip(",").split(", "):
+        assert f"compiled {name}" in done.stdout
+
+
+def test_importing_the_kernels_does_not_import_triton():
+    # torch may do so itself; what counts is that ours adds nothing.
+    code = (
+        "import sys, torch, torch.library; before = {m for m in sys.modules if m.split('.')[0] == 'triton'}; "
+        "import trainless.kernels.lse, trainless.kernels.column_mass, trainless.kernels.mass_move; "
+        "after = {m for m in sys.modules if m.split('.')[0] == 'triton'}; "
+        "assert not any(m.endswith('.triton') for m in sys.modules if m.startswith('trainless.kernels')); "
+        "print(len(before), len(after))"
+    )
+    done = python("-c", code)
+    assert done.returncode == 0, done.stderr
+    before, after = done.stdout.split()
+    assert before == after
+
+
+def test_a_cpu_tensor_is_told_why_not_triton():
+    assert any("CUDA" in reason for reason in triton_reasons([torch.zeros(1)]))
+    assert any("float64" in reason for reason in triton_reasons([torch.zeros(1, dtype=torch.float64)]))
+    grown = torch.zeros(1, requires_grad=True)
+    assert any("gradient" in reason for reason in triton_reasons([grown]))
+
+
+def test_what_is_available_is_named_with_reasons(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    found = available()
+    assert set(found) == {"lse", "column_mass", "mass_move"}
+    assert found["lse"].name == "fused" and found["column_mass"].name == "blocked"
+    assert found["mass_move"].reasons and "triton" in found["mass_move"].reasons[0]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    if importlib.util.find_spec("triton") is not None:
+        assert {c.name for c in available().values()} == {"triton"}
