@@ -6,6 +6,7 @@
 Importing this package imports neither diffusers nor Triton, and opens no connection.
 """
 
+from .calibrators import calibrate
 from .errors import (
     CalibrationError,
     Conflict,
@@ -38,6 +39,7 @@ __all__ = [
     "Unsupported",
     "Verification",
     "__version__",
+    "calibrate",
     "explain",
     "load_recipe",
     "methods",

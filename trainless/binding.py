@@ -95,7 +95,7 @@ def match(
 
 def bind_one(model: Any, parts: list[Component], sites: list[Site], use: Use) -> Binding:
     """Bind one method of a recipe; ``sites`` are the attention sites of the model. Raises as ``bind`` does."""
-    method = apply_calibration(use.method, use.calibration, parts[0])
+    method = apply_calibration(use, parts[0])
     name = method.name
     if method.site_kind == "module":
         sites = module_sites(parts)

@@ -6,27 +6,32 @@ data and the settings. ``patch(model, method, calibration=FILE)`` refuses a file
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .errors import CalibrationError
+from .errors import CalibrationError, InputError
 from .hosts import Component
-from .patchers import Method
+from .patchers import ANY_MEASUREMENT, Method
+from .recipes import Use
+from .recipes.values import build
 
 FORMAT = "trainless calibration 1"
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A digest of a model's shape and of a sample of its weights; independent of dtype and device.
+    """A digest of a model's shape and of a sample of its weights; independent of the device.
 
-    Sixteen values of each of sixteen tensors, rounded to 2 significant digits, so that float32 and
-    bfloat16 loads of one checkpoint agree and two checkpoints of one architecture do not.
+    Sixteen values of each of sixteen tensors, rounded to bfloat16, so that loads of one checkpoint in
+    float64, float32 and bfloat16 agree, and two checkpoints of one architecture do not. (A float16 load
+    agrees when the checkpoint is no wider than float16: rounding twice is not rounding once.)
     """
     state = [(n, t) for n, t in model.named_parameters() if t.dim() >= 1]
     digest = hashlib.sha256()
@@ -37,8 +42,8 @@ def fingerprint(model: nn.Module) -> str:
         flat = tensor.detach().reshape(-1)
         if flat.device.type == "meta":
             continue
-        sample = flat[:: max(1, flat.numel() // 16)][:16].float().cpu().tolist()
-        digest.update(" ".join(f"{v:.1e}" for v in sample).encode())
+        sample = flat[:: max(1, flat.numel() // 16)][:16].cpu().to(torch.bfloat16)
+        digest.update(sample.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -79,8 +84,13 @@ def save(
     }
     path = Path(path)
     temporary = path.with_name(path.name + ".part")
-    save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata=metadata)
-    temporary.replace(path)
+    try:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata=metadata)
+        temporary.replace(path)
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"{path}: cannot be written ({str(error).strip() or type(error).__name__})"
+        ) from error
 
 
 def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -109,8 +119,8 @@ def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def check_fits(
     path: str | Path, metadata: dict[str, Any], measurement: str, model: nn.Module, family: str
 ) -> None:
-    """CalibrationError unless the file is of this measurement and of this very model."""
-    if metadata["measurement"] != measurement:
+    """CalibrationError unless the file is of this measurement (or any will do) and of this very model."""
+    if measurement not in (ANY_MEASUREMENT, metadata["measurement"]):
         raise CalibrationError(f"{path}: holds {metadata['measurement']!r}, and {measurement!r} is needed")
     ours = shape_of(model, family)
     for name, value in metadata["model"].items():
@@ -127,11 +137,33 @@ def check_fits(
         )
 
 
-def apply_calibration(method: Method, path: Path | None, component: Component) -> Method:
-    """``method`` with its calibration file read, checked and applied; unchanged when it has none."""
+def apply_calibration(use: Use, component: Component) -> Method:
+    """The method of ``use`` with its calibration file read, checked and applied; unchanged without one.
+
+    The file decides the method's ``calibration_sets``. Of the settings that it was measured with, those
+    are taken over which the user did not give: what was given wins.
+    """
+    method, path = use.method, use.calibration
     if path is None:
         return method
     tensors, metadata = load(path)
     family = component.host.family(component.module)
     check_fits(path, metadata, method.calibration_of or method.name, component.module, family)
-    return method.calibrated(tensors, metadata["facts"])
+    missing = [name for name in method.calibration_sets if name not in tensors]
+    if missing:
+        raise CalibrationError(
+            f"{path}: a measurement of {metadata['measurement']!r} without the {missing[0]} that {method.name} reads"
+        )
+    recorded = metadata["facts"].get("parameters", {})
+    settings = {name: value for name, value in recorded.items() if name in use.from_calibration}
+    values = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
+    faults: list[str] = []
+    made = build(type(method), {**values, **settings}, lambda at, why: faults.append(f"{at}: {why}"))
+    if made is None:
+        raise CalibrationError(f"{path}: its settings make no sense ({faults[0]}); make it again")
+    try:
+        made = made.calibrated(tensors, metadata["facts"])
+        made.check()
+    except InputError as error:
+        raise CalibrationError(f"{path}: {error}; make it again") from None
+    return made

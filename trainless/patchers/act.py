@@ -18,13 +18,15 @@ Differs  - Threshold alpha / L as in the paper (alpha = 5); the code's fixed val
            likelihoods are contaminated and a prefill cut into chunks is refused. statistics="running"
            judges each row by the rows up to itself, and does neither.
          - Padding: divisors count visible rows, L is the row's own length, "first" its first real token.
+         - A calibration file brings the heads and the beta, threshold, min_rows and statistics they were
+           chosen with; any of these but the heads may be given beside the file, and then wins.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -52,6 +54,10 @@ class Act(Method):
     parts: ClassVar[frozenset[str]] = frozenset({"text"})
     identity: ClassVar[dict[str, Any]] = {"beta": 1.0}
     calibration_of: ClassVar[str] = "act"
+    calibration_sets: ClassVar[tuple[str, ...]] = ("heads",)
+    calibration_settings: ClassVar[tuple[tuple[str, ...], ...]] = (
+        ("beta",), ("alpha", "theta"), ("min_rows",), ("statistics",),
+    )  # fmt: skip
 
     beta: float = option(
         0.4, help="what sinks keep of their probability", origin="published", low=0.0, high=1.0
@@ -81,9 +87,6 @@ class Act(Method):
             if value is not None and (not math.isfinite(value) or value < 0):
                 raise InputError(f"{name}={value!r}: a threshold is a finite number, 0 or more")
 
-    def calibrated(self, tensors: dict[str, Any], facts: dict[str, Any]) -> Act:
-        return replace(self, heads=tensors["heads"].tolist())
-
     def validate(self, sites: Sequence[Site]) -> None:
         validate_heads(self.heads, sites)
 
@@ -97,13 +100,43 @@ class Act(Method):
         heads = heads_at(self.heads, site, self.skip_layers)
         inert = self.beta == 1.0
         if self.statistics == "running":
-            return [Contribution("mass", self._running(heads), heads=heads, inert=inert, stateful=True, in_order=True)]
+            return [
+                Contribution(
+                    "mass", self._running(heads), heads=heads, inert=inert, stateful=True, in_order=True
+                )
+            ]
         return [
             Contribution(
                 "mass", self._frozen(heads), needs=_at_prefill, heads=heads, inert=inert, stateful=True,
                 lookahead=True, statistics=frozenset({"column_mass"}),
             )
         ]  # fmt: skip
+
+    def watch(self, site: Site, record: Callable[[Tensor], None]) -> Contribution:
+        """Changes nothing, and tells which chosen heads would be changed: those with a sink.
+
+        ``record`` gets bool (B, h), once per block of rows; h counts the chosen heads at ``site``.
+        """
+        heads = heads_at(self.heads, site, self.skip_layers)
+
+        def look(call: AttentionCall, stats: Statistics, state: State) -> None:
+            if stats.column_mass is not None:
+                record(self._sinks(call, _pick(stats.column_mass, heads), stats.rows).any(-1))
+
+        def follow(call: AttentionCall, stats: Statistics, state: State) -> RowEdit:
+            running = _RunningSinks(self, call, state, heads)
+
+            def unchanged(p: Tensor, start: int) -> Tensor:
+                record(running.sinks(p, start).any(-1).any(-1))
+                return p
+
+            return RowEdit(unchanged)
+
+        if self.statistics == "running":
+            return Contribution("mass", follow, heads=heads, stateful=True)
+        return Contribution(
+            "observe", look, needs=_at_prefill, heads=heads, statistics=frozenset({"column_mass"})
+        )
 
     # ------------------------------------------------------------------ sinks of the prefill, then frozen
 
@@ -159,9 +192,20 @@ class _RunningSinks:
         )
         self.real[:, lk - lq :] = now
         self.now = now
+        # Tokens that a sliding window has let go: they still count as tokens, and one of them was the first.
+        self.before = _or_zeros(state.get("tokens"), (b,), exact, device)
+        self.gone = self.before - self.real[:, : lk - lq].sum(1)
 
     def edit(self, p: Tensor, start: int) -> Tensor:
         """p (B, h, rows, Lk) probabilities of rows start… of the call; returns them edited."""
+        sinks = self.sinks(p, start)
+        mass = (p * sinks).sum(-1, keepdim=True)
+        room = (p * ~sinks).sum(-1, keepdim=True)
+        grown = 1 + (1 - self.act.beta) * mass / room.clamp_min(torch.finfo(p.dtype).tiny)
+        return torch.where(room > 0, torch.where(sinks, p * self.act.beta, p * grown), p)
+
+    def sinks(self, p: Tensor, start: int) -> Tensor:
+        """bool, shaped like ``p``: each row's sinks, by the rows up to itself; blocks come in order."""
         rows, lk = p.shape[2], p.shape[3]
         lq = self.call.query.shape[2]
         now = self.now[:, None, start : start + rows, None]
@@ -169,18 +213,17 @@ class _RunningSinks:
         seen = (torch.arange(lk, device=p.device) <= number[:, None]) & self.real[:, None, None] & now
         total = self.sum[:, :, None] + (p * now).cumsum(2)
         count = self.count[:, :, None] + seen.to(p.dtype).cumsum(2)
-        length = seen.sum(-1, keepdim=True).to(p.dtype).clamp_min(1)
+        gone = self.gone.to(p.dtype)[:, None, None, None]
+        length = (seen.sum(-1, keepdim=True) + gone).clamp_min(1)
         threshold = self.act.theta if self.act.theta is not None else self.act.alpha / length
-        judged = seen & (count >= max(1, self.act.min_rows)) & (self.real.cumsum(1) > 1)[:, None, None]
+        judged = seen & (count >= max(1, self.act.min_rows)) & (self.real.cumsum(1) + self.gone[:, None] > 1)[:, None, None]
         sinks = (total / count.clamp_min(1) > threshold) & judged
         self.sum, self.count = total[:, :, -1], count[:, :, -1]
         self.state.set("sum", self.sum, keys=2)
         self.state.set("count", self.count, keys=2)
+        self.state.set("tokens", self.before + self.now[:, : start + rows].sum(1))
         self.state.set("real", self.real[:, None], keys=2, fill=True)
-        mass = (p * sinks).sum(-1, keepdim=True)
-        room = (p * ~sinks).sum(-1, keepdim=True)
-        grown = 1 + (1 - self.act.beta) * mass / room.clamp_min(torch.finfo(p.dtype).tiny)
-        return torch.where(room > 0, torch.where(sinks, p * self.act.beta, p * grown), p)
+        return sinks
 
 
 # ---------------------------------------------------------------- helpers

@@ -17,6 +17,7 @@ from ..errors import InputError, did_you_mean
 from ..seams import Contribution, Site
 
 ENTRY_POINTS = "trainless.methods"
+ANY_MEASUREMENT = "*"  # calibration_of: a file of any measurement that holds what the method reads
 
 
 def option(default: Any = dataclasses.MISSING, *, help: str, origin: str = "ours", **meta: Any) -> Any:
@@ -40,8 +41,11 @@ class Method:
     Class attributes: ``name``; ``aliases``; ``summary`` (one line); ``source`` (paper or code, by
     name); ``parts`` (parts of a model it acts on unless ``where: {part}`` says otherwise; empty: all);
     ``roles``; ``hosts``; ``identity`` (parameter values at which it is bitwise the identity, or None);
-    ``calibration_of`` (name of the measurement that makes its calibration file, or None); ``site_kind``
-    ("attention", or "module" to be offered every module); ``evicts`` (whether it drops cache entries).
+    ``calibration_of`` (name of the measurement that makes its calibration file, ANY_MEASUREMENT, or
+    None); ``calibration_sets`` (parameters that such a file holds as tensors of the same name; they
+    cannot be given beside it); ``calibration_settings`` (parameters that the file records as the
+    settings of its measurement, in groups: used unless the user gives one of the group); ``site_kind`` ("attention", or
+    "module" to be offered every module); ``evicts`` (whether it drops cache entries).
     """
 
     name: ClassVar[str] = ""
@@ -53,12 +57,16 @@ class Method:
     hosts: ClassVar[frozenset[str]] = frozenset({"transformers"})
     identity: ClassVar[dict[str, Any] | None] = None
     calibration_of: ClassVar[str | None] = None
+    calibration_sets: ClassVar[tuple[str, ...]] = ()
+    calibration_settings: ClassVar[tuple[tuple[str, ...], ...]] = ()
     site_kind: ClassVar[str] = "attention"
     evicts: ClassVar[bool] = False
 
-    def calibrated(self, tensors: dict[str, Any], facts: dict[str, str]) -> Method:
-        """These parameters with what a calibration file says; only for methods with a ``calibration`` parameter."""
-        raise InputError(f"{self.name} takes no calibration")
+    def calibrated(self, tensors: dict[str, Any], facts: dict[str, Any]) -> Method:
+        """These parameters with what a calibration file holds for ``calibration_sets``; settings are in already."""
+        if not self.calibration_sets:
+            raise InputError(f"{self.name} takes no calibration")
+        return dataclasses.replace(self, **{name: tensors[name].tolist() for name in self.calibration_sets})
 
     def check(self) -> None:
         """Raise InputError when the parameters make no sense; called before anything is touched."""

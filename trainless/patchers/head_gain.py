@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 from ..errors import InputError
 from ..seams import Contribution, Site
 from ._choice import Heads, check_heads, heads_at, validate_heads
-from .base import Method, option, register
+from .base import ANY_MEASUREMENT, Method, option, register
 
 
 @register
@@ -35,7 +35,8 @@ class HeadGain(Method):
     summary: ClassVar[str] = "multiply the output of chosen heads: 0 removes them, 1 leaves them alone"
     source: ClassVar[str] = "On the Role of Attention Heads in Large Language Model Safety (output ablation)"
     identity: ClassVar[dict[str, float]] = {"gain": 1.0}
-    calibration_of: ClassVar[str] = "heads"
+    calibration_of: ClassVar[str] = ANY_MEASUREMENT
+    calibration_sets: ClassVar[tuple[str, ...]] = ("heads",)
 
     heads: str | list[list[int]] = option("all", help='"all" or a list of [layer, head]')
     gain: float = option(0.0, help="factor on the head's output", origin="published")
@@ -44,9 +45,6 @@ class HeadGain(Method):
         check_heads(self.heads)
         if not math.isfinite(self.gain):
             raise InputError(f"gain={self.gain!r}: must be finite; 1.0 changes nothing")
-
-    def calibrated(self, tensors: dict[str, Any], facts: dict[str, Any]) -> HeadGain:
-        return replace(self, heads=tensors["heads"].tolist())
 
     def validate(self, sites: Sequence[Site]) -> None:
         validate_heads(self.heads, sites)

@@ -69,7 +69,7 @@ class Draft:
         if method is None or where is None:
             return None
         digest = hashlib.sha256(calibration.read_bytes()).hexdigest() if calibration is not None else None
-        return Use(self.id, method, where, calibration, digest)
+        return Use(self.id, method, where, calibration, digest, frozenset(self.given))
 
     def _reporter(self, given: dict[str, Given], part: str, faults: Faults) -> Any:
         def fault(path: At, reason: str) -> None:
@@ -91,6 +91,13 @@ class Draft:
             return None
         given = self.given["calibration"]
         path = resolve_file(given, faults)
+        for name in self.cls.calibration_sets:
+            if name in self.given:
+                self.given[name].fault(
+                    faults,
+                    (),
+                    f"is given together with calibration, which says the {name} too; keep one of them",
+                )
         if path is None or not declared:
             del values["calibration"]
         else:
@@ -124,7 +131,8 @@ def resolve_file(given: Given, faults: Faults) -> Path | None:
 class Use:
     """One patch of a resolved recipe.
 
-    calibration: the absolute path of its file, if it has one, with the SHA-256 of the contents.
+    calibration: the absolute path of its file, if it has one, with the SHA-256 of the contents. given:
+    the parameters that were written down; with a calibration, some of the others come from its file.
     """
 
     id: str
@@ -132,10 +140,19 @@ class Use:
     where: Where
     calibration: Path | None = None
     calibration_digest: str | None = None
+    given: frozenset[str] = frozenset()
+
+    @property
+    def from_calibration(self) -> frozenset[str]:
+        """The parameters that the calibration file decides."""
+        if self.calibration is None:
+            return frozenset()
+        groups = (group for group in self.method.calibration_settings if not self.given & set(group))
+        return frozenset(self.method.calibration_sets).union(*groups)
 
     def resolved(self) -> dict[str, Any]:
-        """Plain data with every parameter, defaults included."""
-        values = values_of(self.method)
+        """Plain data with every parameter, defaults included, but for those that a calibration file decides."""
+        values = {k: v for k, v in values_of(self.method).items() if k not in self.from_calibration}
         if self.calibration is not None:
             values["calibration"] = str(self.calibration)
         data: dict[str, Any] = {"use": self.method.name, "id": self.id, "with": values}

@@ -77,6 +77,8 @@ class Recipe:
                     found.append(
                         Origin(path, value, given.source.origin(given.at), given.source.note(given.at))
                     )
+                elif name in use.from_calibration:
+                    found.append(Origin(path, "as calibrated", str(use.calibration)))
                 else:
                     kind = fields[name].metadata.get("origin", "ours")
                     note = use.method.source if kind == "published" else ""
