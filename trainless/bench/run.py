@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..binding import bind
+from ..binding import bind, check
 from ..errors import InputError
 from ..hosts import Component
 from ..hosts.probes import Draw
@@ -51,6 +51,7 @@ def bench(
         raise InputError("the model is patched already; remove the patches, and bench compares with none")
     recipe = what if isinstance(what, Recipe) else resolve(what, parameters)
     parts, bindings = bind(model, recipe)
+    check(bindings)
     sites = [site for binding in bindings for site, _ in binding.contributions]
     subject, settings, notes = _subject(parts, sites, tokens, new_tokens, text, tokenizer)
     about = {

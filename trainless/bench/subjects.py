@@ -102,7 +102,7 @@ class Calls:
     def rows(self, unpatched: Sequence[dict[str, float]], patched: Sequence[dict[str, float]]) -> list[Row]:
         return [
             Row.of(
-                f"{p.unit}, {p.name}",
+                f"call, {p.short}",
                 "s",
                 [run[p.name] for run in unpatched],
                 [run[p.name] for run in patched],
@@ -115,7 +115,7 @@ class Calls:
         for probe, before, after in zip(self.probes, a, b, strict=True):
             moved = math.sqrt(sum(float((y - x).square().sum()) for x, y in zip(before, after, strict=True)))
             norm = math.sqrt(sum(float(x.square().sum()) for x in before))
-            rows.append(Row(f"outputs moved, {probe.name}", "share", None, moved / norm if norm else 0.0))
+            rows.append(Row(f"outputs moved, {probe.short}", "share", None, moved / norm if norm else 0.0))
         return rows
 
 

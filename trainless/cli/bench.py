@@ -18,8 +18,12 @@ def command(
     patch: list[str] = Patches,
     set_: list[str] = Sets,
     out: Path = Out,
-    tokens: int = typer.Option(1024, "--tokens", min=2, help="Language models: tokens of the prefill."),
-    new_tokens: int = typer.Option(64, "--new-tokens", min=1, help="Language models: cached steps after it."),
+    tokens: int = typer.Option(
+        1024, "--tokens", metavar="N", min=2, help="Language models: tokens of the prefill."
+    ),
+    new_tokens: int = typer.Option(
+        64, "--new-tokens", metavar="N", min=1, help="Language models: cached steps after it."
+    ),
     text: Path = Text,
 ) -> int:
     """Speed, memory and agreement, unpatched against patched, alternating in one run.
@@ -32,7 +36,8 @@ def command(
     from ..bench import bench
     from ..bench.result import check_folder
     from ..errors import InputError
-    from ..models import describe, load
+    from ..explain import explain
+    from ..models import describe, load, skeleton
     from ..models.extras import require
 
     if out is not None:
@@ -43,6 +48,14 @@ def command(
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {text}: {error}") from None
     description = describe(model)
+    dry = explain(skeleton(description), what)  # what is wrong is said before weights are read
+    if not dry.ok:
+        raise InputError("; ".join(problem.message for problem in dry.problems))
+    if description.kind == "text" and tokens + new_tokens > (description.positions or tokens + new_tokens):
+        raise InputError(
+            f"{tokens} tokens and {new_tokens} new ones: the model has {description.positions} positions; "
+            "give fewer with --tokens"
+        )
     loaded = load(description)
     tokenizer = loaded.tokenizer if description.kind in ("text", "vlm") else None
     found = bench(loaded.model, what, tokens=tokens, new_tokens=new_tokens, text=prose, tokenizer=tokenizer)

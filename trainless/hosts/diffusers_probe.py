@@ -31,9 +31,9 @@ def _of(model: nn.Module, trained: tuple[int, int] | None) -> list[Probe]:
     base = trained or SMALL
     made = []
     for rows, columns, said in ((*base, "trained size" if trained else "small"), (*_other(model, base), "")):
-        inputs = _inputs(model, rows, columns)
-        said = f" ({said})" if said else ""
-        made.append(Probe(f"latents of {rows}×{columns}{said}", _runner(model, inputs), unit="denoiser call"))
+        size = f"{rows}×{columns}"
+        name = f"latents of {size}" + (f" ({said})" if said else "")
+        made.append(Probe(name, _runner(model, _inputs(model, rows, columns)), short=f"{size} latents"))
     return made
 
 

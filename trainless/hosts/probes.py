@@ -23,13 +23,13 @@ STEPS = 3  # cached decode steps after the prefill
 class Probe:
     """``run()`` calls the model once, on inputs that never change and a fresh cache, and returns its outputs.
 
-    misses: parts of the model that it does not reach. unit: what one run is, for timings.
+    misses: parts of the model that it does not reach. short: a label of at most 20 characters.
     """
 
     name: str
     run: Callable[[], Any]
     misses: frozenset[str] = frozenset()
-    unit: str = "call"
+    short: str = ""
 
 
 def default_probes(part: Any, sites: Sequence[Site], tokens: int) -> list[Probe]:

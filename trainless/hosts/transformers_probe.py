@@ -52,7 +52,7 @@ def _decoder(model: PreTrainedModel, takes: Any, tokens: int) -> Probe:
         return cached(model, ids, more, keep)
 
     misses = frozenset({"vision"}) if hasattr(model.config, "vision_config") else frozenset[str]()
-    return Probe(_named(length), run, misses)
+    return Probe(_named(length), run, misses, short=f"{length} tokens")
 
 
 def cached(model: nn.Module, ids: Tensor, more: Tensor, prefill: dict[str, Any] | None = None) -> list[Any]:
@@ -79,7 +79,7 @@ def _seq2seq(model: PreTrainedModel, tokens: int) -> Probe:
             outputs.append(model(**step, past_key_values=cache, use_cache=True))
         return outputs
 
-    return Probe(f"{length} random source tokens; {_named(length)}", run)
+    return Probe(f"{length} random source tokens; {_named(length)}", run, short=f"{length} tokens")
 
 
 def _encoder(model: PreTrainedModel, takes: Any, tokens: int) -> Probe:
@@ -92,14 +92,13 @@ def _encoder(model: PreTrainedModel, takes: Any, tokens: int) -> Probe:
     if "pixel_values" in takes and _image_size(getattr(model.config, "vision_config", None)) is not None:
         given["pixel_values"] = _pixels(draw, model.config.vision_config)
         said += "; 2 random images"
-    return Probe(said, lambda: model(**given))
+    return Probe(said, lambda: model(**given), short=f"2 × {length} tokens")
 
 
 def _vision(model: PreTrainedModel) -> Probe:
     images = _pixels(Draw(model), model.config)
-    return Probe(
-        f"2 random images of {images.shape[2]}×{images.shape[3]}", lambda: model(pixel_values=images)
-    )
+    size = f"{images.shape[2]}×{images.shape[3]}"
+    return Probe(f"2 random images of {size}", lambda: model(pixel_values=images), short=f"2 images {size}")
 
 
 def _pixels(draw: Draw, config: Any) -> Tensor:
