@@ -134,15 +134,28 @@ class State:
         self.tensors: dict[str, Tensor] = {}
         self.axes: dict[str, tuple[int, int | None]] = {}
         self.fill: dict[str, float] = {}
+        self.cumulative: set[str] = set()
 
     def get(self, name: str) -> Tensor | None:
         return self.tensors.get(name)
 
     def set(
-        self, name: str, tensor: Tensor, *, batch: int = 0, keys: int | None = None, fill: float = 0
+        self,
+        name: str,
+        tensor: Tensor,
+        *,
+        batch: int = 0,
+        keys: int | None = None,
+        fill: float = 0,
+        cumulative: bool = False,
     ) -> None:
-        """Store ``tensor``; keys that arrive later are given ``fill`` along the ``keys`` axis."""
+        """Store ``tensor``; keys that arrive later are given ``fill`` along the ``keys`` axis.
+
+        ``cumulative``: it adds up over rows, so rows that are taken back have left their trace in it.
+        """
         self.tensors[name], self.axes[name], self.fill[name] = tensor, (batch, keys), fill
+        if cumulative:
+            self.cumulative.add(name)
 
 
 Value = Callable[[AttentionCall, Statistics, State], Any]

@@ -27,7 +27,7 @@ from ..kv import CompressingLayer
 from ..seams import AttentionCall, Site
 from .base import ATTRIBUTE, Runtime, runtime_of
 from .rotary import rotation
-from .transformers_cache import before, prefill_wrapper
+from .transformers_cache import before, cache_wrapper, prefill_wrapper
 from .transformers_sites import find
 
 NAME = "trainless"
@@ -291,12 +291,15 @@ class TransformersHost:
 
     def install_model(self, model: nn.Module, journal: Journal, runtimes: Sequence[Runtime]) -> None:
         for name, module in model.named_modules():
-            if callable(getattr(module, "_prefill", None)) and isinstance(module, PreTrainedModel):
-                journal.add(
-                    AttributeEdit(
-                        module, "_prefill", prefill_wrapper(module, runtimes), f"{name or 'model'}._prefill"
-                    )
-                )
+            if not isinstance(module, PreTrainedModel):
+                continue
+            for method, wrapper in (
+                ("_prefill", prefill_wrapper),
+                ("_prepare_cache_for_generation", cache_wrapper),
+            ):
+                if callable(getattr(module, method, None)):
+                    where = f"{name or 'model'}.{method}"
+                    journal.add(AttributeEdit(module, method, wrapper(module, runtimes), where))
 
 
 def _register() -> None:

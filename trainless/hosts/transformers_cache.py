@@ -40,20 +40,25 @@ def _note_layer(
     index = getattr(module, "layer_idx", None)
     if index is None:
         return
+    layer = _adopt(runtime, cache, index)
+    if layer is not None:
+        facts["layer"] = layer
+        facts["past"] = int(layer.get_seq_length())
+
+
+_uncompiled = torch.compiler.disable(_note_layer)
+
+
+def _adopt(runtime: Runtime, cache: Cache, index: int) -> Any:
+    """The layer ``index`` of ``cache``, made ours if the plan needs that; None when the cache has no such layer."""
     if cache.layer_class_to_replicate is not None:
         while len(cache.layers) <= index:
             cache.layers.append(cache.layer_class_to_replicate())
     if index >= len(cache.layers):
-        return
-    layer = cache.layers[index]
+        return None
     if runtime.plan.needs_layer:
-        layer = cache.layers[index] = _ours(runtime, layer, index)
-    facts["layer"] = layer
-    past = layer.get_seq_length()
-    facts["past"] = int(past)
-
-
-_uncompiled = torch.compiler.disable(_note_layer)
+        cache.layers[index] = _ours(runtime, cache.layers[index], index)
+    return cache.layers[index]
 
 
 def _ours(runtime: Runtime, layer: Any, index: int) -> Any:
@@ -100,6 +105,32 @@ def _must_be_empty(method: str, layer: Any, index: int) -> None:
             f"{method}: cache layer {index} already holds {seen} tokens that the patch never saw; "
             "start with an empty cache after patching"
         )
+
+
+def cache_wrapper(model: nn.Module, runtimes: Sequence[Runtime]) -> Callable[..., Any]:
+    """``_prepare_cache_for_generation`` of this instance, which also gives patched layers their place in the cache.
+
+    Assisted decoding tells the cache, before the first forward, that tokens may be taken back again; a
+    layer that comes with the first call would not have heard of it.
+    """
+    original: Any = model._prepare_cache_for_generation
+
+    @functools.wraps(original)
+    def prepare(generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        result = original(generation_config, model_kwargs, *args, **kwargs)
+        cache = model_kwargs.get("past_key_values")
+        cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+        if not isinstance(cache, Cache):
+            return result
+        for runtime in runtimes:
+            index = getattr(runtime.site.module, "layer_idx", None)
+            if runtime.site.role == "self" and index is not None and runtime.plan.needs_layer:
+                _adopt(runtime, cache, index)
+        if getattr(generation_config, "is_assistant", False):
+            cache.activate_past_recording()
+        return result
+
+    return mark(prepare)
 
 
 def prefill_wrapper(model: nn.Module, runtimes: Sequence[Runtime]) -> Callable[..., Any]:

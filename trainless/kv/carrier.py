@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import Unsupported
 from ..seams import State
 
 
@@ -66,10 +67,24 @@ class StatefulMixin(Carrier):
 
     keys: Any
     past: int
+    record_past = False
+    before: dict[str, dict[str, Tensor]] | None = None  # the states before the rows that crop() may take back
+    added = 0  # how many rows those are
+
+    def activate_past_recording(self) -> None:
+        """From now on remember the states before each call until crop() confirms or rejects its tokens."""
+        inherited = getattr(super(), "activate_past_recording", None)
+        if inherited is not None:
+            inherited()
+        self.record_past = True
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
+        if self.record_past:
+            if self.before is None:
+                self.before = {name: dict(state.tensors) for name, state in self.states.items()}
+            self.added += key_states.shape[-2]
         held = self.keys.shape[-2] if isinstance(self.keys, Tensor) and self.keys.dim() == 4 else 0
         self._states_grow(held, key_states.shape[-2])
         return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[misc]
@@ -77,14 +92,27 @@ class StatefulMixin(Carrier):
     def reset(self) -> None:
         super().reset()  # type: ignore[misc]
         self.states.clear()
+        self.before, self.added = None, 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)  # type: ignore[misc]
         self._states_batch(lambda t, axis: t.index_select(axis, beam_idx.to(t.device)))
 
     def crop(self, tokens_to_remove: int) -> None:
+        count = abs(tokens_to_remove)
+        if count and self.before is not None and count == self.added:
+            for name, state in self.states.items():
+                state.tensors = dict(self.before.get(name, {}))
+        elif count:
+            summed = next((name for name, state in self.states.items() if state.cumulative), None)
+            if summed is not None:
+                raise Unsupported(
+                    f"{summed}: its statistics add up over tokens, so {count} of the last "
+                    f"{self.added or 'few'} cannot be taken back; do without assisted decoding"
+                )
+            self._states_crop(count)
         super().crop(tokens_to_remove)  # type: ignore[misc]
-        self._states_crop(abs(tokens_to_remove))
+        self.before, self.added = None, 0
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)  # type: ignore[misc]

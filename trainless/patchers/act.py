@@ -219,9 +219,9 @@ class _RunningSinks:
         judged = seen & (count >= max(1, self.act.min_rows)) & (self.real.cumsum(1) + self.gone[:, None] > 1)[:, None, None]
         sinks = (total / count.clamp_min(1) > threshold) & judged
         self.sum, self.count = total[:, :, -1], count[:, :, -1]
-        self.state.set("sum", self.sum, keys=2)
-        self.state.set("count", self.count, keys=2)
-        self.state.set("tokens", self.before + self.now[:, : start + rows].sum(1))
+        self.state.set("sum", self.sum, keys=2, cumulative=True)
+        self.state.set("count", self.count, keys=2, cumulative=True)
+        self.state.set("tokens", self.before + self.now[:, : start + rows].sum(1), cumulative=True)
         self.state.set("real", self.real[:, None], keys=2, fill=True)
         return sinks
 
