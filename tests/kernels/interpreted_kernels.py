@@ -19,19 +19,21 @@ from trainless.kernels.mass_move import triton as mass_move_form
 assert os.environ.get("TRITON_INTERPRET") == "1", "run through test_triton.py"
 
 KINDS = ("full", "causal", "left", "keys", "window", "local", "dense", "per_head", "additive")
-SHAPES = [(2, 4, 2, 70, 70, 24), (1, 4, 1, 5, 90, 16), (1, 2, 2, 40, 33, 16), (1, 1, 1, 1, 1, 16)]
+SHAPES = [(2, 2, 1, 70, 70, 24), (1, 4, 1, 5, 90, 16), (1, 2, 2, 40, 33, 16), (1, 1, 1, 1, 1, 16)]
 DTYPES = [torch.float32, torch.float16]
 terms_of = lambda case: Terms(case.scale, **case.terms)  # noqa: E731
 
 
-def cases():
-    for n, kind in enumerate(KINDS):
-        for shape in SHAPES[: 1 if n % 2 else 4]:
-            yield pytest.param(kind, shape, bool(n % 2), id=f"{kind}-{shape[3]}x{shape[4]}")
+# Every second kind with soft-cap, position bias and learned sinks; the other kinds in all shapes.
+CASES = [
+    pytest.param(kind, shape, bool(n % 2), id=f"{kind}-{shape[3]}x{shape[4]}")
+    for n, kind in enumerate(KINDS)
+    for shape in SHAPES[: 1 if n % 2 else 4]
+]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("kind", "shape", "extras"), cases())
+@pytest.mark.parametrize(("kind", "shape", "extras"), CASES)
 def test_attention(kind, shape, extras, dtype):
     case = make(kind, shape, dtype, extras=extras)
     _, _, want, lse = oracle(case)
@@ -45,7 +47,7 @@ def test_attention(kind, shape, extras, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("kind", "shape", "extras"), cases())
+@pytest.mark.parametrize(("kind", "shape", "extras"), CASES)
 def test_column_mass(kind, shape, extras, dtype):
     case = make(kind, shape, dtype, extras=extras)
     _, a, _, _ = oracle(case)
@@ -56,7 +58,8 @@ def test_column_mass(kind, shape, extras, dtype):
     want = (a * rows[:, None, :, None]).sum(2)
     heads = [h - 1, 0] if h > 1 else [0]
     options = {"visibility": case.seen(), "terms": terms_of(case), "rows": rows}
-    call = (case.query, case.key, plain_lse)
+    _, lse = lse_form.attention(*case.qkv, visibility=case.seen(), terms=terms_of(case))
+    call = (case.query, case.key, lse)
     no_worse(column_mass_form.column_mass(*call, **options), want, plain.sum(2))
     some = column_mass_form.column_mass(*call, heads=heads, **options)
     no_worse(some, want[:, heads], plain.sum(2)[:, heads])
@@ -65,9 +68,8 @@ def test_column_mass(kind, shape, extras, dtype):
     torch.testing.assert_close(group.double(), want.view(b, hkv, -1, lk).sum(2), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("keep", [0.0, 0.4])
-@pytest.mark.parametrize(("kind", "shape", "extras"), cases())
+@pytest.mark.parametrize(("dtype", "keep"), [(torch.float32, 0.0), (torch.float16, 0.4)], ids=str)
+@pytest.mark.parametrize(("kind", "shape", "extras"), CASES)
 def test_mass_move(kind, shape, extras, keep, dtype):
     case = make(kind, shape, dtype, extras=extras)
     b, h, lq = case.query.shape[:3]
@@ -156,7 +158,7 @@ def test_the_operators_are_registered_correctly(kind, extras):
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     check(torch.ops.trainless.attention_lse.default, (*case.qkv, 0.3, *mask, sinks), test_utils=tests)
     out, lse = torch.ops.trainless.attention_lse(*case.qkv, 0.3, *mask, sinks)
-    arguments = (case.query, case.key, lse, heads, 0.3, *mask)
+    arguments = (case.query, case.key, lse.masked_fill(torch.isneginf(lse), torch.inf), heads, 0.3, *mask)
     check(torch.ops.trainless.column_mass.default, arguments, test_utils=tests)
     source = torch.rand(2, 2, 20) < 0.3
     arguments = (*case.qkv, out, lse, source, torch.full((2, 2, 20), 0.4), heads, 0.3, *mask, sinks)
@@ -181,8 +183,9 @@ def test_a_compiler_sees_one_operator_each():
         assert torch.equal(a, b)
 
 
-def test_addresses_are_wide():
+def test_addresses_are_wide(monkeypatch):
     """A batch stride beyond 2**31 elements: the second batch row lies 4 GiB away, in memory never touched."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
     stride = 2**31 + 64
     try:
         base = torch.empty(stride + 20 * 16, dtype=torch.float16)
