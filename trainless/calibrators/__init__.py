@@ -48,5 +48,6 @@ def calibrate(
         raise InputError("tokenizer=None: give the model's tokenizer; it turns the data into tokens")
     module = components(model)[0].module
     measurement.check(module)
-    measurement.encode(tokenizer, getattr(module.config, "max_position_embeddings", None))
+    text = getattr(module.config, "get_text_config", lambda: module.config)()
+    measurement.encode(tokenizer, getattr(text, "max_position_embeddings", None))
     return measurement.run(module, session)

@@ -149,14 +149,15 @@ class Context:
                 return int(first[-2]), int(first[-1])
         if not isinstance(ids, Tensor) or ids.shape[-1] < 3:
             return None
-        if self.seen is not None and self.seen[0]() is ids and self.seen[1] == ids._version:
+        version = 0 if ids.is_inference() else ids._version  # inference tensors count no versions
+        if self.seen is not None and self.seen[0]() is ids and self.seen[1] == version:
             return self.seen[2]
         # The same ids serve every step of an image: this is the one place that waits for the device.
         table = ids.reshape(-1, ids.shape[-1]) if ids.dim() == 2 else ids[0]
         own = table[table[:, 0] == table[0, 0]]
         rows, columns = (int(own[:, axis].max() - own[:, axis].min()) + 1 for axis in (1, 2))
         grid = (rows, columns) if rows * columns == own.shape[0] else None
-        self.seen = (weakref.ref(ids), ids._version, grid)
+        self.seen = (weakref.ref(ids), version, grid)
         return grid
 
 
