@@ -132,6 +132,8 @@ class _Run:
             query = (call.query.to(call.statistics_dtype) * factor).to(call.query.dtype)
             self.call = replace(call, query=query, position_bias=bias)
             return
+        if call.sink_logits is not None:
+            self.edited = True  # families read their sinks from the module, whatever they are passed
         # c·tanh(s·x/c) times f is (f·c)·tanh((f·s)·x/(f·c)): scaling all three scales the whole logit.
         self.call = replace(
             call,

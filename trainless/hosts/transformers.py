@@ -36,6 +36,7 @@ HARMLESS = {
     "position_ids", "use_cache", "output_attentions", "output_hidden_states", "return_dict", "cache_position",
     "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "num_items_in_batch", "deterministic",
     "labels", "logits_to_keep", "token_type_ids", "mm_token_type_ids", "attention_mask", "position_embeddings",
+    "output_router_logits",
 }  # fmt: skip
 PACKED = {"cu_seq_lens_q", "cu_seq_lens_k"}
 

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from ..errors import Unsupported
 from ..hosts.base import Lease
-from ..seams import Evict, tokens_of
+from ..seams import Evict, State, tokens_of
 from .slots import Slots
 
 FAR = torch.iinfo(torch.int64).max
+APART = "scores per query head"  # a state of the layer's own
 
 
 class CompressingLayer(Slots):
@@ -125,12 +126,21 @@ class CompressingLayer(Slots):
     def score(self, mass: Tensor, tail: Tensor | None = None) -> None:
         """Add column mass (B, H, Lk). ``tail`` (B, H, rows, Lk): its last rows one by one, if they may be cropped."""
         mass = mass.detach()
+        if self.lease.deferring and self.policy.gqa == "max":
+            # The largest head is known when the last chunk of the prefill is: until then heads stay apart.
+            apart = self.states.setdefault(APART, State())
+            held = apart.get("mass")
+            apart.set("mass", mass if held is None else held + mass, keys=2)
+            return
         if tail is not None:
             tail = tail.detach()
             mass = mass - tail.sum(2)
         add = self._grouped(mass[:, :, None])[:, :, 0]
         if tail is not None:
             add = self._hold_back(self._grouped(tail), add)
+        self._add_scores(add)
+
+    def _add_scores(self, add: Tensor) -> None:
         if self.scores is None:
             self.scores = add
             return
@@ -209,6 +219,9 @@ class CompressingLayer(Slots):
         """Evict what the rule says, now that the call is over; True when something was dropped or scored."""
         if not self.lease.active or self.lease.deferring or self.record_past:
             return False
+        apart = self.states.pop(APART, None)
+        if apart is not None:
+            self._add_scores(self._grouped(apart.tensors["mass"][:, :, None])[:, :, 0])
         self._commit()
         return self._evict()
 
