@@ -15,6 +15,7 @@ COMMANDS = [
     "generate",
     "methods",
     "explain",
+    "bench",
     "doctor",
     "recipes list",
     "recipes show",
