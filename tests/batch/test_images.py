@@ -115,7 +115,8 @@ def test_prompt_that_the_encoder_would_cut_is_an_error_record(run, diffusion, fl
     assert found["long"]["file"] is None and found["fits"]["status"] == "ok"
     # FLUX sends long prompts to T5, which reads 512 tokens.
     write_lines("p.jsonl", [{"id": "long", "prompt": "x" * 90}])
-    assert run("generate", flux, "p.jsonl", "-o", "flux", *ARGS)[0] == 0
+    code, _, err = run("generate", flux, "p.jsonl", "-o", "flux", *ARGS)
+    assert code == 0 and "1 prompts are longer than the 77 tokens of tokenizer;" in err
 
 
 def test_an_image_of_nan_is_an_error(run, diffusion, monkeypatch):

@@ -27,7 +27,7 @@ SETTINGS = Settings("m", None, "float32", 0, 4, None, None)
 class Echo:
     """Says the prompt in capitals; fails as told. ``sizes``: of the batches that it was given."""
 
-    media = False
+    media, notes = False, ()
 
     def __init__(self, room=10**9, wrong=()):
         self.room, self.wrong, self.sizes, self.hook = room, wrong, [], lambda: None

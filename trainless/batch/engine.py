@@ -25,6 +25,7 @@ class Engine(Protocol):
     """Prepared from the description alone; weights come with ``start``."""
 
     media: bool  # results are images
+    notes: list[str]  # what the user should know after ``prepare``, one line each
 
     def __init__(
         self, description: Description, max_new_tokens: int | None, size: Any, steps: int | None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,17 +37,24 @@ class ImageEngine:
         self.known = {name: p for name, p in parameters.IMAGE.items() if name in self.takes}
         self.tokenizers: dict[str, Any] = {}
         self.loaded: Loaded | None = None
+        self.notes: list[str] = []
+        self._partly: Counter[tuple[str, int]] = Counter()
 
     # ------------------------------------------------------------ before weights
 
     def prepare(self, jobs: Sequence[Job], faults: Faults) -> None:
         self.tokenizers = _tokenizers(self.description)
-        seen: set[int] = set()
+        measured: dict[int, tuple[int, tuple[str, str] | None]] = {}
         for job in jobs:
-            if id(job.item) not in seen:
-                seen.add(id(job.item))
+            if id(job.item) not in measured:
                 self._check(job.item, faults)
-            job.length, job.refusal = self._measure(job.item)
+                measured[id(job.item)] = self._measure(job.item)
+            job.length, job.refusal = measured[id(job.item)]
+        self.notes = [
+            f"{count} prompts are longer than the {limit} tokens of {name}; "
+            "the other text encoder reads them in full"
+            for (name, limit), count in self._partly.items()
+        ]
 
     def _check(self, item: Item, faults: Faults) -> None:
         name = f"{self.description.type} makes images from a prompt and"
@@ -62,7 +70,7 @@ class ImageEngine:
         """Tokens of the prompt, and why it cannot be used: the pipeline would cut it short in silence.
 
         With several text encoders the one that reads most counts: SD3 and FLUX are made to send long
-        prompts to T5 and their beginning to CLIP.
+        prompts to T5 and their beginning to CLIP. That is said once, in ``notes``.
         """
         length, refusal = 0, None
         for field, text in (("prompt", item.prompt), ("negative_prompt", item.negative_prompt)):
@@ -79,6 +87,8 @@ class ImageEngine:
                     "PromptTooLong",
                     f"{field} has {counts[best]} tokens; the text encoder reads {limits[best]}; shorten it",
                 )
+            elif over:
+                self._partly.update((name, limits[name] or 0) for name in over)
         return length, refusal
 
     def _limit(self, tokenizer: Any, item: Item) -> int | None:

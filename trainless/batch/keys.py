@@ -37,6 +37,11 @@ class Settings:
         return asdict(self)
 
 
+# Stands in for settings while prompts are being checked: the model's digest takes time, and is not
+# worth taking when a line is wrong.
+UNKNOWN = Settings("", None, "", 0, None, None, None)
+
+
 @dataclass
 class Job:
     """One sample of one item. ``length`` is the prompt's tokens; ``tokens`` only for text models."""
@@ -68,6 +73,12 @@ def jobs(items: Iterable[Item], settings: Settings) -> list[Job]:
             own = item.seed if item.seed is not None and sample == 0 else int(_hash(["seed", key])[:13], 16)
             found.append(Job(item, name, sample, key, own))
     return found
+
+
+def rename(work: Iterable[Job], named: Iterable[Job]) -> None:
+    """Give each job the key and seed of its twin."""
+    for job, twin in zip(work, named, strict=True):
+        job.key, job.seed = twin.key, twin.seed
 
 
 def _content(item: Item, media: dict[Path, str]) -> str:

@@ -17,7 +17,7 @@ from .counts import Counts, totals
 from .engine import Engine
 from .interrupt import Interrupt
 from .items import Item
-from .keys import Job, Settings, jobs
+from .keys import UNKNOWN, Job, Settings, jobs, rename
 from .launch import Launch
 from .lock import Lock, is_live
 from .progress import Progress
@@ -62,19 +62,22 @@ def generate(request: Request, say: Callable[[str], None] = lambda line: print(l
     description = describe(request.model)
     _check_options(request, description)
     engine = _engine(request, description)
+    # From here on, cheap checks come first; reading the weights for their digest comes last.
     items, faults = read_prompts(request.prompts)
-    recipe = _resolve(request)
-    settings = _settings(request, description, engine, recipe)
-    kept = items[: request.limit]
-    # Those beyond the limit are checked as well: the file will be run in full some day.
-    engine.prepare(jobs([dataclasses.replace(item, n=1) for item in items[len(kept) :]], settings), faults)
-    work = jobs(kept, settings)
+    work = jobs(items, UNKNOWN)
     engine.prepare(work, faults)
+    recipe = _resolve(request)
     refuse(faults)
+    store.check(None, request.overwrite)
     if recipe is not None:
-        for line in recipe.understood() if launch.rank == 0 else ():
-            say(line)
         _check_fit(description, recipe)
+    for line in [*(recipe.understood() if recipe is not None else []), *engine.notes]:
+        if launch.rank == 0:
+            say(line)
+    settings = _settings(request, description, engine, recipe)
+    rename(work, jobs(items, settings))
+    chosen = {id(item) for item in items[: request.limit]}
+    work = [job for job in work if id(job.item) in chosen]
     store.check(settings, request.overwrite)
     size = request.batch_size or DEFAULT_BATCH[description.kind]
     if request.dry_run:

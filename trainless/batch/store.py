@@ -38,10 +38,10 @@ class Store:
 
     # ------------------------------------------------------------ before a run
 
-    def check(self, settings: Settings, overwrite: bool) -> dict[str, Any] | None:
+    def check(self, settings: Settings | None, overwrite: bool) -> dict[str, Any] | None:
         """The run.json that is there, or None. InputError when the folder is not ours to write to.
 
-        Changes nothing.
+        settings: None when they are not known yet. Changes nothing.
         """
         if self.folder.exists() and not self.folder.is_dir():
             raise InputError(f"-o {self.folder}: this is a file; give a folder")
@@ -56,7 +56,7 @@ class Store:
                 )
             return None
         run = self._run()
-        if not overwrite:
+        if settings is not None and not overwrite:
             self._same(run.get("settings", {}), settings)
         return run
 

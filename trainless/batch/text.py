@@ -35,6 +35,7 @@ class TextEngine:
         self.description = description
         self.new_tokens = max_new_tokens or DEFAULT_NEW_TOKENS
         self.loaded: Loaded | None = None
+        self.notes: list[str] = []
 
     # ------------------------------------------------------------ before weights
 

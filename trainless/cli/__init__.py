@@ -55,6 +55,9 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name in ("transformers", "diffusers"):
+        if name in sys.modules and hasattr(sys.modules[name], "logging"):
+            sys.modules[name].logging.set_verbosity_error()  # they read the variables when imported
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(
