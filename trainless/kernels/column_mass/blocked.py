@@ -6,7 +6,7 @@ feature of 1), so that the product already is z - lse; base 2, because exp2 is t
 on the CPU. float16 and bfloat16 inputs are multiplied in float32, so nothing is lost.
 
 At 4096 causal tokens on two AVX2 cores: about 0.65 of the fused attention forward of the same shape, in
-float32 and bfloat16 (benchmarks/kernels.py). The fused alternative beside this file takes 1.2.
+float32 and bfloat16 (benchmarks/attention_kernels.py). The fused alternative beside this file takes 1.2.
 """
 
 from __future__ import annotations
