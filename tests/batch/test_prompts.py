@@ -166,3 +166,11 @@ def test_missing_file_and_bad_parquet(tmp_path):
     (tmp_path / "p.parquet").write_bytes(b"PAR0")
     with pytest.raises(InputError, match="cannot be read as Parquet"):
         read(tmp_path / "p.parquet")
+
+
+def test_a_json_list_is_not_taken_for_lines_of_text(tmp_path):
+    (tmp_path / "p.json").write_text('[\n{"prompt": "x"}\n]')
+    with pytest.raises(InputError, match="one object a line"):
+        read(tmp_path / "p.json")
+    (tmp_path / "q.json").write_text('{"prompt": "x"}\n{"prompt": "y"}\n')
+    assert [i.prompt for i in read(tmp_path / "q.json")] == ["x", "y"]

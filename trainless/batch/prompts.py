@@ -83,6 +83,8 @@ def _file(path: Path, name: str, faults: Faults) -> Rows:
         return _jsonl(text, name, faults)
     if suffix in {".csv", ".tsv"}:
         return _csv(text, name, "\t" if suffix == ".tsv" else ",", faults)
+    if suffix == ".json" and text.lstrip()[:1] == "[":
+        raise InputError(f"prompts {name!r} is one JSON list; write one object a line, as .jsonl")
     return _sniffed(text, name, faults)
 
 
