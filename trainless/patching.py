@@ -32,6 +32,7 @@ class Station:
     def __init__(self, component: Component):
         self.component = component
         self.journal = Journal()
+        self.saving = Journal()  # refusals to save, while any patch here has replaced weights
         self.runtimes: list[Runtime] = []
         self.patches: list[Patch] = []
 
@@ -114,6 +115,8 @@ class Patch:
         for station in self._stations():
             if self in station.patches:
                 station.patches.remove(self)
+            if not any(other.journal.edits for other in station.patches):
+                foreign += station.saving.undo()
             if not station.patches:
                 foreign += station.journal.undo()
         return foreign
@@ -215,17 +218,18 @@ class Patch:
                     for name, tensor in tensors.items():
                         self.journal.add(TensorEdit(own[name], tensor, f"{site.name}.{name}"))
         if self.journal.edits:
-            for part in self._components():
-                for name, module in part.module.named_modules():
-                    if hasattr(type(module), "save_pretrained"):
-                        self.journal.add(
-                            AttributeEdit(
-                                module,
-                                "save_pretrained",
-                                mark(_refuse_saving),
-                                f"{name or 'model'}.save_pretrained",
-                            )
-                        )
+            for station in self._stations():
+                self._refuse_saving(station)
+
+    @staticmethod
+    def _refuse_saving(station: Station) -> None:
+        """Once per station, whichever of several patches replaced weights first."""
+        if station.saving.edits:
+            return
+        for name, module in station.component.module.named_modules():
+            if hasattr(type(module), "save_pretrained"):
+                where = f"{name or 'model'}.save_pretrained"
+                station.saving.add(AttributeEdit(module, "save_pretrained", mark(_refuse_saving), where))
 
     # ------------------------------------------------------------------ what it says
 
