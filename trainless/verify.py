@@ -253,7 +253,8 @@ class _Trial:
             ]
             gone = run(self.parts, self.probes)
         finally:
-            patch._commit()
+            if not patch.applied:
+                patch._commit()
             for station, order in places:
                 if patch in station.patches:
                     station.patches[:] = order

@@ -115,7 +115,7 @@ def shown(value: float, unit: str) -> str:
     if unit == "bytes":
         return size(value)
     if unit == "share":
-        return f"{100 * value:.1f} %"
+        return f"{100 * value:.3g} %"
     return f"{value:.4g}" + (f" {unit}" if unit == "s" else "")
 
 
