@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -175,6 +176,40 @@ def test_a_rank_does_not_join_a_launch_that_is_gone(tmp_path, monkeypatch):
         module.Lock(tmp_path, Launch(0, 1, "N")).take()
     straggler.close()
     module.Lock(tmp_path, Launch(0, 1, "N")).take()
+
+
+def test_a_fast_rank_0_waits_for_slow_ranks_to_join(tmp_path, monkeypatch):
+    """Rank 1 may still be starting when rank 0 has finished its share."""
+    from trainless.batch import lock as module
+    from trainless.batch.launch import Launch
+    from trainless.errors import InputError
+
+    first, second = (module.Lock(tmp_path, Launch(rank, 2, "L")) for rank in (0, 1))
+    first.take()
+    first.publish({"part": 1})
+    ended = threading.Event()
+
+    def rank_0():
+        first.wait_for_all()
+        assert not first.finish()
+        first.close()
+        ended.set()
+
+    thread = threading.Thread(target=rank_0)
+    thread.start()
+    assert not ended.wait(0.3)
+    assert second.join() == {"part": 1}
+    assert ended.wait(10)
+    thread.join()
+    assert second.finish(), "the last to finish is the one that writes the report"
+    second.close(last=True)
+    assert {p.name for p in tmp_path.iterdir()} == {".lock"}
+
+    monkeypatch.setattr(module, "JOIN_SECONDS", 0.2)
+    first.take()
+    with pytest.raises(InputError, match="rank 1 of this launch did not appear"):
+        first.wait_for_all()
+    first.close()
 
 
 def test_ctrl_c_ends_with_130_and_whole_records(worker, llama, prompts, uninterrupted, tmp_path):

@@ -73,6 +73,18 @@ class Lock:
             time.sleep(0.05)
         raise InputError(f"{self.folder}: rank 0 of this launch did not appear in {JOIN_SECONDS:.0f} s")
 
+    def wait_for_all(self) -> None:
+        """Rank 0: stay until every other rank has joined, which it cannot do once we are gone."""
+        deadline = time.monotonic() + JOIN_SECONDS
+        for rank in range(1, self.launch.world):
+            while not _rank(self.folder, rank).exists():
+                if time.monotonic() > deadline:
+                    raise InputError(
+                        f"{self.folder}: rank {rank} of this launch did not appear in {JOIN_SECONDS:.0f} s, "
+                        "so its share is missing; run again to make it"
+                    )
+                time.sleep(0.05)
+
     def finish(self) -> bool:
         """This rank is done. True when all the others are done too."""
         assert self._file is not None

@@ -99,6 +99,8 @@ def generate(request: Request, say: Callable[[str], None] = lambda line: print(l
     last = False
     try:
         interrupt, counted = _work(request, launch, store, engine, description, recipe, work, past, size, say)
+        if launch.rank == 0 and interrupt.signal is None:
+            lock.wait_for_all()
         last = lock.finish()
         if last:
             report = store.report([job.key for job in work], interrupt.signal is not None)

@@ -151,7 +151,9 @@ def _pipeline(description: Description, dtype: torch.dtype) -> Any:
     place, keywords = description.source.origin
     variant = _variant(description)
     extra = {"variant": variant} if variant else {}
-    pipeline = description.pipeline_class.from_pretrained(place, **{_dtype_word(): dtype}, **keywords, **extra)
+    pipeline = description.pipeline_class.from_pretrained(
+        place, **{_dtype_word(): dtype}, **keywords, **extra
+    )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
