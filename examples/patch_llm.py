@@ -44,7 +44,7 @@ gain.remove()
 print("the stock model's bits are back:", torch.equal(logits(), stock))
 
 # It prints:
-# unpatched: '1. Water itself: The primary component of water is composed of water molecules, which are composed of two hydrogen atoms and'
+# unpatched: '1. Water itself: The primary component of water is composed'
 # attn_temperature on LlamaForCausalLM
 # attn_temperature(temperature=0.8)
 #   sites  30/30, layers 0-29
@@ -55,11 +55,11 @@ print("the stock model's bits are back:", torch.equal(logits(), stock))
 #   float32, 30 layers; an estimate for after the prefill, which needs all of it;
 #   the model was made for 8,192 positions
 # Nothing is in the way of this patch.
-# patched:   '1. Floating objects: This includes everything that can move on water, including boats, ships, airplanes, and even'
+# patched:   '1. Floating objects: This includes everything that can move'
 # attn_temperature on LlamaForCausalLM: active
 # attn_temperature(temperature=0.8)
 #   sites    30/30 attention layers
-#   calls    720 passed, 720 acted on
-#   kernels  stock ×720
+#   calls    360 passed, 360 acted on
+#   kernels  stock ×360
 # Patch(head_gain: 2/30 sites)
 # the stock model's bits are back: True
