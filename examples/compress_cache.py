@@ -46,7 +46,7 @@ for name, parameters in (
         text, cache = run()
         print(f"{name:<12}{held(cache)}  {text!r}")
         report = patch.report()
-    print(report)
+print(report)
 
 # Both, in different layers.
 recipe = [
@@ -67,12 +67,6 @@ with torch.inference_mode():
 # prompt of 382 tokens
 # unpatched    17.27 MiB  'The bakery is a small, family-owned business that specializes'
 # h2o           6.72 MiB  'The bakery is a small, family-owned business that specializes'
-# h2o on LlamaForCausalLM: active
-# h2o(heavy=0.2, recent=0.2, gqa='sum', normalise=False, positions='real')
-#   sites    30/30 attention layers
-#   calls    360 passed, 360 acted on
-#   kernels  lse/fused ×30, rows ×330
-#   cache    152 of 393 tokens kept per layer, 6.7 MiB in 30 layers
 # streaming     5.84 MiB  'The notes are:\n\nThe notes are:\n\n'
 # streaming on LlamaForCausalLM: active
 # streaming(sinks=4, recent=128, positions='real')
