@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialised
 from torch import Tensor, nn
 
 from .errors import CalibrationError, InputError
@@ -85,7 +85,8 @@ def save(
     path = Path(path)
     temporary = path.with_name(path.name + ".part")
     try:
-        save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata=metadata)
+        # Written by us: safetensors' own writer leaves a file that only its owner can read.
+        temporary.write_bytes(serialised({k: v.contiguous() for k, v in tensors.items()}, metadata=metadata))
         temporary.replace(path)
     except (SafetensorError, OSError) as error:
         raise InputError(
