@@ -193,9 +193,15 @@ def demo_table() -> str:
 
 
 def measurements() -> str:
-    """Every file of results: single values in one table, lists of records in tables of their own."""
+    """Every file of results: the page that its script wrote, or else its values as tables."""
     parts = []
     for file in sorted(RESULTS.glob("*.json")):
+        page = file.with_suffix(".md")
+        if page.is_file():
+            parts.append(
+                re.sub(r"^#", "###", page.read_text(encoding="utf-8").rstrip(), flags=re.MULTILINE) + "\n"
+            )
+            continue
         data = json.loads(file.read_text(encoding="utf-8"))
         parts.append(f"### {file.stem}\n")
         single, tables = flatten(data if isinstance(data, dict) else {"rows": data})

@@ -94,9 +94,7 @@ def likeness(one: str, other: str) -> float:
     return difflib.SequenceMatcher(None, one.split(), other.split(), autojunk=False).ratio()
 
 
-def compare(
-    plain: dict[str, Any], patched: dict[str, Any], cache: dict[str, int], recipe: str
-) -> dict[str, Any]:
+def compare(plain: dict[str, Any], patched: dict[str, Any], recipe: str, load: float) -> dict[str, Any]:
     import torch
     import transformers
 
@@ -116,7 +114,8 @@ def compare(
         "same_next_token": round(agreement, 3),
         "same_texts": sum(a == b for a, b in pairs),
         "words_in_common": round(sum(likeness(a, b) for a, b in pairs) / len(pairs), 3),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, float32, {torch.get_num_threads()} threads",
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}, {torch.get_num_threads()} threads, float32",
+        "load_before": round(load, 1),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -149,7 +148,7 @@ def table(found: dict[str, Any]) -> str:
     ]
     lines = [f"{a:<34}{b:>14}{c:>14}{d:>8}".rstrip() for a, b, c, d in rows]
     head = f"{found['recipe']} on {found['model']}: {found['prompts']} prompts of {low} to {high} tokens"
-    return "\n".join([head, found["machine"], "", *lines])
+    return "\n".join([head, f"{found['machine']}; load {found['load_before']} before", "", *lines])
 
 
 def main() -> None:
@@ -162,9 +161,10 @@ def main() -> None:
     parser.add_argument("--limit", default="1000", help="only the first N prompts")
     given = parser.parse_args()
     options = ("--max-new-tokens", given.new_tokens, "--limit", given.limit)
+    load = os.getloadavg()[0]  # what else the machine was doing: speeds of a busy one mean little
     plain = generate(given.out / "unpatched", *options)
     patched = generate(given.out / "patched", *options, "--recipe", given.recipe)
-    found = compare(plain, patched, given.recipe)
+    found = compare(plain, patched, given.recipe, load)
     summary = given.out / "summary.json"
     summary.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     print(f"\n{table(found)}\n\nresults in {given.out}, this table in {summary}")
