@@ -1,7 +1,5 @@
 """Two methods that exist only here, so that the loader is tested apart from the real ones."""
 
-# ruff: noqa: RUF009 (option() makes a dataclass field)
-
 from __future__ import annotations
 
 import dataclasses

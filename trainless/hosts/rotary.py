@@ -50,7 +50,11 @@ def rotation(site: Site, model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]
 
 
 def _rotate(
-    rotary: nn.Module, apply: Callable[..., tuple[Tensor, Tensor]], extra: dict[str, Any], keys: Tensor, steps: Tensor
+    rotary: nn.Module,
+    apply: Callable[..., tuple[Tensor, Tensor]],
+    extra: dict[str, Any],
+    keys: Tensor,
+    steps: Tensor,
 ) -> Tensor:
     b, hkv, length, width = keys.shape
     # In at least float32: a cached key is rotated once more, and bfloat16 angles would not survive that.

@@ -191,7 +191,9 @@ def _call(
     if causal and lk > lq and isinstance(layer, StaticLayer):
         key, value, lk = key[:, :, :lq], value[:, :, :lq], lq  # an empty static cache: only these are filled
     implementation = _user_name(module)
-    facts["same_bits"] = implementation == "sdpa" and query.device.type == "cpu" and kwargs.get("position_bias") is None
+    facts["same_bits"] = (
+        implementation == "sdpa" and query.device.type == "cpu" and kwargs.get("position_bias") is None
+    )
     window = kwargs.get("sliding_window")
     # A compressed layer hands out fewer keys than the mask is about.
     held = facts["past"] + lq if isinstance(layer, CompressingLayer) else lk

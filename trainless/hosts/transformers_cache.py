@@ -21,9 +21,7 @@ def before(runtime: Runtime, module: nn.Module, args: tuple[Any, ...], kwargs: d
     (_uncompiled if torch.compiler.is_compiling() else _note_layer)(runtime, module, args, kwargs)
 
 
-def _note_layer(
-    runtime: Runtime, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
+def _note_layer(runtime: Runtime, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     facts = runtime.facts
     facts.clear()
     if any(kwargs.get(name) is not None for name in ("key_value_states", "encoder_hidden_states")):

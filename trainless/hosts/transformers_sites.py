@@ -27,7 +27,9 @@ def find(model: nn.Module, family: str, prefix: str = "", parts: frozenset[str] 
 
     Raises Unsupported, naming the family, when the model has attention and none of it dispatches.
     """
-    ancestors: dict[str, nn.Module] = {n: m for n, m in model.named_modules() if isinstance(m, PreTrainedModel)}
+    ancestors: dict[str, nn.Module] = {
+        n: m for n, m in model.named_modules() if isinstance(m, PreTrainedModel)
+    }
     found: list[Found] = [
         (name, module, _parts(name, module, ancestors) | parts, _role(name, module))
         for name, module in model.named_modules()
@@ -57,7 +59,9 @@ def dispatches(cls: type) -> bool:
             source = inspect.getsource(cls.forward)  # type: ignore[attr-defined]
         except (OSError, TypeError, AttributeError):
             source = ""
-        _dispatching[cls] = "ALL_ATTENTION_FUNCTIONS" in source and "self.config._attn_implementation" in source
+        _dispatching[cls] = (
+            "ALL_ATTENTION_FUNCTIONS" in source and "self.config._attn_implementation" in source
+        )
     return _dispatching[cls]
 
 

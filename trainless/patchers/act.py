@@ -216,7 +216,11 @@ class _RunningSinks:
         gone = self.gone.to(p.dtype)[:, None, None, None]
         length = (seen.sum(-1, keepdim=True) + gone).clamp_min(1)
         threshold = self.act.theta if self.act.theta is not None else self.act.alpha / length
-        judged = seen & (count >= max(1, self.act.min_rows)) & (self.real.cumsum(1) + self.gone[:, None] > 1)[:, None, None]
+        judged = (
+            seen
+            & (count >= max(1, self.act.min_rows))
+            & (self.real.cumsum(1) + self.gone[:, None] > 1)[:, None, None]
+        )
         sinks = (total / count.clamp_min(1) > threshold) & judged
         self.sum, self.count = total[:, :, -1], count[:, :, -1]
         self.state.set("sum", self.sum, keys=2, cumulative=True)
