@@ -1,0 +1,182 @@
+"""The table: what each method claims, in the form that the suite checks. A method without a row fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from oracle import H2O, Act, AttnTemperature, HeadGain, Rule, Streaming, models
+
+CAUSAL, ENCODERS, DENOISERS = models.CAUSAL, models.ENCODERS, models.DENOISERS
+FULL = models.FULL_ATTENTION
+# gemma2 has a full layer between two sliding ones; in mistral all slide.
+EVICTABLE = (*FULL, "gemma2")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One parameter set of a method.
+
+    rule: the oracle's rule (language models), or a logit factor by name (``temperature``, ``entropy``) on
+    denoisers. identity: parameters at which it is bitwise nothing, known before the call (inert);
+    wide: parameters at which it watches and still changes nothing. layers: the layers that it acts on, of
+    the three; by family where that differs. neighbours: two uses that compose with it, on the first family.
+    chunks, assisted: what a prefill in chunks does, and a draft that is rejected in part.
+    """
+
+    label: str
+    method: str
+    parameters: Mapping[str, Any]
+    rule: Callable[[], Rule]
+    families: Sequence[str]
+    identity: Mapping[str, Any]
+    wide: Mapping[str, Any] | None = None
+    layers: Sequence[int] = (0, 1, 2)
+    layers_of: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    neighbours: Sequence[Mapping[str, Any]] = ()
+    neighbour_rules: Callable[[], list[Rule]] = list
+    clashes: Sequence[tuple[str, Mapping[str, Any], str]] = ()  # (method, parameters, seam)
+    evicts: bool = False
+    chunks: str = "same"
+    assisted: str = "same"  # or "refused", when drafts are rejected in part
+    main: bool = False  # the one that stands for its method in the long tests
+    trained: int = 0  # entropy: pixels
+
+    @property
+    def use(self) -> dict[str, Any]:
+        return {"use": self.method, "with": dict(self.parameters)}
+
+    def acted_layers(self, family: str) -> Sequence[int]:
+        return self.layers_of.get(family, self.layers)
+
+
+def _temperature(label: str, temperature: float, families: Sequence[str], **more: Any) -> Case:
+    return Case(
+        label, "attn_temperature", {"temperature": temperature}, lambda: AttnTemperature(temperature),
+        families, {"temperature": 1.0}, **more,
+    )  # fmt: skip
+
+
+def _act(label: str, families: Sequence[str], layers: Sequence[int] = (1, 2), **more: Any) -> Case:
+    extra = {
+        k: more.pop(k)
+        for k in ("chunks", "assisted", "main", "neighbours", "neighbour_rules", "clashes")
+        if k in more
+    }
+    given = {"beta": 0.3, "alpha": 1.5, "skip_layers": 1, "min_rows": 3, **more}
+    extra.setdefault("chunks", "refused")
+    # A threshold that nothing reaches: looked at, never edited.
+    wide = {**given, "theta": 1e6} if given.get("statistics") != "running" else None
+    return Case(
+        label, "act", given, lambda: Act(**given), families, {**given, "beta": 1.0}, wide, layers, **extra
+    )
+
+
+HEADS = [[0, 1], [1, 0], [1, 3], [2, 2]]
+
+
+def _gain(label: str, gain: float, families: Sequence[str], heads: Any = "all", **more: Any) -> Case:
+    listed = [[layer, head] for layer in range(3) for head in range(4)] if heads == "all" else heads
+    return Case(
+        label, "head_gain", {"heads": heads, "gain": gain}, lambda: HeadGain(listed, gain),
+        families, {"heads": heads, "gain": 1.0}, **more,
+    )  # fmt: skip
+
+
+def _evicting(label: str, method: str, rule: Any, families: Sequence[str], **more: Any) -> Case:
+    extra = {k: more.pop(k) for k in ("main", "neighbours", "neighbour_rules", "clashes") if k in more}
+    oracle = {**more, "reduce": "call"} if method == "h2o" else more
+    return Case(
+        label, method, more, lambda: rule(**oracle), families, {**more, "recent": 1 << 30},
+        {**more, "recent": 60}, layers_of={"gemma2": (1,)}, evicts=True, **extra,
+    )  # fmt: skip
+
+
+GAIN = {"use": "head_gain", "with": {"heads": HEADS, "gain": 0.5}}
+WARM = {"use": "attn_temperature", "with": {"temperature": 1.3}}
+KEEP = {"use": "h2o", "with": {"heavy": 4, "recent": 3}}
+
+
+def _around(*others: Any) -> Callable[[], list[Rule]]:
+    return lambda: [make() for make in others]
+
+
+def gain_rule() -> Rule:
+    return HeadGain(HEADS, 0.5)
+
+
+def warm_rule() -> Rule:
+    return AttnTemperature(1.3)
+
+
+def keep_rule() -> Rule:
+    return H2O(4, 3)
+
+
+CASES: list[Case] = [
+    _temperature(
+        "temperature-sharp", 0.7, (*CAUSAL, *ENCODERS, *DENOISERS), main=True,
+        neighbours=(GAIN, KEEP), neighbour_rules=_around(gain_rule, keep_rule),
+    ),
+    _temperature("temperature-smooth", 1.6, ("llama", "vit", "t5")),
+    _act(
+        "act", CAUSAL, main=True, neighbours=(WARM, KEEP), neighbour_rules=_around(warm_rule, keep_rule),
+    ),
+    _act("act-theta-heads", ("llama", "gemma2"), (0, 1, 2), theta=0.12, heads=HEADS),
+    _act("act-removes", ("llama",), beta=0.0),
+    _act("act-running", CAUSAL, statistics="running", chunks="same", assisted="refused"),
+    _gain(
+        "gain-heads", 0.5, (*CAUSAL, *ENCODERS), HEADS, main=True,
+        neighbours=(WARM, KEEP), neighbour_rules=_around(warm_rule, keep_rule),
+    ),
+    _gain("gain-off", 0.0, ("llama", "bert")),
+    _evicting(
+        "streaming", "streaming", Streaming, EVICTABLE, sinks=2, recent=5, main=True, neighbours=(WARM, GAIN),
+        neighbour_rules=_around(warm_rule, gain_rule), clashes=[("h2o", {"heavy": 2, "recent": 2}, "kv")],
+    ),
+    _evicting("streaming-rolled", "streaming", Streaming, FULL, sinks=2, recent=5, positions="rolled"),
+    _evicting("streaming-fractions", "streaming", Streaming, ("llama",), sinks=0.2, recent=0.3),
+    _evicting(
+        "h2o", "h2o", H2O, EVICTABLE, heavy=4, recent=3, main=True, neighbours=(WARM, GAIN),
+        neighbour_rules=_around(warm_rule, gain_rule), clashes=[("streaming", {"recent": 4}, "kv")],
+    ),
+    _evicting("h2o-rolled", "h2o", H2O, FULL, heavy=4, recent=3, positions="rolled"),
+    _evicting("h2o-fractions", "h2o", H2O, ("llama", "phi"), heavy=0.3, recent=0.2),
+    _evicting("h2o-normalised", "h2o", H2O, ("llama",), heavy=4, recent=3, normalise=True),
+    _evicting("h2o-no-recent", "h2o", H2O, ("llama",), heavy=5, recent=0),
+    _evicting("h2o-window", "h2o", H2O, ("llama", "qwen2"), heavy=0, recent=6),
+    *(
+        _evicting(f"h2o-{gqa}", "h2o", H2O, ("llama",), heavy=4, recent=3, gqa=gqa)
+        for gqa in ("first", "max", "mean")
+    ),
+    Case(
+        "entropy", "entropy", {"trained": 256}, Rule, DENOISERS, {"trained": 128}, main=True, trained=256,
+        neighbours=(
+            {**WARM, "where": {"layers": "0:1"}},
+            {"use": "attn_temperature", "with": {"temperature": 0.6}, "where": {"layers": "1:"}},
+        ),
+    ),
+]  # fmt: skip
+
+LANGUAGE = [c for c in CASES if set(c.families) & {*CAUSAL, *ENCODERS}]
+MAIN = [c for c in CASES if c.main]
+MAIN_CAUSAL = [c for c in MAIN if set(c.families) & set(CAUSAL)]
+EVICTORS = [c for c in CASES if c.evicts]
+
+
+def pairs(kinds: Sequence[str], cases: Sequence[Case] = ()) -> list[Any]:
+    """pytest params of (case, family) for the families among ``kinds``."""
+    import pytest
+
+    return [
+        pytest.param(case, family, id=f"{case.label}-{family}")
+        for case in (cases or CASES)
+        for family in case.families
+        if family in kinds
+    ]
+
+
+def named(cases: Sequence[Case]) -> dict[str, Any]:
+    """Arguments of ``parametrize`` for a list of cases."""
+    return {"argnames": "case", "argvalues": cases, "ids": [c.label for c in cases]}

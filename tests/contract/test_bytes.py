@@ -1,0 +1,94 @@
+"""Bytes: what an evicting layer stores after a prefill is its budget, measured on the storages."""
+
+import math
+
+import pytest
+import torch
+from oracle import models
+from transformers import DynamicCache
+
+import trainless
+from trainless.report import size
+from trainless.seams import tokens_of
+
+from .cases import EVICTORS, Case, named
+from .tools import build
+
+WIDTH, KV_HEADS, LAYERS = 8, 2, 3
+
+
+def _budget(case: Case, length: int) -> int:
+    given = case.parameters
+    return max(1, sum(tokens_of(given[k], length) for k in ("sinks", "heavy", "recent") if k in given))
+
+
+def _tensors(thing, found=None) -> list[torch.Tensor]:
+    found = [] if found is None else found
+    if isinstance(thing, torch.Tensor):
+        found.append(thing)
+    elif isinstance(thing, dict):
+        for value in thing.values():
+            _tensors(value, found)
+    elif isinstance(thing, list | tuple):
+        for value in thing:
+            _tensors(value, found)
+    elif type(thing).__name__ == "State":
+        _tensors(thing.tensors, found)
+    return found
+
+
+def _storage(tensors) -> int:
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+@pytest.mark.parametrize(**named(EVICTORS))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("lengths", [[24], [24, 24], [24, 15, 9]], ids=str)
+def test_bytes_after_a_prefill_and_along_a_generation(case: Case, dtype: torch.dtype, lengths: list[int]):
+    model = build("llama", dtype=dtype, exact=False)
+    patch = trainless.patch(model, case.method, **case.parameters)
+    ids, mask = models.left_padded(lengths)
+    budget, cache = max(_budget(case, n) for n in lengths), DynamicCache()
+    model(ids, attention_mask=mask, past_key_values=cache)
+    exact = len(lengths) * KV_HEADS * budget * WIDTH * 2 * dtype.itemsize
+    for layer in cache.layers:
+        assert _storage([layer.keys, layer.values]) == exact == layer.nbytes
+        held = {k: v for k, v in vars(layer).items() if k not in ("keys", "values")}
+        assert _storage(_tensors(held)) <= 40 * len(lengths) * KV_HEADS * budget
+    report = patch.report()
+    assert sum(layer["bytes_kept"] for layer in report.methods[0].layers) == exact * LAYERS
+    assert {layer["tokens_kept"] for layer in report.methods[0].layers} == {budget}
+    assert size(exact * LAYERS) in str(report)
+    # Decoding does not grow: at most one more slot, for the token that comes.
+    mask = torch.nn.functional.pad(mask, (0, 3), value=1)
+    for step in range(3):
+        positions = mask[:, : 25 + step].sum(1, keepdim=True) - 1
+        model(ids[:, -1:], attention_mask=mask[:, : 25 + step], position_ids=positions, past_key_values=cache)
+        for layer in cache.layers:
+            most = len(lengths) * KV_HEADS * (budget + 1) * WIDTH * 2 * dtype.itemsize
+            assert _storage([layer.keys, layer.values]) <= most
+
+
+def test_rows_keep_fractions_of_their_own_prompt():
+    model = build("llama")
+    trainless.patch(model, "h2o", heavy=0.25, recent=0.29)
+    lengths = [24, 17, 100 // 8]
+    ids, mask = models.left_padded(lengths)
+    cache = DynamicCache()
+    model(ids, attention_mask=mask, past_key_values=cache)
+    for layer in cache.layers:
+        for row, length in enumerate(lengths):
+            want = max(1, math.floor(0.25 * length + 1e-9) + math.floor(0.29 * length + 1e-9))
+            assert [len(head) for head in layer.kept()[row]] == [want] * KV_HEADS
+
+
+@pytest.mark.parametrize(**named(EVICTORS))
+def test_nothing_of_the_dropped_tokens_is_held(case: Case):
+    """A slice of a tensor keeps all of it alive; kept tokens must have storage of their own."""
+    model = build("llama")
+    trainless.patch(model, case.method, **case.parameters)
+    cache = DynamicCache()
+    model(models.prompt(24), past_key_values=cache)
+    for layer in cache.layers:
+        for tensor in _tensors({k: v for k, v in vars(layer).items() if k != "states"}):
+            assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()

@@ -1,0 +1,212 @@
+"""Test-only methods, one for each seam that the six methods leave unused; registered while a test needs them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, make_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainless.patchers import Method, register
+from trainless.patchers.base import _registry
+from trainless.seams import Contribution, ExtraKeys, MassMove, Pairs, Site
+
+Make = Callable[[Site], Sequence[Contribution]]
+
+
+def toy(name: str, make: Make, **attributes: Any) -> type[Method]:
+    """A method without parameters that contributes ``make(site)``."""
+    body = {"name": f"toy_{name}", "contribute": lambda self, site: make(site), **attributes}
+    cls = make_dataclass(f"Toy_{name}", [], bases=(Method,), namespace=body, frozen=True)
+    cls.__module__ = __name__
+    return cls
+
+
+@contextmanager
+def registered(*methods: type[Method]) -> Iterator[None]:
+    """Inside, ``patch(model, "toy_…")`` knows these methods."""
+    from trainless.patchers import known
+
+    known()  # scan first, so that the real ones are there
+    before = dict(_registry)
+    for method in methods:
+        register(method)
+    try:
+        yield
+    finally:
+        _registry.clear()
+        _registry.update(before)
+
+
+def with_toys(*methods: type[Method]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def wrap(test: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(test)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with registered(*methods):
+                return test(*args, **kwargs)
+
+        return run
+
+    return wrap
+
+
+# ---------------------------------------------------------------- keys
+
+
+def extra(layer: int, kv_heads: int = 2, width: int = 8, count: int = 3) -> tuple[Tensor, Tensor]:
+    """Keys and values of a layer, (1, Hkv, E, D)."""
+    g = torch.Generator().manual_seed(50 + layer)
+    make = functools.partial(torch.randn, 1, kv_heads, count, width, generator=g, dtype=torch.float64)
+    return make(), make()
+
+
+def visible_extra(rows: int) -> Tensor:
+    """(1, 1, rows, 3): odd rows do not see the last of the three."""
+    seen = torch.ones(1, 1, rows, 3, dtype=torch.bool)
+    seen[..., 1::2, 2] = False
+    return seen
+
+
+def _keys(site: Site) -> Sequence[Contribution]:
+    def value(call: Any, stats: Any, state: Any) -> ExtraKeys:
+        key, value = (t.expand(call.shape[0], -1, -1, -1).to(call.query.dtype) for t in extra(site.layer))
+        return ExtraKeys(key, value, visible_extra(call.shape[3]))
+
+    return [Contribution("keys", value)]
+
+
+def _more_keys(site: Site) -> Sequence[Contribution]:
+    def value(call: Any, stats: Any, state: Any) -> ExtraKeys:
+        key, value = (t.expand(call.shape[0], -1, -1, -1) for t in extra(site.layer + 10))
+        return ExtraKeys(key, value)
+
+    return [Contribution("keys", value)]
+
+
+Keys, MoreKeys = toy("keys", _keys), toy("more_keys", _more_keys)
+
+# ---------------------------------------------------------------- patterns
+
+
+def near(q: Tensor, k: Tensor) -> Tensor:
+    return (q - k).abs() < 5
+
+
+def even(q: Tensor, k: Tensor) -> Tensor:
+    return (k % 2 == 0) | (q == k)
+
+
+def _static(predicate: Any) -> Make:
+    return lambda site: [Contribution("pattern", lambda call, stats, state: Pairs(predicate))]
+
+
+Near, Even = toy("near", _static(near)), toy("even", _static(even))
+Nothing = toy("nothing", lambda site: [Contribution("pattern", lambda call, stats, state: None)])
+
+
+def chosen(mass: Tensor) -> Tensor:
+    """bool (Lk,): the better half of the keys, by mass summed over rows and heads (B, H, Lk)."""
+    total = mass.sum((0, 1))
+    keep = torch.zeros_like(total, dtype=torch.bool)
+    keep[total.topk((total.numel() + 1) // 2).indices] = True
+    return keep
+
+
+def _dynamic(site: Site) -> Sequence[Contribution]:
+    def value(call: Any, stats: Any, state: Any) -> Pairs:
+        keep = chosen(stats.column_mass)
+        return Pairs(lambda q, k: keep[k] | (q == k))
+
+    return [Contribution("pattern", value, needs={"column_mass"}, dynamic=True)]
+
+
+Dynamic = toy("dynamic", _dynamic)
+
+# ---------------------------------------------------------------- form, observe, position, mass
+
+
+def feature(x: Tensor) -> Tensor:
+    return torch.nn.functional.elu(x) + 1
+
+
+def linear(query: Tensor, key: Tensor, value: Tensor, seen: Tensor) -> Tensor:
+    """Linear attention over the pairs that are seen, (B, H, Lq, D)."""
+    weights = (feature(query) @ feature(key).mT) * seen
+    return (weights @ value) / weights.sum(-1, keepdim=True).clamp_min(1e-300)
+
+
+def _form(site: Site) -> Sequence[Contribution]:
+    def value(call: Any, stats: Any, state: Any) -> Tensor:
+        _, h, hkv, lq, lk = call.shape
+        key, value = (t.repeat_interleave(h // hkv, 1) for t in (call.key, call.value))
+        seen = (
+            torch.ones(1, 1, lq, lk, dtype=torch.bool).tril(lk - lq)
+            if site.causal
+            else torch.ones(1, 1, lq, lk)
+        )
+        if call.mask is not None:
+            seen = call.mask
+        return linear(call.query, key, value, seen).transpose(1, 2)
+
+    return [Contribution("form", value)]
+
+
+Form, OtherForm = toy("form", _form), toy("other_form", _form)
+
+
+@dataclass
+class Seen:
+    """What the observer saw, per layer and call."""
+
+    lse: list[Tensor]
+    column_mass: list[Tensor]
+
+
+SEEN: dict[int, Seen] = {}
+
+
+def _observe(site: Site) -> Sequence[Contribution]:
+    def value(call: Any, stats: Any, state: Any) -> None:
+        seen = SEEN.setdefault(site.layer, Seen([], []))
+        seen.lse.append(stats.lse.clone())
+        seen.column_mass.append(stats.column_mass.clone())
+
+    return [Contribution("observe", value, needs={"lse", "column_mass"})]
+
+
+Observe, ObserveToo = toy("observe", _observe), toy("observe_too", _observe)
+
+
+def _position(site: Site) -> Sequence[Contribution]:
+    def value(call: Any, stats: Any, state: Any) -> Tensor:
+        b, _, hkv, _, lk = call.shape
+        return torch.arange(lk).expand(b, hkv, lk) % 3
+
+    return [Contribution("position", value)]
+
+
+Position, OtherPosition = toy("position", _position), toy("other_position", _position)
+
+
+def _mass_of(heads: tuple[int, ...]) -> Make:
+    def make(site: Site) -> Sequence[Contribution]:
+        def value(call: Any, stats: Any, state: Any) -> MassMove:
+            lk = call.shape[4]
+            source = (torch.arange(lk) % 3 == 1).expand(call.shape[0], len(heads), lk)
+            target = (torch.arange(lk) % 3 == 0).expand(call.shape[0], len(heads), lk)
+            return MassMove(source, 0.25, target)
+
+        return [Contribution("mass", value, heads=heads)]
+
+    return make
+
+
+Mass, MassElsewhere, MassHere = (
+    toy("mass", _mass_of((0, 1))),
+    toy("mass_elsewhere", _mass_of((2, 3))),
+    toy("mass_here", _mass_of((1, 2))),
+)
