@@ -213,7 +213,7 @@ class _Run:
             self.acted.add(entry.owner)
         if plain and not changed and not self.edited:
             # Only looked at: the user's own kernel gives the output, ours gave the statistics.
-            if self.runtime.facts.get("same_bits"):
+            if self.runtime.facts.get("same_bits") and not out.requires_grad:
                 return out.transpose(1, 2)
             return self.delegate(call)
         return out.transpose(1, 2).contiguous()
@@ -275,9 +275,10 @@ class _Run:
         heads = self._heads_watched(layer)
         _, h, _, _, lk = call.shape
         options = {k: v for k, v in options.items() if k != "sink_logits"}  # they are inside lse already
-        mass = column_mass(
-            call.query, call.key, lse, visibility=visible, rows=call.real, heads=heads, **options
-        )
+        with torch.no_grad():  # what is chosen by it is chosen, not differentiated
+            mass = column_mass(
+                call.query, call.key, lse, visibility=visible, rows=call.real, heads=heads, **options
+            )
         if heads is not None:
             whole = mass.new_zeros(mass.shape[0], h, lk)
             whole[:, list(heads)] = mass
