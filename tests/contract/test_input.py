@@ -1,0 +1,106 @@
+"""Bad input: one clear error of the right kind, before anything is touched."""
+
+import pytest
+import torch
+from oracle import models
+
+import trainless
+
+from .cases import CASES, Case, named
+from .tools import Snapshot, build, given_of
+
+WRONG = [
+    ("atn_temperature", {}, trainless.InputError, "attn_temperature"),
+    ("attn_temperature", {"temprature": 0.5}, trainless.InputError, "temperature"),
+    ("attn_temperature", {"temperature": 0.0}, trainless.InputError, "temperature"),
+    ("attn_temperature", {"temperature": "hot"}, trainless.InputError, "temperature"),
+    ("attn_temperature", {"temperature": float("nan")}, trainless.InputError, "temperature"),
+    ("act", {"beta": 1.5}, trainless.InputError, "beta"),
+    ("act", {"alpha": -1.0}, trainless.InputError, "alpha"),
+    ("act", {"statistics": "walking"}, trainless.InputError, "running"),
+    ("act", {"heads": [[0, 4]]}, trainless.InputError, "layer 0 has 4 heads"),
+    ("act", {"heads": [[7, 0]]}, trainless.InputError, "layer 7 does not exist"),
+    ("act", {"heads": [[0]]}, trainless.InputError, "layer, head"),
+    ("act", {"heads": []}, trainless.InputError, "heads"),
+    ("act", {"skip_layers": 3}, trainless.NoMatch, "act"),
+    ("head_gain", {"heads": [[0, 1], [0, 1]]}, trainless.InputError, "twice"),
+    ("head_gain", {"gain": float("inf")}, trainless.InputError, "gain"),
+    ("h2o", {"heavy": 1.5}, trainless.InputError, "fraction"),
+    ("h2o", {"heavy": -1}, trainless.InputError, "heavy"),
+    ("h2o", {"heavy": 0, "recent": 0}, trainless.InputError, "nothing"),
+    ("h2o", {"gqa": "median"}, trainless.InputError, "gqa"),
+    ("streaming", {"recent": 0.0}, trainless.InputError, "fraction"),
+    ("streaming", {"positions": "absolute"}, trainless.InputError, "rolled"),
+    ("entropy", {}, trainless.NoMatch, "diffusers"),
+    ("h2o", {"calibration": "missing.safetensors"}, trainless.TrainlessError, "calibration"),
+    ("act", {"calibration": "missing.safetensors"}, trainless.CalibrationError, "missing.safetensors"),
+]
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "kind", "said"), WRONG, ids=[f"{m}-{'-'.join(g) or 'bare'}" for m, g, _, _ in WRONG]
+)
+def test_bad_arguments_are_named(method, given, kind, said):
+    model = build("llama")
+    before = Snapshot(model)
+    with pytest.raises(kind) as refusal:
+        trainless.patch(model, method, **given)
+    assert said in str(refusal.value)
+    assert str(refusal.value).count("\n") <= 2
+    before.check(model)
+
+
+@pytest.mark.parametrize(**named(CASES))
+def test_layers_that_do_not_exist(case: Case):
+    model = build(case.families[0])
+    before = Snapshot(model)
+    with pytest.raises(trainless.InputError, match=r"layer 99"):
+        trainless.patch(model, [{**case.use, "where": {"layers": 99}}])
+    with pytest.raises(trainless.NoMatch, match=case.method):
+        trainless.patch(model, [{**case.use, "where": {"layers": "90:"}}])
+    with pytest.raises(trainless.TrainlessError, match=r"no\.such\.module"):
+        trainless.patch(model, [{**case.use, "where": {"modules": "no.such.module"}}])
+    before.check(model)
+
+
+@pytest.mark.parametrize(**named(CASES))
+def test_one_fault_in_a_list_leaves_nothing_behind(case: Case):
+    model = build(case.families[0])
+    before = Snapshot(model)
+    with pytest.raises(trainless.TrainlessError, match="nonsense"):
+        trainless.patch(model, [case.use, {"use": "nonsense"}])
+    before.check(model)
+
+
+@pytest.mark.parametrize(
+    "thing", [torch.nn.Linear(2, 2), "a/name", None, 3, {}], ids=lambda t: type(t).__name__
+)
+def test_things_that_cannot_be_patched(thing):
+    with pytest.raises((trainless.InputError, trainless.Unsupported)):
+        trainless.patch(thing, "attn_temperature", temperature=0.5)
+
+
+def test_dropout_under_an_edit_is_refused_and_under_a_scale_is_not():
+    model = build("llama", attention_dropout=0.5)
+    model.train()
+    trainless.patch(model, "act", alpha=1.5, skip_layers=0)
+    with pytest.raises(trainless.Unsupported, match=r"dropout.*eval"):
+        model(models.prompt(14))
+    model.eval()
+    model(models.prompt(14))
+
+
+def test_packed_sequences_are_refused_by_name():
+    model = build("llama")
+    trainless.patch(model, "act", alpha=1.5, skip_layers=0)
+    bounds = torch.tensor([0, 6, 14], dtype=torch.int32)
+    packed = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": 8, "max_length_k": 8}
+    with pytest.raises(trainless.Unsupported, match="cu_seq_lens"):
+        model(models.prompt(14), **packed)
+
+
+def test_a_bare_encoder_is_patched_too():
+    model = build("bert")
+    patch = trainless.patch(model, "tempscale", temperature=0.8)
+    model(**given_of("bert", model))
+    assert patch.report().methods[0].method == "attn_temperature"
