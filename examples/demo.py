@@ -60,19 +60,19 @@ def look_inside(recipe: str, texts: dict[str, str]) -> tuple[dict[str, int], flo
     }
 
     @torch.inference_mode()
-    def read(name: str) -> tuple[list[int], int]:
+    def read(name: str, step: int) -> tuple[list[int], int]:
         """The likeliest next token after the prompt and after each token of the text; bytes after the prompt."""
         cache = DynamicCache(config=model.config)
-        found = [model(prompts[name], past_key_values=cache, logits_to_keep=1).logits[0, -1].argmax()]
+        found = model(prompts[name], past_key_values=cache, logits_to_keep=1).logits[0].argmax(-1).tolist()
         held = sum(t.untyped_storage().nbytes() for layer in cache.layers for t in (layer.keys, layer.values))
-        found += [
-            model(token[None], past_key_values=cache).logits[0, -1].argmax() for token in written[name].T
-        ]
-        return [int(token) for token in found], held
+        for piece in written[name].split(step, dim=1):
+            found += model(piece, past_key_values=cache).logits[0].argmax(-1).tolist()
+        return found, held
 
-    before = {name: read(name) for name in prompts}
+    # Word for word under the patch, as in generation: what it keeps is decided anew after every call.
+    before = {name: read(name, 1000) for name in prompts}
     with trainless.patched(model, recipe) as patch:
-        after = {name: read(name) for name in prompts}
+        after = {name: read(name, 1) for name in prompts}
         print(f"\n{patch.report()}")
     longest = max(prompts, key=lambda name: prompts[name].shape[1])
     cache = {
