@@ -47,13 +47,13 @@ def docstring(method: str) -> dict[str, list[str]]:
 
 
 def used_by() -> dict[str, list[str]]:
-    """Seam → the methods whose header names it."""
+    """Seam → the methods whose header names it; what stands in parentheses there is explanation."""
     from trainless.patchers import known
     from trainless.seams import KINDS
 
     found: dict[str, list[str]] = {}
     for name in known():
-        said = " ".join(docstring(name)["Seams"])
+        said = re.sub(r"\([^)]*\)", "", " ".join(docstring(name)["Seams"]))
         for kind in KINDS:
             if re.search(rf"\b{kind}\b", said):
                 found.setdefault(kind, []).append(name)
