@@ -24,6 +24,7 @@ from .kernels.lse import choose, row_attention
 from .kernels.mass_move import mass_move
 from .kernels.visibility import Visibility, visibility
 from .kv import CompressingLayer
+from .rows import apply, move_edit, on_heads
 from .seams import AttentionCall, Contribution, Entry, MassMove, RowEdit, State, Statistics
 
 Delegate = Callable[[AttentionCall], Tensor]
@@ -373,14 +374,14 @@ class _Run:
         for entry, move in edits:
             changed = True
             self.acted.add(entry.owner)
-            edit = move.edit if isinstance(move, RowEdit) else _move_edit(move)
+            edit = move.edit if isinstance(move, RowEdit) else move_edit(move)
             heads = entry.contribution.heads
-            probabilities = _on_heads(probabilities, heads, edit, 0, move)
+            probabilities = on_heads(probabilities, heads, edit, 0)
         for entry in self.plan.of["observe"]:
             self._value(entry)
             self.acted.add(entry.owner)
         if changed:
-            out = _apply(probabilities, call.value, call.query.dtype)
+            out = apply(probabilities, call.value, call.query.dtype)
         elif not self.edited:
             # Only looked at, or found nothing to edit: the user's own kernel gives the output, bit for bit.
             return self.delegate(call)
@@ -411,8 +412,8 @@ class _Run:
         for start in range(0, lq, ROW_BLOCK):
             stop = min(lq, start + ROW_BLOCK)
             _, probabilities = self._probabilities(visible, start, stop)
-            edited = _on_heads(probabilities, contribution.heads, move.edit, start, move)
-            parts.append(_apply(edited, call.value, call.query.dtype))
+            edited = on_heads(probabilities, contribution.heads, move.edit, start)
+            parts.append(apply(edited, call.value, call.query.dtype))
         whole = torch.cat(parts, 2)
         if contribution.heads is None:
             return whole
@@ -496,49 +497,3 @@ class _Run:
             tally = self.runtime.tallies[entry.owner]
             tally.tokens_seen, tally.tokens_kept = layer.seen, layer.width
             tally.bytes_kept = layer.nbytes
-
-
-def _on_heads(
-    probabilities: Tensor,
-    heads: tuple[int, ...] | None,
-    edit: Callable[[Tensor, int], Tensor],
-    start: int,
-    move: MassMove | RowEdit,
-) -> Tensor:
-    if heads is None:
-        return edit(probabilities, start)
-    index = list(heads)
-    probabilities = probabilities.clone()
-    probabilities[:, index] = edit(probabilities[:, index], start)
-    return probabilities
-
-
-def _move_edit(move: MassMove) -> Callable[[Tensor, int], Tensor]:
-    """A MassMove on explicit probabilities (B, h, rows, Lk)."""
-
-    def edit(p: Tensor, start: int) -> Tensor:
-        rows = p.shape[2]
-        source = move.source[:, :, None, :]
-        target = ~source if move.target is None else move.target[:, :, None, :] & ~source
-        keep = move.keep
-        if isinstance(keep, Tensor):
-            keep = keep[..., start : start + rows, None] if keep.shape[-1] > 1 else keep[..., None]
-        moved = (p * source).sum(-1, keepdim=True) * (1 - keep)
-        room = (p * target).sum(-1, keepdim=True)
-        # A row without any target mass has nowhere to put what is freed, and stays as it is.
-        possible = room > 0
-        if move.rows is not None:
-            possible = possible & move.rows[:, :, start : start + rows, None]
-        grown = 1 + moved / room.clamp_min(torch.finfo(p.dtype).tiny)
-        edited = torch.where(source, p * keep, torch.where(target, p * grown, p))
-        return torch.where(possible, edited, p)
-
-    return edit
-
-
-def _apply(probabilities: Tensor, value: Tensor, dtype: torch.dtype) -> Tensor:
-    """probabilities (B, H, rows, Lk) times value (B, Hkv, Lk, D), grouped, cast once."""
-    b, h, rows, lk = probabilities.shape
-    hkv = value.shape[1]
-    grouped = probabilities.reshape(b, hkv, (h // hkv) * rows, lk)
-    return (grouped @ value.to(probabilities.dtype)).reshape(b, h, rows, value.shape[-1]).to(dtype)
