@@ -20,7 +20,7 @@ ORDER = [
     {"errors"},
     {"seams", "journal", "layers", "tables"},
     {"kernels", "hosts.base", "report", "rows", "verification"},
-    {"kv", "patchers"},
+    {"kv", "patchers", "rows"},
     {"attention", "recipes"},
     {"hosts"},
     {"calibration", "probing"},
