@@ -10,6 +10,7 @@ from transformers import DynamicCache
 import trainless
 
 from .cases import LANGUAGE, Case, named
+from .reference import attention_of
 from .tools import CALLS, EXACT, Snapshot, build, differs, outputs, same
 
 # Families whose attention is not dispatched through the interface, each with the smallest config it takes.
@@ -165,32 +166,16 @@ def _gpt_oss(dtype: torch.dtype = torch.float64):
     return model
 
 
-def _sink_free_reference(model, ids, edit):
+def _sink_reference(model, ids, edit):
     """Every layer's dense attention with the learned sink as one more key without a value; ``edit`` per call."""
-    from transformers import AttentionInterface
 
-    def dense(module, query, key, value, attention_mask, scaling=None, s_aux=None, **kwargs):
-        groups = query.shape[1] // key.shape[1]
-        z = query @ key.repeat_interleave(groups, 1).mT * scaling
-        seen = torch.ones_like(z, dtype=torch.bool) if attention_mask is None else attention_mask
-        seen = seen if seen.dtype == torch.bool else seen > -1e30
-        if attention_mask is None:
-            seen = seen.tril(z.shape[-1] - z.shape[-2])
-        z = z.masked_fill(~seen.expand_as(z), -torch.inf)
-        sink = s_aux.to(z)[None, :, None, None].expand(*z.shape[:3], 1)
-        p = edit(module, torch.cat([z, sink], -1))
-        return (p @ value.repeat_interleave(groups, 1)).transpose(1, 2).contiguous(), None
+    def dense(module, query, key, value, seen, scaling, kwargs):
+        z = (query @ key.mT * scaling).masked_fill(~seen, -torch.inf)
+        sink = kwargs["s_aux"].to(z)[None, :, None, None].expand(*z.shape[:3], 1)
+        return edit(module, torch.cat([z, sink], -1)) @ value
 
-    AttentionInterface.register("contract_dense", dense)
-    from transformers.masking_utils import AttentionMaskInterface, eager_mask
-
-    AttentionMaskInterface.register("contract_dense", eager_mask)
-    before = model.config._attn_implementation
-    model.set_attn_implementation("contract_dense")
-    with float64_math():
-        found = replay(model, None, ids, None, CALLS)
-    model.set_attn_implementation(before)
-    return found
+    with attention_of(model, dense), float64_math():
+        return replay(model, None, ids, None, CALLS)
 
 
 def _softmax_without_last(z: torch.Tensor) -> torch.Tensor:
@@ -217,7 +202,7 @@ def test_learned_sinks(name: str):
     method, given, edit = LEARNED[name]
     model = _gpt_oss()
     ids = models.prompt(22)
-    want = _sink_free_reference(model, ids, edit)
+    want = _sink_reference(model, ids, edit)
     if method:
         trainless.patch(model, method, **given)
     with float64_math():
@@ -244,7 +229,7 @@ def test_learned_sinks_of_evicting_layers():
         seen[module.layer_idx] = sorted(set(now[:2]) | set(now[-5:]))
         return _softmax_without_last(z)
 
-    want = _sink_free_reference(model, ids, edit)
+    want = _sink_reference(model, ids, edit)
     patch = trainless.patch(model, "streaming", sinks=2, recent=5)
     assert patch.report().methods[0].sites == 2
     with float64_math():

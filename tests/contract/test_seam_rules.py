@@ -129,18 +129,18 @@ def test_around_wraps_any_module_and_chains():
 @with_toys(Halve)
 def test_around_under_compile_and_on_one_instance():
     torch.compiler.reset()
-    model, other = build("llama"), build("llama")
+    model, other = (build("llama", layers=1, dtype=torch.float32, exact=False) for _ in range(2))
     compiled = torch.compile(model, backend="eager")
     ids = models.prompt(12)
     stock = replay(compiled, None, ids)
     patch = trainless.patch(model, "toy_halve")
     want = replay(model, None, ids)
     assert (want[0] - stock[0]).abs().max() > 1e-4
-    same(replay(compiled, None, ids), want, EXACT)
-    same(replay(other, None, ids), stock, EXACT)
-    assert patch.report().methods[0].fired == 6
+    same(replay(compiled, None, ids), want, 1e-5)
+    same(replay(other, None, ids), stock, 1e-5)
+    assert patch.report().methods[0].fired == 2
     patch.remove()
-    same(replay(compiled, None, ids), stock, EXACT)
+    same(replay(compiled, None, ids), stock, 1e-5)
     torch.compiler.reset()
 
 
