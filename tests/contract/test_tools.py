@@ -41,36 +41,6 @@ def test_set_attn_implementation_before_or_after(case: Case, implementation: str
     assert second.config._attn_implementation == implementation
 
 
-@pytest.mark.slow
-def test_flex_attention_with_its_block_masks():
-    """Compiled on first use, so all methods share one model."""
-    uses = [c.use for c in MAIN_CAUSAL if not c.evicts]
-    reference, model = _model(), _model()
-    trainless.patch(reference, uses)
-    model.set_attn_implementation("flex_attention")
-
-    def run(model):  # a padded decode step does not compile for the CPU, in torch itself
-        return [*outputs(model, "llama", True, [17]), *outputs(model, "llama", False, [17, 1])]
-
-    try:
-        stock = run(model)
-    except Exception as error:
-        pytest.skip(f"flex_attention does not run here: {type(error).__name__}")
-    patch = trainless.patch(model, uses)
-    same(run(model), run(reference), F32)
-    patch.remove()
-    same(run(model), stock)
-    for case in MAIN_CAUSAL:
-        if case.evicts:
-            plain = _model()
-            trainless.patch(plain, case.method, **case.parameters)
-            with trainless.patched(model, case.method, **case.parameters):
-                same(run(model), run(plain), F32)
-                # Kept tokens are decoded without a mask; a turn of several would need it cut.
-                with pytest.raises(trainless.Unsupported, match="flex_attention"):
-                    outputs(model, "llama", False, [17, 1, 3])
-
-
 def test_output_attentions_stay_available_where_the_method_delegates():
     model = build("llama", attn_implementation="eager")
     trainless.patch(model, "attn_temperature", temperature=0.5)

@@ -71,7 +71,6 @@ def test_demo_measures_and_reports(tmp_path: Path) -> None:
     assert found["cache"]["unpatched"] == 30 * length * 2 * 3 * 64 * 4
     assert found["cache"]["patched"] == (28 * kept + 2 * length) * 2 * 3 * 64 * 4
     assert 0 <= found["same_next_token"] <= 1
-    assert all(len(line) <= 80 for line in printed.rsplit("active\n", 1)[-1].splitlines())
     for side in ("unpatched", "patched"):
         assert len(list((tmp_path / "out" / side).glob("part-*.jsonl"))) == 1
         assert (tmp_path / "out" / side / "run.json").is_file()
