@@ -13,6 +13,7 @@ from .cases import MAIN, MAIN_CAUSAL, Case, named
 from .tools import build, given_of, same
 
 CALLS = [12, 1]
+pytestmark = pytest.mark.slow
 NEAR = 1e-5  # float32: a compiled norm may round otherwise
 
 
