@@ -7,7 +7,7 @@ from kernel_cases import IDS, KINDS, SHAPES, Largest, edit, make, no_worse, orac
 from trainless.errors import InputError
 from trainless.kernels import attention, mass_move, visibility
 from trainless.kernels.common import Terms
-from trainless.kernels.mass_move import blocked, choose, reference
+from trainless.kernels.mass_move import blocked, choose, reference, rest
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 
@@ -56,8 +56,59 @@ def test_exact_in_float64(kind, shape, extras):
             options["target"] = None if goal is None else goal[:, heads]
             some = run(case, out, lse, heads=heads, **options)
             torch.testing.assert_close(some[:, heads], want[:, heads], **EXACT)
-            rest = [i for i in range(h) if i not in heads]
-            assert torch.equal(some[:, rest], out[:, rest])
+            others = [i for i in range(h) if i not in heads]
+            assert torch.equal(some[:, others], out[:, others])
+
+
+@pytest.mark.parametrize("sink", [False, True], ids=["plain", "sink"])
+@pytest.mark.parametrize("shape", SHAPES, ids=IDS)
+@pytest.mark.parametrize("kind", [k for k in KINDS if k not in ("dense", "per_head", "additive", "minimum")])
+def test_heads_that_attend_to_the_rest_once_more_are_exact(kind, shape, sink, monkeypatch):
+    """Every head with a source is made to take the form for crowded heads, at any length."""
+    taken = []
+    plain = rest.edit_heads
+    monkeypatch.setattr(rest, "edit_heads", lambda *a, **k: (taken.append(k["pairs"]), plain(*a, **k)))
+    monkeypatch.setattr(blocked, "LONG", 1)
+    monkeypatch.setattr(blocked, "LARGE", 0.0)
+    case = make(kind, shape)
+    b, h, _, lq, lk, _ = shape
+    if sink:
+        case.terms["sink_logits"] = torch.linspace(-1, 3, h, dtype=torch.float64)
+    _, a, out, lse = oracle(case)
+    heads = sorted({0, h // 2, h - 1}, reverse=True)
+    source = torch.rand(b, h, lk) < 0.4
+    source[0, 0] = True  # nobody can receive: unchanged
+    source[-1, h // 2] = False
+    rows = torch.rand(b, 1, lq) < 0.7
+    for much in (0.0, 0.4, torch.rand(b, h, lq, dtype=torch.float64)):
+        want = times_values(edit(a, case.truth, source, much, None, rows), case.value)
+        got = run(case, out, lse, source=source, keep=much, rows=rows)
+        torch.testing.assert_close(got, want, **EXACT)
+        picked = much if isinstance(much, float) else much[:, heads]
+        some = run(case, out, lse, source=source[:, heads], keep=picked, rows=rows, heads=heads)
+        torch.testing.assert_close(some[:, heads], want[:, heads], **EXACT)
+        others = [i for i in range(h) if i not in heads]
+        assert torch.equal(some[:, others], out[:, others])
+    assert taken[0].equal(source.any(-1)) if source.any() else not taken
+
+
+def test_crowded_heads_are_found_among_others():
+    """One head whose sink holds nearly everything, one with a third of all keys, one with a weak sink."""
+    case = make("causal", (1, 3, 3, 300, 300, 32), torch.float32, strength=0.5)
+    case.query += 0.7
+    case.key[:, 0, 3] = 3.0
+    source = torch.zeros(1, 3, 300, dtype=torch.bool)
+    source[:, 0, 3] = source[:, 1, 3::3] = source[:, 2, 5] = True
+    out, lse = attention(*case.qkv, visibility=case.seen(), scale=case.scale)
+    keep = torch.full((1, 3, 300), 0.4)
+    crowded = blocked._crowded(
+        *case.qkv, lse, source, keep, [0, 1, 2], case.seen(), Terms(case.scale)
+    )  # fmt: skip
+    assert crowded.tolist() == [[True, True, False]]
+    _, a, _, _ = oracle(case)
+    got = run(case, out, lse, source=source, keep=0.4)
+    want = times_values(_sunk(a, source, 0.4), case.value.double())
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -6,25 +6,30 @@ sinks) and o the output, keeping ``keep`` of s and giving the rest to everyone e
     o' = c·o + (keep - c)·P V_S,    c = (w - keep·s) / (w - s).
 
 Only the source columns are ever looked at. c grows without bound as s approaches w, and with it the
-rounding error that o carries already; rows where c passes a limit are computed again from their logits,
-as keep·s·o^S + (w - keep·s)·o^R with both groups normalised on their own. That form also finds the rows
-whose visible keys all are sources: nothing can receive there, so they stay as they are.
+rounding error that o carries already; rows where c passes a limit take the other form, in ``rest.py``, which
+attends to the remaining keys once more. So do whole heads in which many rows would, or whose source is so
+large that its columns cost more than that. That form also finds the rows whose visible keys all are sources:
+nothing can receive there, so they stay as they are.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
-from ..common import BLOCK, Terms, bias_block, key_heads_of, pick_heads, shared_logits, statistics_dtype
+from ..common import BLOCK, Terms, bias_block, key_heads_of, pick_heads, statistics_dtype
 from ..visibility import Visibility
+from . import rest
 
 # c beyond which a row is computed again. o carries rounding errors, and c multiplies them: with 2 the result
 # is as accurate as editing the probabilities in the same precision, with 8 it is six times worse (float32,
 # root mean square). float64 has digits to spare. For keep = 0.4, c = 2 is a source mass of 0.625.
 LIMIT = {torch.float64: 100.0, torch.float32: 2.0, torch.float16: 2.0, torch.bfloat16: 2.0}
+
+
+# From this many rows on, heads are looked at for the other form: SAMPLE of their rows. It is taken where more
+# than OFTEN of these are beyond the limit, or where the source has more than LARGE of all keys.
+LONG, SAMPLE, OFTEN, LARGE = 256, 64, 1 / 16, 1 / 8
 
 
 def mass_move(
@@ -43,47 +48,107 @@ def mass_move(
     terms: Terms,
 ) -> Tensor:
     """See ``api.mass_move``."""
-    b, h, lq, d = query.shape
-    if 0 in (b, lq, key.shape[2]) or source.shape[1] == 0:
+    b, h, lq, _ = query.shape
+    if 0 in (b, lq, key.shape[2]) or not bool(source.any()):
         return out
-    wide, device = statistics_dtype(query), query.device
+    chosen = list(range(h)) if heads is None else heads
+    kept = torch.as_tensor(keep, dtype=statistics_dtype(query), device=query.device)
+    kept = kept.expand(b, len(chosen), lq)
+    active = None if rows is None else rows.expand(b, len(chosen), lq)
+    new = out.clone()
+    if target is None and lq >= LONG and rest.possible(query, key, value, visibility, terms):
+        crowded = _crowded(query, key, value, lse, source, kept, chosen, visibility, terms)
+        rest.edit_heads(
+            query, key, value, new, lse, pairs=crowded, source=source, keep=kept, active=active,
+            heads=chosen, seen=visibility, terms=terms,
+        )  # fmt: skip
+        source = source & ~crowded[..., None]
+    left = source.any(-1).any(0).nonzero()[:, 0]  # a head without a source costs nothing
+    if len(left):
+        source, kept = source[:, left], kept[:, left]
+        active = None if active is None else active[:, left]
+        target = None if target is None else target[:, left]
+        heads = [chosen[n] for n in left.tolist()]
+        _edit_columns(query, key, value, new, lse, source, kept, target, active, heads, visibility, terms)
+    return new
+
+
+def _crowded(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lse: Tensor,
+    source: Tensor,
+    keep: Tensor,
+    heads: list[int],
+    seen: Visibility,
+    terms: Terms,
+) -> Tensor:
+    """bool (B, h): heads that are better served by attending to the rest once more, judged by some rows."""
+    large = source.sum(-1) > LARGE * source.shape[-1]
+    if bool((large | ~source.any(-1)).all()):
+        return large
+    picked = torch.as_tensor(heads, device=query.device)
+    group = _Columns.gather(source & ~large[..., None], key, value, heads, query.shape[1], keep.dtype)
+    assert group is not None
+    at = torch.linspace(0, query.shape[2] - 1, SAMPLE, device=query.device).long()
+    total = lse[:, picked][..., at].to(keep.dtype)
+    s = group.weights(query[:, picked][:, :, at].to(keep.dtype), total, seen, terms, picked, at).sum(-1)
+    k, w = keep[..., at], rest.total_mass(total, terms, picked)
+    hard = (s > 0) & (k != 1) & ~((w - k * s <= LIMIT[query.dtype] * (w - s)) & (w > s))
+    return large | (hard.to(keep.dtype).mean(-1) > OFTEN)
+
+
+def _edit_columns(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    new: Tensor,
+    lse: Tensor,
+    source: Tensor,
+    keep: Tensor,
+    target: Tensor | None,
+    active: Tensor | None,
+    heads: list[int],
+    seen: Visibility,
+    terms: Terms,
+) -> None:
+    """Edit ``heads`` of ``new`` in place, a block of rows at a time."""
+    b, h, lq, d = query.shape
+    wide, device = keep.dtype, query.device
     group = _Columns.gather(source, key, value, heads, h, wide)
     other = None if target is None else _Columns.gather(target, key, value, heads, h, wide)
     if group is None or (target is not None and other is None):
-        return out
-    new = out.clone()
-    picked = None if heads is None else torch.as_tensor(heads, device=device)
-    count = source.shape[1]
+        return
+    picked = None if heads == list(range(h)) else torch.as_tensor(heads, device=device)
     widest = max(group.index.shape[-1], 0 if other is None else other.index.shape[-1])
-    step = max(1, min(lq, BLOCK // (b * count * max(widest, d))))
-    kept = torch.as_tensor(keep, dtype=wide, device=device).expand(b, count, lq)
+    step = max(1, min(lq, BLOCK // (b * len(heads) * max(widest, d))))
     again = []
     for i0 in range(0, lq, step):
         i1 = min(lq, i0 + step)
         at = torch.arange(i0, i1, device=device)
         q = pick_heads(query[:, :, i0:i1], picked).to(wide)
         total = pick_heads(lse[:, :, i0:i1], picked).to(wide)
-        o = pick_heads(out[:, :, i0:i1], picked)
-        k = kept[:, :, i0:i1]
-        active = None if rows is None else rows[:, :, i0:i1]
-        p = group.weights(q, total, visibility, terms, picked, at)
+        o = pick_heads(new[:, :, i0:i1], picked)
+        k = keep[:, :, i0:i1]
+        asked = None if active is None else active[:, :, i0:i1]
+        p = group.weights(q, total, seen, terms, picked, at)
         s = p.sum(-1)
         if other is None:
-            w = _total_mass(total, terms, picked)
+            w = rest.total_mass(total, terms, picked)
             c = (w - k * s) / (w - s)
             still = (s == 0) | (k == 1)
-            hard = ~still & ~((c <= LIMIT[out.dtype]) & (w > s))
-            idle = hard | still if active is None else hard | still | ~active
+            hard = ~still & ~((c <= LIMIT[new.dtype]) & (w > s))
+            idle = hard | still if asked is None else hard | still | ~asked
             c = c.masked_fill(idle, 1)
             k = k.masked_fill(idle, 1)
-            hard = hard if active is None else hard & active
-            again.append(hard)
+            again.append(hard if asked is None else hard & asked)
             edited = torch.mul(o, c[..., None]).to(wide)
             edited += group.times_values(p * (k - c)[..., None])
         else:
             freed = (1 - k) * s
-            share, some = other.shares(q, visibility, terms, picked, at)
-            freed = freed.masked_fill(~some if active is None else ~(some & active), 0)
+            share, some = other.shares(q, seen, terms, picked, at)
+            freed = freed.masked_fill(~some if asked is None else ~(some & asked), 0)
             gone = torch.where(s > 0, freed / s, 0)
             edited = o + other.times_values(share * freed[..., None])
             edited -= group.times_values(p * gone[..., None])
@@ -94,17 +159,10 @@ def mass_move(
     if again:
         hard = torch.cat(again, -1)
         if bool(hard.any()):
-            _exact(query, key, value, new, lse, hard, group, source, kept, heads, visibility, terms)
-    return new
-
-
-def _total_mass(lse: Tensor, terms: Terms, heads: Tensor | None) -> Tensor | float:
-    """Probability of all keys together, per row: what a learned sink leaves."""
-    if terms.sink_logits is None:
-        return 1.0
-    sink = terms.sink_logits.to(lse.dtype)
-    held = torch.exp((sink if heads is None else sink[heads]).view(1, -1, 1) - lse)
-    return 1 - held.masked_fill(torch.isneginf(lse), 0)
+            rest.edit_rows(
+                query, key, value, new, lse, hard=hard, source=source, keep=keep, heads=heads, seen=seen,
+                terms=terms,
+            )  # fmt: skip
 
 
 class _Columns:
@@ -170,51 +228,3 @@ class _Columns:
         visible = seen.columns(self.index, rows, heads)
         hidden = ~self.filled[:, :, None] if visible is None else ~(visible & self.filled[:, :, None])
         return z.masked_fill_(hidden, -torch.inf)
-
-
-def _exact(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    new: Tensor,
-    lse: Tensor,
-    hard: Tensor,
-    group: _Columns,
-    source: Tensor,
-    keep: Tensor,
-    heads: list[int] | None,
-    seen: Visibility,
-    terms: Terms,
-) -> None:
-    """Compute the rows ``hard`` (B, h, Lq) of ``new`` again from their logits, in place."""
-    h = query.shape[1]
-    wide, share = statistics_dtype(query), h // key.shape[1]
-    chosen = list(range(h)) if heads is None else heads
-    step = max(1, BLOCK // key.shape[2])
-    for batch, n in hard.any(-1).nonzero().tolist():
-        head = chosen[n]
-        one = torch.tensor([head], device=query.device)
-        keys, values = key[batch, head // share].to(wide), value[batch, head // share].to(wide)
-        part, bias = seen.row_of_batch(batch), terms.position_bias
-        own = terms if bias is None or bias.shape[0] == 1 else replace(terms, position_bias=bias[batch][None])
-        inner = group.index[batch, n, group.filled[batch, n]]
-        for rows in hard[batch, n].nonzero()[:, 0].split(step):
-            hi = part.span(int(rows[0]), int(rows[-1]) + 1)[1]
-            z = (query[batch, head, rows].to(wide) @ keys[:hi].t()).mul_(terms.scale)
-            z = shared_logits(z[None, None], own, part, one, rows, 0, hi)[0, 0]
-            inside = z[:, inner[inner < hi]]
-            outside = z.masked_fill_(source[batch, n, :hi], -torch.inf)
-            top = outside.amax(-1, keepdim=True)
-            receives = ~torch.isneginf(top)
-            weights = outside.sub_(torch.where(receives, top, 0)).exp_()
-            total = weights.sum(-1, keepdim=True).masked_fill_(~receives, 1)
-            held = torch.where(receives, top, 0) + total.log()
-            s = torch.exp(torch.logsumexp(inside, -1, keepdim=True) - held)  # relative to the other keys
-            row_lse = lse[batch, head : head + 1, rows].to(wide)[None]
-            mass = _total_mass(row_lse, terms, one)
-            w = mass if isinstance(mass, float) else mass[0, 0, :, None]
-            s = w * (s / (1 + s)).masked_fill(torch.isposinf(s), 1)
-            k = keep[batch, n, rows, None]
-            edited = (k * s) * (torch.softmax(inside, -1) @ values[inner[inner < hi]])
-            edited += (w - k * s) / total * (weights @ values[:hi])
-            new[batch, head, rows] = torch.where(receives, edited.to(new.dtype), new[batch, head, rows])
