@@ -3,12 +3,13 @@
 import pytest
 import torch
 from oracle import models, replay
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import DynamicCache
 
 import trainless
 
 from .cases import MAIN, MAIN_CAUSAL, Case, named
-from .tools import CALLS, EXACT, Snapshot, build, outputs, same, text
+from .tools import CALLS, EXACT, Snapshot, build, dense, differs, outputs, same, text
 
 F32 = 2e-4  # float32, other kernels
 
@@ -39,6 +40,31 @@ def test_set_attn_implementation_before_or_after(case: Case, implementation: str
     patch.remove()
     same(outputs(second, "llama", padded), stock)
     assert second.config._attn_implementation == implementation
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without", "ignore:_compile flag")
+@pytest.mark.parametrize(**named(MAIN_CAUSAL))
+@pytest.mark.parametrize("padded", [True, False], ids=["padded", "single"])
+def test_flex_attention_with_its_block_masks(case: Case, padded: bool):
+    """Every call meets a BlockMask: prefill, steps, and a turn of several tokens on what an evictor kept."""
+    model = build("llama")
+    with dense(model, "llama", case):
+        want = outputs(model, "llama", padded)
+    model.set_attn_implementation("flex_attention")
+    met = []
+    watch = model.model.layers[1].self_attn.register_forward_pre_hook(
+        lambda module, args, kwargs: met.append(type(kwargs["attention_mask"])), with_kwargs=True
+    )
+    # The inductor cannot compile flex attention for a CPU at this head width; run as it is, it says the same.
+    with torch.compiler.set_stance("force_eager"):
+        stock = outputs(model, "llama", padded)
+        patch = trainless.patch(model, case.method, **case.parameters)
+        assert differs(want, stock)
+        same(outputs(model, "llama", padded), want, EXACT)
+        patch.remove()
+        same(outputs(model, "llama", padded), stock)
+    watch.remove()
+    assert met == [BlockMask] * (3 * len(CALLS))
 
 
 def test_output_attentions_stay_available_where_the_method_delegates():

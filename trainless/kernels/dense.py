@@ -20,7 +20,7 @@ def evaluate(dense: Any, rows: Tensor, lo: int, hi: int, device: torch.device) -
         return piece if piece.dtype == torch.bool else hidden_apart(piece)
     if isinstance(dense, Pairs):
         return dense.at(rows, lo, hi)
-    return _block_mask_rows(dense, rows, hi, device)[..., lo:hi]
+    return _block_mask_rows(dense, rows, lo, hi, device)
 
 
 def one_row(dense: Any, batch: int) -> Any:
@@ -65,11 +65,12 @@ class BlockMaskRow:
         return found
 
 
-def _block_mask_rows(mask: Any, rows: Tensor, lk: int, device: torch.device) -> Tensor:
+def _block_mask_rows(mask: Any, rows: Tensor, lo: int, hi: int, device: torch.device) -> Tensor:
     from torch.nn.attention.flex_attention import create_mask
 
     def shifted(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return mask.mask_mod(b, h, rows[q], k)
+        return mask.mask_mod(b, h, rows[q], k + lo)
 
-    found: Tensor = create_mask(shifted, mask.shape[0], mask.shape[1], rows.shape[0], lk, device=str(device))
+    size = (mask.shape[0], mask.shape[1], rows.shape[0], hi - lo)
+    found: Tensor = create_mask(shifted, *size, device=str(device))
     return found

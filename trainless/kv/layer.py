@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..errors import Unsupported
 from ..hosts.base import Lease
+from ..kernels.dense import evaluate
 from ..seams import Evict, State, tokens_of
 from .slots import Slots
 
@@ -168,14 +169,10 @@ class CompressingLayer(Slots):
     def mask(self, mask: Any, rows: int, causal: bool) -> tuple[Tensor | None, bool]:
         """(mask, causal) for a call on compressed storage: kept tokens are visible, new ones as the model says.
 
-        The model's own mask (None, bool or additive) is as wide as the whole sequence; its last ``rows``
-        columns are about the new tokens.
+        The model's own mask (None, bool, additive or a flex BlockMask) is as wide as the whole sequence; its
+        last ``rows`` columns are about the new tokens.
         """
         assert self.positions is not None
-        if not isinstance(mask, Tensor) and mask is not None:
-            raise Unsupported(
-                "a compressed cache needs the attention mask as a tensor; use sdpa or eager instead of flex_attention"
-            )
         valid = self.valid()
         if valid is None and mask is None:
             return None, causal or rows > 1
@@ -184,6 +181,9 @@ class CompressingLayer(Slots):
         if rows == 1:
             heads = self.positions >= 0
             return heads[:, :, None, :], False
+        if mask is not None and not isinstance(mask, Tensor):
+            own = torch.arange(rows, device=device)
+            mask = evaluate(mask, own, self.seen - rows, self.seen, device)
         if mask is not None and mask.dim() == 2:
             mask = mask[:, None, None, :].bool()
             if rows > 1:
