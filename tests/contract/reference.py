@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from oracle.core import attention_set
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
@@ -46,14 +47,12 @@ AttentionMaskInterface.register(NAME, eager_mask)
 @contextmanager
 def attention_of(model: Any, attention: Attention) -> Iterator[None]:
     """Inside, ``model`` (stock) computes its attention by ``attention``."""
-    before = model.config._attn_implementation
-    model.set_attn_implementation(NAME)
     _now.append(attention)
     try:
-        yield
+        with attention_set(model, NAME):
+            yield
     finally:
         _now.pop()
-        model.set_attn_implementation(before)
 
 
 def softmax_over(logits: Tensor, seen: Tensor) -> Tensor:

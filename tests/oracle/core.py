@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 NAME = "dense_oracle"
@@ -280,13 +280,31 @@ def install(model: nn.Module, rule: Rule | Sequence[Rule] = ()) -> Iterator[Orac
     if any(p.dtype != torch.float64 for p in model.parameters() if p.is_floating_point()):
         raise TypeError("the oracle wants a float64 model: model.double(), or models.build(...)")
     oracle = Oracle(model, rules)
-    previous = model.config._attn_implementation
     for module in model.modules():
         _oracles[module] = oracle
-    model.set_attn_implementation(NAME)
     try:
-        yield oracle
+        with attention_set(model, NAME):
+            yield oracle
     finally:
-        model.set_attn_implementation(previous)
         for module in model.modules():
             _oracles.pop(module, None)
+
+
+@contextmanager
+def attention_set(model: nn.Module, name: str) -> Iterator[None]:
+    """Inside, every part of ``model`` looks up attention ``name``; restored on exit, each part to its own.
+
+    Part by part, because in transformers 5.17 ``set_attn_implementation`` passes over submodels whose config
+    is of the model's own class (T5's stacks hold copies), and leaves those as they are without a word.
+    """
+    parts = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
+    previous = [part.config._attn_implementation for part in parts]
+    try:
+        for part in parts:
+            part.set_attn_implementation(name)
+            if part.config._attn_implementation != name:
+                raise NotImplementedError(f"{type(part).__name__} did not take attention {name!r}")
+        yield
+    finally:
+        for part, before in zip(parts, previous, strict=True):
+            part.set_attn_implementation(before)

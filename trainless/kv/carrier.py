@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicLayer
 
 from ..errors import Unsupported
 from ..seams import State
@@ -90,6 +91,10 @@ class StatefulMixin(Carrier):
         return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[misc]
 
     def reset(self) -> None:
+        if isinstance(self, DynamicLayer):
+            # transformers 5.17 only fills the keys with zeros, and the next sequence would be added to those.
+            self.keys = self.values = None
+            self.is_initialized = False
         super().reset()  # type: ignore[misc]
         self.states.clear()
         self.before, self.added = None, 0
