@@ -21,6 +21,7 @@ ORDER = [
     {"seams", "journal", "layers", "tables"},
     {"kernels", "hosts.base", "report", "rows", "verification"},
     {"kv", "patchers", "rows"},
+    {"softmax"},
     {"attention", "recipes"},
     {"hosts"},
     {"calibration", "probing"},

@@ -63,13 +63,22 @@ def test_exact_in_float64(kind, shape, extras):
 @pytest.mark.parametrize("sink", [False, True], ids=["plain", "sink"])
 @pytest.mark.parametrize("shape", SHAPES, ids=IDS)
 @pytest.mark.parametrize("kind", [k for k in KINDS if k not in ("dense", "per_head", "additive", "minimum")])
-def test_heads_that_attend_to_the_rest_once_more_are_exact(kind, shape, sink, monkeypatch):
-    """Every head with a source is made to take the form for crowded heads, at any length."""
+@pytest.mark.parametrize("cut", [0.0, 0.4, 0.9])
+def test_heads_that_attend_to_the_rest_once_more_are_exact(kind, shape, sink, cut, monkeypatch):
+    """Heads are made to do so from a row on that differs from one to the next, at any length."""
     taken = []
-    plain = rest.edit_heads
-    monkeypatch.setattr(rest, "edit_heads", lambda *a, **k: (taken.append(k["pairs"]), plain(*a, **k)))
+
+    def starts(query, key, value, lse, source, keep, heads, limit, seen, terms):
+        n = query.shape[2]
+        found = torch.full(source.shape[:2], int(cut * n))
+        found[:, 1::3] = 0
+        found[:, 2::4] = n
+        return found if rest.splits(seen) else found.masked_fill(found < n, 0)
+
+    plain = rest.edit_from
+    monkeypatch.setattr(rest, "edit_from", lambda *a, **k: (taken.append(k["start"]), plain(*a, **k)))
     monkeypatch.setattr(blocked, "LONG", 1)
-    monkeypatch.setattr(blocked, "LARGE", 0.0)
+    monkeypatch.setattr(blocked, "_starts", starts)
     case = make(kind, shape)
     b, h, _, lq, lk, _ = shape
     if sink:
@@ -89,22 +98,22 @@ def test_heads_that_attend_to_the_rest_once_more_are_exact(kind, shape, sink, mo
         torch.testing.assert_close(some[:, heads], want[:, heads], **EXACT)
         others = [i for i in range(h) if i not in heads]
         assert torch.equal(some[:, others], out[:, others])
-    assert taken[0].equal(source.any(-1)) if source.any() else not taken
+    assert bool(taken) == bool(source.any())
 
 
-def test_crowded_heads_are_found_among_others():
-    """One head whose sink holds nearly everything, one with a third of all keys, one with a weak sink."""
-    case = make("causal", (1, 3, 3, 300, 300, 32), torch.float32, strength=0.5)
+def test_where_a_head_changes_its_form():
+    """A sink that holds nearly everything, nearly all keys, nearly all of the last keys, one weak sink."""
+    case = make("causal", (1, 4, 4, 300, 300, 32), torch.float32, strength=0.5)
     case.query += 0.7
     case.key[:, 0, 3] = 3.0
-    source = torch.zeros(1, 3, 300, dtype=torch.bool)
-    source[:, 0, 3] = source[:, 1, 3::3] = source[:, 2, 5] = True
+    source = torch.zeros(1, 4, 300, dtype=torch.bool)
+    source[:, 0, 3] = source[:, 1, 3:] = source[:, 2, 250:] = source[:, 3, 5] = True
+    source[:, 1, 100::9] = False
+    case.key[:, 2, 250:] = 2.0
     out, lse = attention(*case.qkv, visibility=case.seen(), scale=case.scale)
-    keep = torch.full((1, 3, 300), 0.4)
-    crowded = blocked._crowded(
-        *case.qkv, lse, source, keep, [0, 1, 2], case.seen(), Terms(case.scale)
-    )  # fmt: skip
-    assert crowded.tolist() == [[True, True, False]]
+    keep = torch.full((1, 4, 300), 0.4)
+    start = blocked._starts(*case.qkv, lse, source, keep, [0, 1, 2, 3], 2.0, case.seen(), Terms(case.scale))
+    assert start[0, 0] == 0 and start[0, 1] == 0 and 200 <= start[0, 2] < 300 and start[0, 3] == 300
     _, a, _, _ = oracle(case)
     got = run(case, out, lse, source=source, keep=0.4)
     want = times_values(_sunk(a, source, 0.4), case.value.double())
@@ -117,8 +126,8 @@ def test_crowded_heads_are_found_among_others():
 def test_low_precision_is_no_worse_than_eager(strength, keep, dtype):
     """From sinks that hold a per cent to sinks that hold nearly all. Eager edits its own probabilities.
 
-    In float32 the log-sum-exp that comes from another kernel differs from eager's in the last bit, and the
-    largest of thousands of errors shows it: there four times the largest and twice the root mean square.
+    In float32 rows are edited from the output that is there up to c = 4, which may cost four times the error
+    of eager; the largest of thousands of errors shows that the log-sum-exp comes from another kernel.
     """
     case, source = sinking(300, dtype, strength)
     _, a, _, _ = oracle(case)
@@ -130,8 +139,9 @@ def test_low_precision_is_no_worse_than_eager(strength, keep, dtype):
     assert got.dtype == dtype
     if dtype == torch.float32:
         mine, theirs = (got.double() - want), (plain.double() - want)
-        assert mine.pow(2).mean() <= 4 * theirs.pow(2).mean()
-        assert mine.abs().max() <= 4 * theirs.abs().max()
+        assert mine.pow(2).mean() <= 16 * theirs.pow(2).mean()
+        assert mine.abs().max() <= 8 * theirs.abs().max()
+        assert mine.abs().max() <= 1e-5 * want.abs().max()
     else:
         no_worse(got, want, plain)
 

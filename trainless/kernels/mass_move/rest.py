@@ -27,14 +27,14 @@ def possible(query: Tensor, key: Tensor, value: Tensor, seen: Visibility, terms:
     return terms.plain and seen.structured and not fused_reasons(query, key, value, terms)
 
 
-def edit_heads(
+def edit_from(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     new: Tensor,
     lse: Tensor,
     *,
-    pairs: Tensor,
+    start: Tensor,
     source: Tensor,
     keep: Tensor,
     active: Tensor | None,
@@ -42,25 +42,29 @@ def edit_heads(
     seen: Visibility,
     terms: Terms,
 ) -> None:
-    """Edit all rows of the heads of ``new`` that ``pairs`` (B, h) marks, in place.
+    """Edit the rows of ``new`` from ``start`` (B, h) on, in place; a start of Lq leaves the head alone.
 
     source (B, h, Lk), keep (B, h, Lq), active (B, h, Lq) or None; ``heads`` says which query heads h counts.
     """
-    share = query.shape[1] // key.shape[1]
-    for batch in pairs.any(1).nonzero()[:, 0].tolist():
-        members = pairs[batch].nonzero()[:, 0]
+    share, lq = query.shape[1] // key.shape[1], query.shape[2]
+    for batch, first in _groups(start, lq):
+        members = (start[batch] == first).nonzero()[:, 0]
         at = torch.as_tensor([heads[n] for n in members.tolist()], device=query.device)
         of = at // share
         rest, total = _without(
-            query[batch, at], key[batch, of], value[batch, of], source[batch, members],
-            seen.row_of_batch(batch), terms,
+            query[batch, at, first:], key[batch, of], value[batch, of], source[batch, members],
+            seen.row_of_batch(batch), first, terms.scale,
         )  # fmt: skip
-        part, k = new[batch, at], keep[batch, members]
-        own = lse[batch, at].to(total.dtype)
-        mixed = mix(part, rest, k, total_mass(own[None], terms, at))
+        part, k = new[batch, at, first:], keep[batch, members, first:]
+        mixed = mix(part, rest, k, total_mass(lse[batch, at, first:].to(total.dtype)[None], terms, at))
         receives = ~torch.isneginf(total) & (k != 1)
-        receives = receives if active is None else receives & active[batch, members]
-        new[batch, at] = torch.where(receives[..., None], mixed.to(new.dtype), part)
+        receives = receives if active is None else receives & active[batch, members, first:]
+        new[batch, at, first:] = torch.where(receives[..., None], mixed.to(new.dtype), part)
+
+
+def _groups(start: Tensor, lq: int) -> list[tuple[int, int]]:
+    """Batch row and start of heads that can be done in one call."""
+    return sorted({(batch, first) for batch, row in enumerate(start.tolist()) for first in row if first < lq})
 
 
 def mix(out: Tensor, rest: Tensor, keep: Tensor, mass: Tensor | float) -> Tensor:
@@ -79,32 +83,59 @@ def total_mass(lse: Tensor, terms: Terms, heads: Tensor | None) -> Tensor | floa
     return 1 - held.masked_fill(torch.isneginf(lse), 0)
 
 
+def splits(seen: Visibility) -> bool:
+    """Whether rows from any one on can be done without the earlier ones."""
+    return seen.window is None and (not seen.causal or seen.offset >= 0)
+
+
 def _without(
-    query: Tensor, key: Tensor, value: Tensor, source: Tensor, seen: Visibility, terms: Terms
+    query: Tensor, key: Tensor, value: Tensor, source: Tensor, seen: Visibility, first: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Attention over all keys but the source, per head (h, L, D): output, and lse (h, Lq), -inf if none is left."""
-    h, lq, _ = query.shape
+    """Attention of the rows from ``first`` on over all keys but the source, head by head.
+
+    query (h, rows, D), key and value (h, Lk, D), source (h, Lk). Returns out (h, rows, D) and lse (h, rows),
+    zeros and -inf where no key is left.
+    """
+    h, n, _ = query.shape
     lk = key.shape[1]
-    query, key, value = query[None], key[None], value[None]
-    if seen.window is None and (not seen.causal or lq == lk):
-        hidden = source if seen.keys is None else source | ~seen.keys
-        mask = torch.zeros(1, h, 1, lk, dtype=query.dtype, device=query.device)
-        mask.masked_fill_(hidden[None, :, None], -torch.inf)
-        out, lse = _flash(query, key, value, 0.0, seen.causal, attn_mask=mask, scale=terms.scale)
-        return out[0], lse[0].masked_fill(_blind(hidden, lq, seen.causal), -torch.inf)
-    parts = []
-    for n in range(h):  # a mask that differs from row to row: one head's blocks at a time are enough memory
-        one = replace(seen, dense=~source[None, n : n + 1, None].expand(-1, -1, lq, -1))
-        parts.append(
-            fused(*(t[:, n : n + 1] for t in (query, key, value)), visibility=one, terms=Terms(terms.scale))
+    if not splits(seen):
+        assert first == 0
+        parts = []
+        for i in range(h):  # the mask differs from row to row: memory for one head's blocks at a time
+            one = replace(seen, dense=~source[None, i : i + 1, None].expand(-1, -1, n, -1))
+            call = (query[None, i : i + 1], key[None, i : i + 1], value[None, i : i + 1])
+            parts.append(fused(*call, visibility=one, terms=Terms(scale)))
+        return torch.cat([o[0] for o, _ in parts]), torch.cat([total[0] for _, total in parts])
+    hidden = source if seen.keys is None else source | ~seen.keys
+    # What lies before the first row is seen by all of them; then comes a square in causal order.
+    edge = seen.offset + first if seen.causal else lk
+    found = [
+        _part(query, key[:, lo:hi], value[:, lo:hi], hidden[:, lo:hi], causal, scale)
+        for lo, hi, causal in ((0, edge, False), (edge, lk, True))
+        if hi > lo and not bool(hidden[:, lo:hi].all())
+    ]
+    if not found:
+        return torch.zeros_like(query), torch.full_like(
+            query[..., 0], -torch.inf, dtype=statistics_dtype(query)
         )
-    return torch.cat([o[0] for o, _ in parts]), torch.cat([total[0] for _, total in parts])
+    if len(found) == 1:
+        return found[0]
+    (out, lse), (other, weight) = found
+    total = torch.logaddexp(lse, weight)
+    held, added = (torch.exp(x - total).nan_to_num(0.0)[..., None] for x in (lse, weight))
+    return out * held + other * added, total
 
 
-def _blind(hidden: Tensor, lq: int, causal: bool) -> Tensor:
-    """bool (h, Lq): rows for which every key that causal order leaves is hidden."""
+def _part(
+    query: Tensor, key: Tensor, value: Tensor, hidden: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """One fused call; hidden (h, keys). Rows that see nothing: zeros and -inf."""
+    mask = torch.zeros(1, *hidden.shape, dtype=query.dtype, device=query.device)
+    mask = mask.masked_fill_(hidden[None], -torch.inf)[:, :, None]
+    out, lse = _flash(query[None], key[None], value[None], 0.0, causal, attn_mask=mask, scale=scale)
     none = hidden.long().cumprod(1).bool()  # True up to the first key that is not hidden
-    return none if causal else none[:, -1:].expand(-1, lq)
+    none = none if causal else none[:, -1:].expand(-1, query.shape[1])
+    return out[0].masked_fill(none[..., None], 0), lse[0].masked_fill(none, -torch.inf)
 
 
 def edit_rows(
