@@ -28,7 +28,7 @@ from torch import Tensor
 
 from trainless.bench.measure import Clock
 from trainless.kernels import attention, column_mass, mass_move, visibility
-from trainless.kernels.column_mass import fused
+from trainless.kernels.column_mass import attention_and_mass, fused
 from trainless.kernels.column_mass import reference as column_mass_reference
 from trainless.kernels.common import Terms
 from trainless.kernels.lse import reference as lse_reference
@@ -135,6 +135,33 @@ def true_move(heads: list[int] | None = None) -> Callable[[Call], Tensor]:
     return run
 
 
+def together(c: Call) -> Tensor:
+    """Output, log-sum-exp and column mass in one sweep; the mass is what is checked."""
+    every = list(range(c.q.shape[1]))
+    found = attention_and_mass(c.q, c.k, c.v, visibility=c.seen, terms=Terms(c.scale), rows=None, heads=every)
+    return found[2]
+
+
+def crowded(c: Call) -> Tensor:
+    """The source of a head that looks at its neighbourhood: the last fifth of the keys, and the sinks."""
+    source = c.source.clone()
+    source[..., -(c.length // 5) :] = True
+    return source
+
+
+def move_crowded(c: Call) -> Tensor:
+    return mass_move(
+        c.q, c.k, c.v, c.out, c.lse, source=crowded(c), keep=KEEP, visibility=c.seen, scale=c.scale
+    )
+
+
+def true_move_crowded(c: Call) -> Tensor:
+    qkv, out, lse, rest = c.exact()
+    return mass_move_reference.mass_move(
+        *qkv, out, lse, source=crowded(c), keep=KEEP, target=None, rows=None, heads=None, **rest
+    )
+
+
 def exchanged(c: Call) -> Tensor:
     """The column mass through the fused operator of the CPU."""
     return fused.column_mass(c.q, c.k, c.lse, visibility=c.seen, terms=Terms(c.scale))
@@ -151,10 +178,15 @@ def forms(shape: Shape, device: torch.device) -> list[Form]:
         Form(f"column_mass, {share} heads", mass(heads=some), true_mass(heads=some), None, 100),
         Form("mass_move, all heads", move(), true_move(), 1.2 if gpu else 0.1),
         Form(f"mass_move, {share} heads", move(some), true_move(some)),
+        Form("mass_move, the last fifth of the keys", move_crowded, true_move_crowded),
     ]
     if gpu:
         return found + flex_forms()
-    return [*found, Form("column_mass, exchanged fused pass", exchanged, true_mass(), None, 100)]
+    return [
+        *found,
+        Form("column_mass, exchanged fused pass", exchanged, true_mass(), None, 100),
+        Form("output, lse and column_mass in one sweep", together, true_mass(), None, 100),
+    ]
 
 
 def flex_forms() -> list[Form]:

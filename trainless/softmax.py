@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .errors import InputError, Unsupported
 from .hosts.base import Runtime
-from .kernels.column_mass import attention_and_mass, column_mass, together_reasons
+from .kernels.column_mass import RowScale, attention_and_mass, column_mass, together_reasons
 from .kernels.common import Terms
 from .kernels.lse import attention as attention_lse
 from .kernels.lse import choose, row_attention
@@ -152,7 +152,7 @@ class SoftmaxRun:
         found = self._heads_watched(layer)
         watched = list(range(h) if found is None else found)
         with torch.no_grad():
-            swept, swept_lse, mass = attention_and_mass(
+            swept, swept_lse, mass, swept_scale = attention_and_mass(
                 call.query, call.key, call.value, visibility=visible, terms=self._terms(), rows=call.real,
                 heads=watched,
             )  # fmt: skip
@@ -164,9 +164,9 @@ class SoftmaxRun:
         # What is not edited after all keeps the bits of the fused operator.
         touched = torch.zeros(h, dtype=torch.bool)
         for entry, move in edits:
-            mine = list(range(h) if entry.contribution.heads is None else entry.contribution.heads)
-            has = [True] * len(mine) if isinstance(move, RowEdit) else move.source.any(-1).any(0).tolist()
-            touched[[head for head, any_ in zip(mine, has, strict=True) if any_]] = True
+            named = list(range(h) if entry.contribution.heads is None else entry.contribution.heads)
+            has = [True] * len(named) if isinstance(move, RowEdit) else move.source.any(-1).any(0).tolist()
+            touched[[head for head, any_ in zip(named, has, strict=True) if any_]] = True
         left = [head for head in range(h) if not (touched[head] and head in watched)]
         out = swept.new_empty(b, h, lq, call.value.shape[3])
         out[:, watched] = swept
@@ -178,13 +178,18 @@ class SoftmaxRun:
                 scale=call.scaling, sink_logits=sinks,
             )  # fmt: skip
             out[:, left] = some.to(out.dtype)
+        scale = RowScale(torch.zeros_like(lse), torch.zeros_like(lse))
+        scale.m[:, watched], scale.inverse[:, watched] = swept_scale.m, swept_scale.inverse
         self.kernel, self.reasons = "together", ""
         for entry, move in edits:
             self.acted.add(entry.owner)
             if isinstance(move, RowEdit):
                 out = self._edit_rows(out, lse, visible, move, entry.contribution)
             else:
-                out = self._move(out, lse, visible, move, entry.contribution, self._options())
+                mine = entry.contribution.heads
+                own = None if set(range(h) if mine is None else mine) - set(watched) else scale
+                options = {**self._options(), "row_scale": own}
+                out = self._move(out, lse, visible, move, entry.contribution, options)
         for entry in self.plan.of["observe"]:
             self._value(entry)
             self.acted.add(entry.owner)

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from kernel_cases import IDS, SHAPES, make, no_worse, oracle
+from kernel_cases import IDS, SHAPES, edit, make, no_worse, oracle, rms, times_values
 
-from trainless.kernels import visibility
+from trainless.kernels import mass_move, visibility
 from trainless.kernels.column_mass import attention_and_mass, together_reasons
 from trainless.kernels.common import Terms
 
@@ -15,7 +15,9 @@ KINDS = ("full", "causal", "left", "keys")
 def sweep(case, rows=None, heads=None):
     terms = Terms(case.scale, **case.terms)
     heads = list(range(case.query.shape[1])) if heads is None else heads
-    return attention_and_mass(*case.qkv, visibility=case.seen(), terms=terms, rows=rows, heads=heads)
+    found = attention_and_mass(*case.qkv, visibility=case.seen(), terms=terms, rows=rows, heads=heads)
+    assert found[3].m.shape == found[3].inverse.shape == found[1].shape
+    return found[:3]
 
 
 def usable(case):
@@ -100,3 +102,27 @@ def test_what_it_cannot_do_is_said():
     assert "window" in together_reasons(q, k, k, window, Terms(1.0))[0]
     with torch.enable_grad():
         assert "gradients" in together_reasons(q, k, k.clone().requires_grad_(), causal, Terms(1.0))[0]
+
+
+@pytest.mark.parametrize("strength", [0.5, 1.5])
+def test_probabilities_of_single_keys_are_those_that_made_the_output(strength):
+    """An edit of rows with nine tenths on the source is not much worse than one made on the probabilities."""
+    case = make("causal", (1, 6, 2, 400, 400, 32), torch.float32, strength=strength)
+    case.scale = 32**-0.5
+    case.query += 0.7
+    case.key[:, :, 3] = 0.6
+    source = torch.zeros(1, 6, 400, dtype=torch.bool)
+    source[:, :, 3:9] = True
+    _, a, _, _ = oracle(case)
+    _, eager, _, _ = oracle(case, torch.float32)
+    want = times_values(edit(a, case.truth, source, 0.4), case.value.double())
+    plain = times_values(edit(eager, case.truth, source, 0.4), case.value)
+    terms = Terms(case.scale)
+    out, lse, _, scale = attention_and_mass(
+        *case.qkv, visibility=case.seen(), terms=terms, rows=None, heads=list(range(6))
+    )
+    options = {"source": source, "keep": 0.4, "visibility": case.seen(), "scale": case.scale}
+    got = mass_move(*case.qkv, out, lse, row_scale=scale, **options)
+    mine, theirs = got.double() - want, plain.double() - want
+    assert rms(mine) <= 6 * rms(theirs)
+    assert mine.abs().max() <= 1e-5 * want.abs().max()

@@ -7,8 +7,9 @@ Source   "Unveiling and Harnessing Hidden Attention Sinks: Enhancing Large Langu
          Training through Attention Calibration" (ACT) and its released code.
 Seams    mass, on statistics of the prefill (lse, column mass); heads from calibration.
 Exact    bitwise the identity at beta = 1 and wherever a head has no sink.
-Costs    a second pass over queries and keys of the chosen heads at prefill, then a few columns per row;
-         nothing is stored of size L x L. See benchmarks/results.
+Costs    at prefill one sweep over the chosen heads gives output and column means together; then the columns of
+         the sinks, and for rows that these hold most of, attention to the other keys once more. At decode a few
+         columns per row. Nothing is stored of size L x L. See benchmarks/results.
 Differs  - Threshold alpha / L as in the paper (alpha = 5); the code's fixed value is ``theta`` (0.1).
          - The first visible key is never a sink; the code drops whichever index it detects first.
          - ``min_rows``: columns that few rows see (recent tokens) are not judged; ours.

@@ -1,6 +1,6 @@
 """Probability that each key receives, summed over rows."""
 
 from .api import choose, column_mass
-from .together import attention_and_mass, together_reasons
+from .together import RowScale, attention_and_mass, together_reasons
 
-__all__ = ["attention_and_mass", "choose", "column_mass", "together_reasons"]
+__all__ = ["RowScale", "attention_and_mass", "choose", "column_mass", "together_reasons"]

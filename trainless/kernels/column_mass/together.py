@@ -16,6 +16,7 @@ the two calls take 1.7 (benchmarks/attention_kernels.py).
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,8 +24,8 @@ from torch import Tensor
 from ..common import BLOCK, Terms, statistics_dtype
 from ..visibility import Visibility
 
-_LOG2E = math.log2(math.e)
-_ROWS = 384  # (group, row) pairs per product
+LOG2E = math.log2(math.e)
+_ROWS = 768  # (group, row) pairs per product
 # In base 2. A row's exponentials may reach 2^UP, times at most a few thousand keys and the values; its largest
 # must not lie below 2^-DOWN, or what counts beside it would leave the range of normal numbers.
 _UP, _DOWN = 80.0, 90.0
@@ -48,6 +49,18 @@ def together_reasons(
     return tuple(reasons)
 
 
+@dataclass(frozen=True)
+class RowScale:
+    """How a sweep normalised its rows: p = 2^(z·log2(e) - m) · inverse, both (B, h, Lq).
+
+    With it the probabilities of single keys can be had again with the very rounding that went into the output,
+    where exp(z - lse) differs in the last digits of the log-sum-exp.
+    """
+
+    m: Tensor
+    inverse: Tensor
+
+
 def attention_and_mass(
     query: Tensor,
     key: Tensor,
@@ -57,10 +70,10 @@ def attention_and_mass(
     terms: Terms,
     rows: Tensor | None,
     heads: list[int],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """out (B, h, Lq, Dv), lse (B, h, Lq) and column mass (B, h, Lk) of the h query heads ``heads``.
+) -> tuple[Tensor, Tensor, Tensor, RowScale]:
+    """out (B, h, Lq, Dv), lse (B, h, Lq), column mass (B, h, Lk), scale of the h query heads ``heads``.
 
-    All three in float32 (float64 for float64 input). rows: bool (B, Lq), the rows that the mass adds up.
+    All in float32 (float64 for float64 input). rows: bool (B, Lq), the rows that the mass adds up.
     """
     b, h, lq, _ = query.shape
     hkv, lk, dv = key.shape[1], key.shape[2], value.shape[3]
@@ -68,6 +81,7 @@ def attention_and_mass(
     out = torch.empty(b, len(heads), lq, dv, dtype=wide, device=query.device)
     lse = torch.empty(b, len(heads), lq, dtype=wide, device=query.device)
     mass = torch.zeros(b, len(heads), lk, dtype=wide, device=query.device)
+    kept, inverse = torch.empty_like(lse), torch.empty_like(lse)
     members: dict[int, list[int]] = {}
     for n, head in enumerate(heads):
         members.setdefault(head // share, []).append(n)
@@ -81,8 +95,9 @@ def attention_and_mass(
                 query[batch, at], key[batch, g].to(wide), value[batch, g].to(wide), terms.scale, sinks,
                 visibility.causal, exists, counted,
             )  # fmt: skip
-            out[batch, mine], lse[batch, mine], mass[batch, mine] = found
-    return out, lse, mass
+            out[batch, mine], lse[batch, mine], mass[batch, mine] = found[:3]
+            kept[batch, mine], inverse[batch, mine] = found[3:]
+    return out, lse, mass, RowScale(kept, inverse)
 
 
 def _one_key_head(
@@ -94,20 +109,21 @@ def _one_key_head(
     causal: bool,
     exists: Tensor | None,
     counted: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """query (h, Lq, D) on key (Lk, D) and value (Lk, Dv); exists (Lk,), counted (Lq,), sinks (h,) or None."""
     h, lq, d = query.shape
     lk, dv, wide = key.shape[0], value.shape[1], key.dtype
-    offset, factor = lk - lq, scale * _LOG2E
+    offset, factor = lk - lq, scale * LOG2E
     out, lse = query.new_empty(h, lq, dv, dtype=wide), query.new_empty(h, lq, dtype=wide)
     mass = query.new_zeros(h, lk, dtype=wide)
+    kept, scales = torch.empty_like(lse), torch.empty_like(lse)
     keys = torch.cat([key, key.new_ones(lk, 1)], 1).t().contiguous()  # the last feature is multiplied by -m
     values = value.new_zeros(lk, -(-(dv + 1) // 8) * 8)
     values[:, :dv], values[:, dv] = value, 1
     if exists is not None:
         values *= exists[:, None]
     longest = key.norm(dim=1).amax()
-    step = max(1, min(lq, _ROWS // h, BLOCK // (h * lk)))
+    step = max(1, min(lq, _ROWS // h, 2 * BLOCK // (h * lk)))
     below = torch.ones(step, step, dtype=wide, device=query.device).tril_()
     buffer = query.new_empty(h * step * lk, dtype=wide)
     for i0 in range(0, lq, step):
@@ -133,7 +149,7 @@ def _one_key_head(
         both = torch.mm(z, values[:hi]).view(h, n, -1)
         total = both[..., dv]
         seen = total > 0
-        held = torch.where(seen, (total.log2() + m) / _LOG2E, -torch.inf)
+        held = torch.where(seen, (total.log2() + m) / LOG2E, -torch.inf)
         share: Tensor | float = 1.0
         if sinks is not None:
             whole = torch.logaddexp(held, sinks[:, None])
@@ -141,13 +157,13 @@ def _one_key_head(
             held = torch.where(seen, whole, held)
         inverse = torch.where(seen, share / total, 0)
         torch.mul(both[..., :dv], inverse[..., None], out=out[:, i0:i1])
-        lse[:, i0:i1] = held
+        lse[:, i0:i1], kept[:, i0:i1], scales[:, i0:i1] = held, m, inverse
         if counted is not None:
             inverse = inverse * counted[i0:i1]
         mass[:, :hi] += torch.bmm(inverse[:, None], z.view(h, n, hi))[:, 0]
     if exists is not None:
         mass *= exists
-    return out, lse, mass
+    return out, lse, mass, kept, scales
 
 
 def _reference(query: Tensor, own: Tensor | None, longest: Tensor) -> Tensor | None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
+from ..column_mass import RowScale
 from ..common import Terms, check_heads, check_shapes
 from ..dispatch import Choice, triton_reasons
 from ..lse.api import triton_shape_reasons
@@ -42,6 +43,7 @@ def mass_move(
     position_bias: Tensor | None = None,
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
+    row_scale: RowScale | None = None,
 ) -> Tensor:
     """The output that attention would have if keys in ``source`` kept ``keep`` of their probability.
 
@@ -52,7 +54,7 @@ def mass_move(
     query, key, value: the call, see ``attention``. out (B, H, Lq, Dv), lse (B, H, Lq): its results, of the
     same scale, bias, cap and sinks. heads: the h query heads to edit, None for all. source, target: bool
     (B, h, Lk), disjoint. keep: a number in [0, 1] or a tensor broadcastable to (B, h, Lq). rows: bool
-    (B, 1|h, Lq).
+    (B, 1|h, Lq). row_scale: how ``out`` was normalised, (B, H, Lq), where ``attention_and_mass`` made it.
 
     Returns a new tensor like ``out`` (``out`` itself when no head has a source); heads that are not chosen
     are the same bits. Computed in float32 (float64 for float64 input) and cast once. Raises InputError on
@@ -87,7 +89,7 @@ def mass_move(
         )  # fmt: skip
     return blocked.mass_move(
         query, key, value, out, lse, source=source, keep=keep, target=target, rows=rows, heads=chosen,
-        visibility=visibility, terms=terms,
+        visibility=visibility, terms=terms, row_scale=row_scale,
     )  # fmt: skip
 
 
