@@ -28,7 +28,10 @@ def attend(runtime: Runtime, call: AttentionCall, delegate: Delegate) -> Tensor:
     runtime.passed()
     if runtime.plan.inert:
         return delegate(call)
-    return _Run(runtime, call, delegate).output()
+    run = _Run(runtime, call, delegate)
+    if runtime.plan.direct and not isinstance(call.layer, CompressingLayer):
+        return run.direct()
+    return run.output()
 
 
 class _Run(SoftmaxRun):
@@ -63,6 +66,13 @@ class _Run(SoftmaxRun):
         if layer is not None and layer.settle():
             self.acted.update(e.owner for e in plan.of["kv"])
         self._account(layer)
+        return out
+
+    def direct(self) -> Tensor:
+        """Scale, the user's own attention, gain: decoding calls this often, so nothing else is looked at."""
+        self._scale()
+        out = self._gain(self.delegate(self.call))
+        self._account(None)
         return out
 
     # ------------------------------------------------------------------ before the softmax

@@ -317,6 +317,10 @@ class AttentionPlan:
         # Only scalings and gains: the user's own attention function can still do the work.
         editing = {"position", "keys", "pattern", "observe", "form", "mass", "kv"}
         self.delegable = not any(self.of[kind] for kind in editing)
+        # Nothing to ask for and nothing to remember either: such a call takes the short way.
+        self.direct = self.delegable and not any(
+            e.contribution.needs or e.contribution.statistics for e in self.active
+        )
 
     @property
     def needs_layer(self) -> bool:
