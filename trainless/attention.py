@@ -29,7 +29,8 @@ def attend(runtime: Runtime, call: AttentionCall, delegate: Delegate) -> Tensor:
     if runtime.plan.inert:
         return delegate(call)
     run = _Run(runtime, call, delegate)
-    if runtime.plan.direct and not isinstance(call.layer, CompressingLayer):
+    # Families read learned sinks from the module, so a scale has to reach them on the long way.
+    if runtime.plan.direct and call.sink_logits is None and not isinstance(call.layer, CompressingLayer):
         return run.direct()
     return run.output()
 

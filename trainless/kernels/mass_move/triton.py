@@ -19,7 +19,9 @@ from torch import Tensor
 from ..common import Terms
 from ..tiles import finish, key_range, load_rows, mask_arguments, mask_operands, product, tile_sizes, width_of
 from ..visibility import Visibility
-from .blocked import LIMIT
+
+# As LIMIT of ``blocked``, for every dtype: a tile that walks over all keys costs little here.
+LIMIT = 2.0
 
 
 @triton.jit
@@ -145,7 +147,7 @@ def mass_move_op(
         new, *new.stride(), lse.float().contiguous(), keep.contiguous(),
         source.contiguous().view(torch.uint8), index, filled, heads.contiguous(),
         query if sinks is None else sinks.contiguous(),
-        h, count, h // key.shape[1], lq, lk, d, lk, scale, LIMIT[out.dtype],
+        h, count, h // key.shape[1], lq, lk, d, lk, scale, LIMIT,
         **mask_arguments(query, softcap, causal, window, keys, mask, bias),
         SINKS=sinks is not None, EXACT=query.dtype == torch.float32, BM=bm, BN=bn, BS=16, BD=width,
     )  # fmt: skip
