@@ -136,8 +136,8 @@ class SoftmaxRun:
 
     def _together(self, visible: Visibility, wanted: set[str], moves: tuple[Entry, ...]) -> bool:
         """Whether an edit that waits for the column mass is about to be asked for, and one sweep can prepare it."""
-        if "column_mass" not in wanted:
-            return False
+        if "column_mass" not in wanted or "lse" in wanted:
+            return False  # the sweep leaves out heads that nobody watches, and a log-sum-exp is asked for whole
         waits = any("column_mass" in e.contribution.wanted(self.call, self._state(e)) for e in moves)
         return waits and not together_reasons(
             self.call.query, self.call.key, self.call.value, visible, self._terms()
@@ -170,7 +170,7 @@ class SoftmaxRun:
         left = [head for head in range(h) if not (touched[head] and head in watched)]
         out = swept.new_empty(b, h, lq, call.value.shape[3])
         out[:, watched] = swept
-        if left and (edits or len(watched) < h):
+        if left and edits:
             of = torch.as_tensor(left, device=call.query.device) // (h // hkv)
             sinks = None if call.sink_logits is None else call.sink_logits[left]
             some, lse[:, left] = attention_lse(
