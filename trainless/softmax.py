@@ -136,8 +136,9 @@ class SoftmaxRun:
 
     def _together(self, visible: Visibility, wanted: set[str], moves: tuple[Entry, ...]) -> bool:
         """Whether an edit that waits for the column mass is about to be asked for, and one sweep can prepare it."""
+        # The sweep leaves out heads that nobody watches; a log-sum-exp is asked for whole.
         if "column_mass" not in wanted or "lse" in wanted:
-            return False  # the sweep leaves out heads that nobody watches, and a log-sum-exp is asked for whole
+            return False
         waits = any("column_mass" in e.contribution.wanted(self.call, self._state(e)) for e in moves)
         return waits and not together_reasons(
             self.call.query, self.call.key, self.call.value, visible, self._terms()

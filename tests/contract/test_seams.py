@@ -290,3 +290,22 @@ def test_seams_work_without_causality(family):
     trainless.patch(model, "toy_near")
     same(outputs(model, family), want, EXACT)
     assert pad(models.prompt(3), (0, 1)).shape == (1, 4)
+
+
+@with_toys(toys.LseElsewhere)
+def test_a_log_sum_exp_beside_an_edit_of_few_heads_is_whole():
+    """Act watches one head; a rule on other heads asked for the log-sum-exp."""
+    model = build("llama")
+
+    def watched(*patches):
+        toys.SEEN.clear()
+        for name, given in patches:
+            trainless.patch(model, name, **given)
+        _run(model, False, LONG)
+        trainless.unpatch(model)
+        return toys.SEEN[0].lse[0]
+
+    alone = watched(("toy_lse_elsewhere", {}))
+    beside = watched(("act", {"heads": [[0, 1]], "theta": 0.0}), ("toy_lse_elsewhere", {}))
+    assert alone.shape[1] > 1 and (alone != 0).all()
+    torch.testing.assert_close(beside, alone, rtol=0, atol=EXACT)

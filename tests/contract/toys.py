@@ -210,3 +210,13 @@ Mass, MassElsewhere, MassHere = (
     toy("mass_elsewhere", _mass_of((2, 3))),
     toy("mass_here", _mass_of((1, 2))),
 )
+
+
+def _lse_elsewhere(site: Site) -> Sequence[Contribution]:
+    def value(call: Any, stats: Any, state: Any) -> None:
+        SEEN.setdefault(site.layer, Seen([], [])).lse.append(stats.lse.clone())
+
+    return [Contribution("mass", value, needs={"lse"}, heads=(2, 3))]
+
+
+LseElsewhere = toy("lse_elsewhere", _lse_elsewhere)
