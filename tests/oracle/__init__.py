@@ -22,8 +22,10 @@ from .float64 import float64_math
 from .h2o import H2O
 from .head_gain import HeadGain
 from .replay import position_ids, real_rows, replay
+from .snapkv import SnapKV
 from .streaming import Streaming
 from .temperature import AttnTemperature
+from .tova import Tova
 
 __all__ = [
     "H2O",
@@ -36,7 +38,9 @@ __all__ = [
     "Oracle",
     "Rule",
     "Site",
+    "SnapKV",
     "Streaming",
+    "Tova",
     "factor",
     "float64_math",
     "install",
