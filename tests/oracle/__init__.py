@@ -13,7 +13,7 @@ For encoders, T5 and ViT: ``with install(model, rule): model(**inputs)``; for di
 ``with install_entropy(model, trained=(h, w)) as oracle``.
 """
 
-from . import models
+from . import models, vlms
 from .act import Act
 from .core import Oracle, Rule, Site, install
 from .entropy import EntropyOracle, factor, install_entropy
@@ -28,6 +28,7 @@ from .snapkv import SnapKV
 from .streaming import Streaming
 from .temperature import AttnTemperature
 from .tova import Tova
+from .var import Var
 from .zipcache import ZipCache
 from .zipvl import ZipVL
 
@@ -48,6 +49,7 @@ __all__ = [
     "SnapKV",
     "Streaming",
     "Tova",
+    "Var",
     "ZipCache",
     "ZipVL",
     "factor",
@@ -58,4 +60,5 @@ __all__ = [
     "position_ids",
     "real_rows",
     "replay",
+    "vlms",
 ]
