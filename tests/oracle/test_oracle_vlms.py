@@ -72,8 +72,8 @@ def test_sinks_are_where_they_were_planted(family, made):
     assert rule.margins["phi"] > 0.3
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "gemma3"])
+@torch.no_grad()
 def test_generate_runs_on_these_inputs(family, made):
     model, given, _ = made(family)
     stock = model.generate(**given.inputs(), max_new_tokens=4, min_new_tokens=4, do_sample=False)
@@ -84,6 +84,27 @@ def test_generate_runs_on_these_inputs(family, made):
     with install(model, AttnTemperature(3.0), within=vlms.decoder(model)) as o:
         model.generate(**given.inputs(), max_new_tokens=4, min_new_tokens=4, do_sample=False)
     assert all("vision" not in s.name and "visual" not in s.name for s in o.sites.values())
+
+
+@pytest.mark.parametrize("family", [f for f in vlms.FAMILIES if f != "qwen3_vl"])
+def test_embeddings_with_images_merged_in_are_the_same_prompt(family, made):
+    model, given, _ = made(family)
+    calls = [given.prompt, *CALLS]
+    want = vlms.replay(model, (), given, calls)
+    close(vlms.replay(model, (), given, calls, embedded=True), want, given, calls)
+
+
+@pytest.mark.parametrize("family", vlms.FAMILIES)
+def test_prompts_without_images_and_single_precision(family):
+    model = vlms.build(family, layers=2, dtype=torch.float32)
+    given = vlms.batch(model, family, ((9,), (5,)))
+    assert not given.image.any() and "pixel_values" not in given.extra
+    plain = vlms.replay(model, None, given, [given.prompt, 1])
+    assert all(torch.isfinite(t[r]).all() for t, r in zip(plain, vlms.real(given, [9, 1]), strict=True))
+    given = vlms.batch(model, family)
+    vlms.plant(model, given)
+    out = model.generate(**given.inputs(), max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    assert out.shape == (3, given.prompt + 3)
 
 
 # ---------------------------------------------------------------- VAR

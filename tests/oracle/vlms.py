@@ -24,7 +24,19 @@ from .float64 import exact as keep_float64
 from .float64 import widen
 from .towers import FAMILIES, IMAGE_ID
 
-__all__ = ["FAMILIES", "Batch", "batch", "build", "decoder", "plant", "positions", "real", "replay", "row"]
+__all__ = [
+    "FAMILIES",
+    "Batch",
+    "batch",
+    "build",
+    "decoder",
+    "embeddings",
+    "plant",
+    "positions",
+    "real",
+    "replay",
+    "row",
+]
 
 BOS, NEWLINE = 1, 3
 DIMS = (7, 41)  # where sinks are planted
@@ -189,14 +201,16 @@ def replay(
     given: Batch,
     calls: Sequence[int] | None = None,
     cache: Any = None,
+    embedded: bool = False,
 ) -> list[Tensor]:
     """Logits (B, m, V) of every call of m tokens; the first call is the prompt or contains it.
 
     As ``oracle.replay``: a rule runs in the oracle, in the text decoder only; None runs the model as it is.
+    ``embedded``: the prompt is given as embeddings, images merged in, without ids and pixels.
     """
     if rule is not None:
         with install(model, rule, within=decoder(model)):
-            return replay(model, None, given, calls, cache)
+            return replay(model, None, given, calls, cache, embedded)
     calls = [given.prompt] if calls is None else list(calls)
     if calls[0] < given.prompt:
         raise ValueError("the first call holds the images")
@@ -212,8 +226,12 @@ def replay(
             for name, value in longer.items():
                 if name in extra:
                     extra[name] = nn.functional.pad(extra[name], (0, stop - given.prompt), value=value)
+        tokens: dict[str, Tensor] = {"input_ids": given.ids[:, start:stop]}
+        if embedded and start == 0:
+            tokens = {"inputs_embeds": embeddings(model, given, stop)}
+            extra = {k: v for k, v in extra.items() if k == "token_type_ids"}
         out = model(
-            input_ids=given.ids[:, start:stop],
+            **tokens,
             attention_mask=given.mask[:, :stop],
             position_ids=where[..., start:stop],
             past_key_values=cache,
@@ -223,6 +241,18 @@ def replay(
         logits.append(out.logits)
         start = stop
     return logits
+
+
+@torch.no_grad()
+def embeddings(model: nn.Module, given: Batch, stop: int) -> Tensor:
+    """The first ``stop`` columns as embeddings with the images in their places, (B, stop, D). What a tower adds in
+    deeper layers (qwen3_vl) is not in them."""
+    found = model.get_input_embeddings()(given.ids[:, :stop])
+    if given.places:
+        features = towers.features(model, given.extra).split([len(c) for _, c, _ in given.places])
+        for (index, columns, _), part in zip(given.places, features, strict=True):
+            found[index, columns] = part
+    return found
 
 
 def real(given: Batch, calls: Sequence[int]) -> list[Tensor]:
