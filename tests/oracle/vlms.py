@@ -46,6 +46,7 @@ LAYOUT: Sequence[Sequence[int | str]] = ((3, IMAGE, 5), (2, IMAGE, 3, IMAGE, 4),
 LAYOUTS: Mapping[str, Sequence[Sequence[int | str]]] = {
     # Row and column tags between the tiles of one image; several tiles in a run; images before all text.
     "idefics3": ((3, IMAGE, 1, TILE, 5), (2, IMAGE, 3, IMAGE, 4), (7,)),
+    "smolvlm": ((3, IMAGE, 1, TILE, 5), (2, IMAGE, 3, IMAGE, 4), (7,)),
     "internvl": ((3, IMAGE, TILE, 5), (2, IMAGE, 3, IMAGE, 4), (7,)),
     "paligemma": ((IMAGE, 8), (IMAGE, IMAGE, 7), (7,)),
     "paligemma2": ((IMAGE, 8), (IMAGE, IMAGE, 7), (7,)),
