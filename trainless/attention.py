@@ -16,7 +16,7 @@ from torch import Tensor
 from .errors import Unsupported
 from .hosts.base import Lease, Runtime
 from .kv import CompressingLayer
-from .seams import AttentionCall
+from .seams import AttentionCall, Entry, Formed
 from .softmax import Delegate, SoftmaxRun
 
 
@@ -56,9 +56,8 @@ class _Run(SoftmaxRun):
         wanted = self._wanted(layer)
         moves = plan.of["mass"]
         if form:
-            out = self._value(form[0])
+            out = self._form(form[0])
             self.acted.add(form[0].owner)
-            self.kernel = form[0].method
         elif not (self.edited or extra or predicates or wanted or moves or plan.of["pattern"]):
             out = self.delegate(call)
         else:
@@ -142,6 +141,17 @@ class _Run(SoftmaxRun):
         if layer is not None and layer.wants_scores():
             wanted.add("column_mass")
         return wanted
+
+    # ------------------------------------------------------------------ instead of the softmax
+
+    def _form(self, entry: Entry) -> Tensor:
+        value = self._value(entry)
+        self.kernel = entry.method
+        if isinstance(value, Formed):
+            self.kernel, self.reasons = value.kernel, value.reasons
+            return value.output
+        out: Tensor = value
+        return out
 
     # ------------------------------------------------------------------ after the softmax
 
