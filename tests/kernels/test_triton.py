@@ -98,7 +98,7 @@ def test_importing_the_kernels_does_not_import_triton(tmp_path):
     # torch may do so itself; what counts is that ours adds nothing.
     code = (
         "import sys, torch, torch.library; before = {m for m in sys.modules if m.split('.')[0] == 'triton'}; "
-        "import trainless.kernels.lse, trainless.kernels.column_mass, trainless.kernels.mass_move; "
+        "import trainless.kernels.lse, trainless.kernels.column_mass, trainless.kernels.mass_move, trainless.kernels.linear; "
         "after = {m for m in sys.modules if m.split('.')[0] == 'triton'}; "
         "assert not any(m.endswith('.triton') for m in sys.modules if m.startswith('trainless.kernels')); "
         "print(len(before), len(after))"
@@ -119,7 +119,7 @@ def test_a_cpu_tensor_is_told_why_not_triton():
 def test_what_is_available_is_named_with_reasons(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     found = available()
-    assert set(found) == {"lse", "column_mass", "mass_move"}
+    assert set(found) == {"lse", "column_mass", "mass_move", "linear"}
     assert found["lse"].name == "fused" and found["column_mass"].name == "blocked"
     assert found["mass_move"].reasons and "triton" in found["mass_move"].reasons[0]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
