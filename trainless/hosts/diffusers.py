@@ -56,7 +56,7 @@ class DiffusersHost:
     def sites(self, model: nn.Module, prefix: str = "", parts: frozenset[str] = frozenset()) -> list[Site]:
         """Every attention module, numbered per part and role in module order.
 
-        Facts of a site: denoiser (the model), family, level and levels (of a UNet), patch (latent pixels
+        Facts of a site: denoiser (the model), local (the site's name inside it), family, level and levels (of a UNet), patch (latent pixels
         per token as (rows, columns), None in a UNet), text_order, video, trained_latent (rows, columns)
         or None, vae_scale (pixels per latent pixel).
         """
@@ -71,6 +71,7 @@ class DiffusersHost:
             local = name[len(owner) + 1 :] if owner else name
             facts = {
                 **common[owner],
+                "local": local,
                 "level": levels[owner].of(local) if common[owner]["patch"] is None else 0,
                 "levels": levels[owner].deepest + 1,
                 "text_order": _text_order(module),

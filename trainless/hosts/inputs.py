@@ -41,7 +41,6 @@ class Inputs(Edit):
 
     # ------------------------------------------------------------------ around the site's call
 
-    @torch.compiler.disable(reason=REASON)
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         names = list(dict.fromkeys(e.contribution.module for e in self.runtime.plan.of["input"]))
         for name in names:
@@ -51,7 +50,6 @@ class Inputs(Edit):
         self.local.called = set()
         self.local.counts = self._counts()
 
-    @torch.compiler.disable(reason=REASON)
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         called, counts = getattr(self.local, "called", None), getattr(self.local, "counts", {})
         self.local.called = None
@@ -117,9 +115,11 @@ def watch_inputs(runtime: Runtime) -> None:
     module, name = runtime.site.module, runtime.site.name
     inputs = Inputs(runtime)
     runtime.journal.add(inputs)
+    # Not as decorators: they import the compiler, and importing this package must not.
+    before, after = (torch.compiler.disable(hook, reason=REASON) for hook in (inputs.before, inputs.after))
     edits = {
-        f"pre-hook on {name}": lambda: module.register_forward_pre_hook(inputs.before, with_kwargs=True),
-        f"forward hook on {name}": lambda: module.register_forward_hook(inputs.after, always_call=True),
+        f"pre-hook on {name}": lambda: module.register_forward_pre_hook(before, with_kwargs=True),
+        f"forward hook on {name}": lambda: module.register_forward_hook(after, always_call=True),
     }
     for where, register in edits.items():
         runtime.journal.add(HookEdit(module, register, where))
