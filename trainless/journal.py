@@ -102,6 +102,29 @@ class ItemEdit(Edit):
             del self.container[self.key]
 
 
+def stored(owner: nn.Module, name: str) -> Tensor | None:
+    """Where the values of a parameter or buffer are; None when they are nowhere in memory.
+
+    Sequential offloading (accelerate) leaves a placeholder on the meta device in the module, and keeps the
+    values in a table of the module's hook.
+    """
+    found = getattr(owner, name, None)
+    if not isinstance(found, Tensor):
+        return None
+    if found.device.type != "meta":
+        return found.detach()
+    hook = getattr(owner, "_hf_hook", None)
+    for one in (hook, *getattr(hook, "hooks", ())):
+        table = getattr(one, "weights_map", None)
+        try:
+            kept = table[name] if table is not None else None
+        except KeyError:
+            continue
+        if isinstance(kept, Tensor) and kept.device.type != "meta":
+            return kept.detach()
+    return None
+
+
 class TensorEdit(Edit):
     """Overwrite a parameter or buffer of a module in place; the old contents wait on the CPU.
 
@@ -117,8 +140,9 @@ class TensorEdit(Edit):
 
     @property
     def tensor(self) -> Tensor:
-        found: Tensor = getattr(self.owner, self.name)
-        return found.detach()
+        found = stored(self.owner, self.name)
+        assert found is not None, f"{self.where} has no values in memory"
+        return found
 
     def _write(self, value: Tensor) -> None:
         with torch.no_grad():
@@ -133,11 +157,9 @@ class TensorEdit(Edit):
     def is_ours(self) -> bool:
         # Contents, not identity: moving a model to another device makes new storage with our values, and
         # converting it rounds them.
-        current = getattr(self.owner, self.name, None)
+        current = stored(self.owner, self.name)
         expected = self.installed if self.shown else self.backup
-        if not isinstance(current, Tensor) or current.device.type == "meta":
-            return False
-        return torch.equal(current.detach().cpu(), expected.to(current.dtype))
+        return current is not None and torch.equal(current.cpu(), expected.to(current.dtype))
 
     def undo(self) -> None:
         self._write(self.backup)

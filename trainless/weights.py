@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import InputError, Unsupported
-from .journal import ItemEdit, Journal, TensorEdit, mark
+from .journal import ItemEdit, Journal, TensorEdit, mark, stored
 from .seams import Contribution, Site, parameter_of, unwrapped
 
 BESIDE = "_trainless_tensors"  # how the module is called that holds a method's own tensors
@@ -47,9 +47,10 @@ def _check_one(method: str, site: Site, name: str, tensor: Tensor) -> None:
             f"{where} has shape {tuple(current.shape)}, the replacement {tuple(tensor.shape)}; "
             "these weights are of another model"
         )
-    if current.device.type == "meta":
+    if stored(*found) is None:
         raise Unsupported(
-            f"{where} is on the meta device, not loaded or offloaded; patch first, then turn offloading on"
+            f"{where} has no values in memory (not loaded, or offloaded to disk); load them, or patch before "
+            "offloading"
         )
     if _merged(site.module, name):
         raise Unsupported(
@@ -71,7 +72,8 @@ def replace(given: Iterable[Given], journal: Journal) -> None:
 
 def beside(site: Site, tensors: Mapping[str, Tensor], journal: Journal) -> nn.Module:
     """A module at ``site`` that holds ``tensors`` as buffers: moved and converted with it, never saved."""
-    like = next((p for p in site.module.parameters() if p.dtype in WRITABLE), None)
+    # Where offloading has put placeholders, the method's tensors wait on the CPU like the site's own.
+    like = next((p for p in site.module.parameters() if p.dtype in WRITABLE and p.device.type != "meta"), None)
     holder = mark(nn.Module())
     for name, tensor in tensors.items():
         copied = (

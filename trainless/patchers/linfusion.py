@@ -91,7 +91,7 @@ class LinFusion(Method):
     def refuses(self, site: Site) -> str | None:
         if site.facts.get("patch") is not None:
             return "not a UNet's self-attention, for which alone weights were distilled"
-        if not site.name.split(".")[-1].startswith("attn1"):
+        if "attn1" not in site.name.split(".")[-1]:
             return "not called attn1, as the self-attention of these UNets is"
         if getattr(site.module, "fused_projections", False):
             return "its projections are fused; call unfuse_qkv_projections() first"
@@ -182,7 +182,7 @@ def _through(middle: int) -> Callable[..., Any]:
         x, *rest = args
         if middle == PLAIN:
             return (x + x, *rest), kwargs
-        t = {name: tensor.to(x.dtype) for name, tensor in tensors.items()}
+        t = {name: tensor.to(x) for name, tensor in tensors.items()}  # under offloading they may be elsewhere
         y = linear(x, t["0.weight"], t["0.bias"])
         y = leaky_relu(layer_norm(y, (middle,), t["1.weight"], t["1.bias"]), SLOPE)
         return (x + linear(y, t["3.weight"], t["3.bias"]), *rest), kwargs
