@@ -287,9 +287,9 @@ def test_compiled(tmp_path):
     compiled = torch.compile(model, backend="eager")
     near(run(compiled), run(plain), 1e-5)
     patches = [trainless.patch(m, "linfusion", weights=folder) for m in (model, plain)]
-    for size in ((12, 20), (12, 20), (16, 8)):
+    for size in ((12, 20), (16, 8)):
         near(run(compiled, *size), run(plain, *size), 1e-5)
-    assert patches[0].report().methods[0].acted == 3
+    assert patches[0].report().methods[0].acted == 2
     for patch in patches:
         patch.remove()
     near(run(compiled), run(plain), 1e-5)
