@@ -24,7 +24,7 @@ KINDS = (
     "position",  # positions that keys carry: value -> rotation steps to add to each key (B, Hkv, Lk)
     "keys",  # extra keys and values: value -> ExtraKeys
     "scale",  # factor on the logits: value -> float or tensor broadcastable to (B, H, Lq, 1)
-    "pattern",  # which pairs exist: value -> Pairs, a predicate over (query, key) indices
+    "pattern",  # which pairs exist: value -> Pairs, a predicate over indices, or kernels.window2d.Window2d
     "observe",  # look at the statistics; value is ignored
     "form",  # another operator: value -> output (B, Lq, H, D)
     "mass",  # move probability between key groups: value -> MassMove
@@ -220,11 +220,16 @@ class RowEdit:
 
 @dataclass
 class ExtraKeys:
-    """Keys and values beside the sequence: (B, Hkv, E, D) each; visible bool (1|B, 1|H, Lq, E) or None."""
+    """Keys and values beside the sequence: (B, Hkv, E, D) each.
+
+    rows: (first, stop), the query rows that see them; None for all. visible: bool (1|B, 1|H, rows, E), which
+    of those rows sees which key; None for all. A pattern restricts the sequence's own keys, never these.
+    """
 
     key: Tensor
     value: Tensor
     visible: Tensor | None = None
+    rows: tuple[int, int] | None = None
 
 
 @dataclass
