@@ -87,9 +87,7 @@ def window2d(
     return out, lse
 
 
-def _beside(
-    key: Tensor, value: Tensor, extra: tuple[Tensor, Tensor] | None
-) -> tuple[Tensor, Tensor] | None:
+def _beside(key: Tensor, value: Tensor, extra: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
     """Keys and values that every image token sees: the text's and the extra ones."""
     if extra is None or not extra[0].shape[2]:
         return (key, value) if key.shape[2] else None
@@ -238,4 +236,3 @@ def _attention(
         outs.append((weights @ value.to(wide)).view(b, h, n, -1))
         sums.append(total)
     return torch.cat(outs, 2), torch.cat(sums, 2)
-
