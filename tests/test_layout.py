@@ -19,8 +19,8 @@ LONGEST = 500
 ORDER = [
     {"errors"},
     {"seams", "journal", "layers", "tables"},
-    {"kernels", "hosts.base", "report", "rows", "verification"},
-    {"kv", "patchers", "rows"},
+    {"kernels", "hosts.base", "report", "verification"},
+    {"kv", "patchers", "patterns", "rows"},
     {"softmax"},
     {"attention", "recipes"},
     {"hosts"},

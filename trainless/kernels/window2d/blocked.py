@@ -66,9 +66,8 @@ def window2d(
     extra: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See ``api.window2d``. Differentiable; the fused operator is left out then."""
-    b, h, _, d = query.shape
-    dv = value.shape[3]
-    out = query.new_empty(b, window.tokens, h, dv).transpose(1, 2)
+    b, h = query.shape[:2]
+    out = query.new_empty(b, window.tokens, h, value.shape[3]).transpose(1, 2)
     lse = torch.empty(b, h, window.tokens, dtype=statistics_dtype(query), device=query.device)
     if 0 in (b, h):
         return out, lse
