@@ -19,7 +19,7 @@ LONGEST = 500
 ORDER = [
     {"errors"},
     {"seams", "journal", "layers", "tables"},
-    {"kernels", "hosts.base", "report", "verification"},
+    {"kernels", "hosts.base", "report", "verification", "weights"},
     {"kv", "patchers", "patterns", "rows"},
     {"softmax"},
     {"attention", "recipes"},

@@ -17,7 +17,7 @@ from .errors import Unsupported
 from .hosts.base import Lease, Runtime
 from .kv import CompressingLayer
 from .patterns import Pattern, visible_keys
-from .seams import AttentionCall
+from .seams import AttentionCall, Entry, Formed
 from .softmax import Delegate, SoftmaxRun
 
 
@@ -59,9 +59,8 @@ class _Run(SoftmaxRun):
         wanted = self._wanted(layer)
         moves = plan.of["mass"]
         if form:
-            out = self._value(form[0])
+            out = self._form(form[0])
             self.acted.add(form[0].owner)
-            self.kernel = form[0].method
         elif not (self.edited or extra or patterns or wanted or moves or dynamic):
             out = self.delegate(call)
         else:
@@ -167,6 +166,17 @@ class _Run(SoftmaxRun):
         if layer is not None and layer.wants_scores():
             wanted.add("column_mass")
         return wanted
+
+    # ------------------------------------------------------------------ instead of the softmax
+
+    def _form(self, entry: Entry) -> Tensor:
+        value = self._value(entry)
+        self.kernel = entry.method
+        if isinstance(value, Formed):
+            self.kernel, self.reasons = value.kernel, value.reasons
+            return value.output
+        out: Tensor = value
+        return out
 
     # ------------------------------------------------------------------ after the softmax
 

@@ -103,32 +103,44 @@ class ItemEdit(Edit):
 
 
 class TensorEdit(Edit):
-    """Overwrite the contents of a tensor in place; the old contents wait on the CPU."""
+    """Overwrite a parameter or buffer of a module in place; the old contents wait on the CPU.
 
-    def __init__(self, tensor: Tensor, value: Tensor, where: str):
-        self.tensor, self.where = tensor, where
-        self.backup = tensor.detach().to("cpu", copy=True)
-        with torch.no_grad():
-            tensor.copy_(value)
-        self.installed = tensor.detach().to("cpu", copy=True)
+    The tensor is looked up each time: offloading and conversion may put another one in its place.
+    """
 
+    def __init__(self, owner: nn.Module, name: str, value: Tensor, where: str):
+        self.owner, self.name, self.where = owner, name, where
+        self.backup = self.tensor.to("cpu", copy=True)
+        self._write(value)
+        self.installed = self.tensor.to("cpu", copy=True)
         self.shown = True
+
+    @property
+    def tensor(self) -> Tensor:
+        found: Tensor = getattr(self.owner, self.name)
+        return found.detach()
+
+    def _write(self, value: Tensor) -> None:
+        with torch.no_grad():
+            self.tensor.copy_(value)
 
     def show(self, ours: bool) -> None:
         """Put our contents, or those from before, into the tensor; for pausing."""
         if ours != self.shown and self.is_ours():
-            with torch.no_grad():
-                self.tensor.copy_(self.installed if ours else self.backup)
+            self._write(self.installed if ours else self.backup)
             self.shown = ours
 
     def is_ours(self) -> bool:
-        # Contents, not identity: moving a model to another device makes new storage with our values.
+        # Contents, not identity: moving a model to another device makes new storage with our values, and
+        # converting it rounds them.
+        current = getattr(self.owner, self.name, None)
         expected = self.installed if self.shown else self.backup
-        return torch.equal(self.tensor.detach().cpu(), expected)
+        if not isinstance(current, Tensor) or current.device.type == "meta":
+            return False
+        return torch.equal(current.detach().cpu(), expected.to(current.dtype))
 
     def undo(self) -> None:
-        with torch.no_grad():
-            self.tensor.copy_(self.backup)
+        self._write(self.backup)
 
 
 class Journal:
