@@ -117,9 +117,15 @@ class DiffusersHost:
             if CONTEXT in vars(owner) or _is_vae(owner):
                 continue
             where = name or self.family(model)
-            context = Context(owner)
+            context = Context(owner, runtimes)
             journal.add(AttributeEdit(owner, CONTEXT, context, f"{where}.{CONTEXT}"))
             _hook(journal, owner, context, where)
+
+    def forget_runs(self, model: nn.Module) -> None:
+        """Take the next call of every denoiser inside ``model`` for the first of a run."""
+        for owner in _denoisers(model).values():
+            if CONTEXT in vars(owner):
+                vars(owner)[CONTEXT].forget()
 
 
 def _hook(journal: Journal, module: nn.Module, hooks: AttentionHooks | Context, where: str) -> None:
