@@ -159,9 +159,7 @@ class SoftmaxRun:
         beside, others = extra_of_image(window, extra)
         choice = choose_window(call.query, call.key, call.value)
         self.kernel, self.reasons = f"window2d/{choice.name}", "; ".join(choice.reasons)
-        out, lse = window2d(
-            call.query, call.key, call.value, window=window, scale=call.scaling, extra=beside
-        )
+        out, lse = window2d(call.query, call.key, call.value, window=window, scale=call.scaling, extra=beside)
         if others:
             out, lse = self._merge_extra(out, lse, others)
         return out.transpose(1, 2).contiguous()

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from oracle import H2O, Act, AttnTemperature, HeadGain, Rule, Streaming, models
+from oracle import H2O, Act, AttnTemperature, Clear, HeadGain, Rule, Streaming, models
+from oracle.entropy import DenoiserOracle
 
 CAUSAL, ENCODERS, DENOISERS = models.CAUSAL, models.ENCODERS, models.DENOISERS
 FULL = models.FULL_ATTENTION
@@ -42,6 +43,10 @@ class Case:
     assisted: str = "same"  # or "refused", when drafts are rejected in part
     main: bool = False  # the one that stands for its method in the long tests
     trained: int = 0  # entropy: pixels
+    denoised: Callable[[], DenoiserOracle] | None = (
+        None  # the oracle's reading on denoisers, where it is another
+    )
+    late: bool = False  # that the identity is one is found out at the call: the grid's size decides
 
     @property
     def use(self) -> dict[str, Any]:
@@ -93,6 +98,16 @@ def _evicting(label: str, method: str, rule: Any, families: Sequence[str], **mor
     )  # fmt: skip
 
 
+def _clear(
+    label: str, families: Sequence[str], main: bool = False, neighbours: Any = (), **given: Any
+) -> Case:
+    return Case(
+        label, "clear", {**given, "force": True}, Rule, families, {"radius": 1000}, {"radius": 30}, main=main,
+        neighbours=neighbours, denoised=lambda: Clear(**given), late=True,
+    )  # fmt: skip
+
+
+LARGE = {"use": "entropy", "with": {"trained": 64}}
 GAIN = {"use": "head_gain", "with": {"heads": HEADS, "gain": 0.5}}
 WARM = {"use": "attn_temperature", "with": {"temperature": 1.3}}
 KEEP = {"use": "h2o", "with": {"heavy": 4, "recent": 3}}
@@ -157,6 +172,8 @@ CASES: list[Case] = [
             {"use": "attn_temperature", "with": {"temperature": 0.6}, "where": {"layers": "1:"}},
         ),
     ),
+    _clear("clear", DENOISERS, radius=2, main=True, neighbours=(WARM, LARGE)),
+    _clear("clear-pooled", ("sd3", "flux", "pixart"), radius=3, pool=2),
 ]  # fmt: skip
 
 LANGUAGE = [c for c in CASES if set(c.families) & {*CAUSAL, *ENCODERS}]

@@ -61,7 +61,7 @@ def test_identity_is_bitwise_and_runs_only_the_stock_kernel(case: Case, family: 
     report = patch.report().methods[0]
     assert set(report.kernels) <= {"stock"}, report.kernels
     assert report.fired == report.sites * _calls(family) * 2 and report.acted == 0
-    assert report.inert or same_size
+    assert report.inert or same_size or case.late
 
 
 @pytest.mark.parametrize(("case", "family"), pairs(ALL, [c for c in CASES if c.wide is not None]))

@@ -83,9 +83,7 @@ def _with_keys(seen):
         more = torch.ones(26, 3, dtype=torch.bool)
         more[0] = False
         whole = torch.cat([all_ & seen, more.expand(*all_.shape[:3], 3)], 3)
-        return plain(
-            module, query, torch.cat([key, k], 2), torch.cat([value, v], 2), whole, scaling, kwargs
-        )
+        return plain(module, query, torch.cat([key, k], 2), torch.cat([value, v], 2), whole, scaling, kwargs)
 
     return attention
 
