@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ KINDS = (
     "position",  # positions that keys carry: value -> rotation steps to add to each key (B, Hkv, Lk)
     "keys",  # extra keys and values: value -> ExtraKeys
     "scale",  # factor on the logits: value -> float or tensor broadcastable to (B, H, Lq, 1)
-    "pattern",  # which pairs exist: value -> Pairs, a predicate over (query, key) indices
+    "pattern",  # which pairs exist: value -> Pairs, a predicate over indices, or kernels.window2d.Window2d
     "observe",  # look at the statistics; value is ignored
     "form",  # another operator: value -> output (B, Lq, H, D), or Formed
     "mass",  # move probability between key groups: value -> MassMove
@@ -35,6 +36,9 @@ KINDS = (
     "weights",  # replace tensors: tensors
 )
 STATISTICS = ("lse", "column_mass")
+# Facts that a host finds out only for those who ask, in ``call.facts``:
+#   step: the number of the denoising step within its run, from 0; None where no timestep says it.
+FACTS = ("step",)
 # Kinds of which one site takes a single contribution (mass: one per head).
 EXCLUSIVE = {"position", "form"}
 # Kinds that act on modules and not on the attention itself.
@@ -169,10 +173,11 @@ class Contribution:
     """What one method does at one site.
 
     ``needs`` names the statistics that ``value`` reads, either as a set or as a function of
-    ``(call, state)`` when that differs between prefill and decode. ``heads`` limits it to some query
-    heads (None: all). ``inert`` says that it is known now to change nothing: the engine then runs the
-    stock kernel. ``stateful`` asks for a State that outlives the call. ``lookahead`` says that a row's
-    result depends on later rows of the same call, so a prefill cut into chunks would differ.
+    ``(call, state)`` when that differs between prefill and decode. ``constant`` stands in for ``value``
+    where it is one number, known now. ``heads`` limits it to some query heads (None: all). ``inert``
+    says that it is known now to change nothing: the engine then runs the stock kernel. ``stateful`` asks
+    for a State that outlives the call. ``lookahead`` says that a row's result depends on later rows of
+    the same call, so a prefill cut into chunks would differ.
 
     ``tensors``: for weights, parameter name inside the site -> what replaces it, written in place; read
     only when the patch is committed, so a mapping that reads them from a file holds no memory. For input,
@@ -184,6 +189,7 @@ class Contribution:
 
     kind: str
     value: Value | None = None
+    constant: float | None = None
     needs: Collection[str] | Callable[[AttentionCall, State], Collection[str]] = ()
     heads: tuple[int, ...] | None = None
     inert: bool = False
@@ -196,6 +202,7 @@ class Contribution:
     tensors: Mapping[str, Tensor] | None = None  # weights, input
     module: str = ""  # input only: name of a module inside the site
     statistics: frozenset[str] = frozenset()  # every statistic `needs` may ask for, for the conflict table
+    asks: frozenset[str] = frozenset()  # facts among FACTS that `value` reads from the call
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -204,6 +211,8 @@ class Contribution:
             raise InputError(
                 f"contribution kind {self.kind!r} with module={self.module!r}: only input names one"
             )
+        if unknown := self.asks - set(FACTS):
+            raise InputError(f"no host knows the fact {sorted(unknown)[0]!r}; known: {', '.join(FACTS)}")
         if not callable(self.needs) and not self.statistics:
             object.__setattr__(self, "statistics", frozenset(self.needs))
 
@@ -235,11 +244,16 @@ class RowEdit:
 
 @dataclass
 class ExtraKeys:
-    """Keys and values beside the sequence: (B, Hkv, E, D) each; visible bool (1|B, 1|H, Lq, E) or None."""
+    """Keys and values beside the sequence: (B, Hkv, E, D) each.
+
+    rows: (first, stop), the query rows that see them; None for all. visible: bool (1|B, 1|H, rows, E), which
+    of those rows sees which key; None for all. A pattern restricts the sequence's own keys, never these.
+    """
 
     key: Tensor
     value: Tensor
     visible: Tensor | None = None
+    rows: tuple[int, int] | None = None
 
 
 @dataclass
@@ -366,6 +380,10 @@ class AttentionPlan:
         # Only scalings and gains: the user's own attention function can still do the work.
         editing = {"position", "keys", "pattern", "observe", "form", "mass", "kv"}
         self.delegable = not any(self.of[kind] for kind in editing)
+        # One number on the logits of every call: hosts may pass it to the user's own attention themselves.
+        scales = [e.contribution.constant for e in self.active if e.contribution.kind == "scale"]
+        known = [c for c in scales if c is not None]
+        self.constant: float | None = prod(known) if known and len(known) == len(self.active) else None
         # Nothing to ask for and nothing to remember either: such a call takes the short way.
         self.direct = self.delegable and not any(
             e.contribution.needs or e.contribution.statistics for e in self.active
@@ -411,7 +429,7 @@ def _clash(a: Entry, b: Entry) -> str | None:
         return "seam weights: both replace the same tensors"
     for one, other in ((x, y), (y, x)):
         if one.kind == "form" and other.kind not in one.admits and other.kind not in BESIDE:
-            return f"seam form replaces softmax attention, which seam {other.kind} needs"
+            return f"seam form replaces softmax attention, which seam {other.kind} needs; use `where` to part them"
         if one.in_order and other.kind == "kv":
             return f"seam {one.kind} reads the keys in their order, and seam kv drops some; give them different layers"
         if one.kind == "pattern" and one.dynamic and other.statistics:

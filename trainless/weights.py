@@ -73,7 +73,9 @@ def replace(given: Iterable[Given], journal: Journal) -> None:
 def beside(site: Site, tensors: Mapping[str, Tensor], journal: Journal) -> nn.Module:
     """A module at ``site`` that holds ``tensors`` as buffers: moved and converted with it, never saved."""
     # Where offloading has put placeholders, the method's tensors wait on the CPU like the site's own.
-    like = next((p for p in site.module.parameters() if p.dtype in WRITABLE and p.device.type != "meta"), None)
+    like = next(
+        (p for p in site.module.parameters() if p.dtype in WRITABLE and p.device.type != "meta"), None
+    )
     holder = mark(nn.Module())
     for name, tensor in tensors.items():
         copied = (

@@ -14,7 +14,12 @@ from trainless.kernels.linear import triton as form
 assert os.environ.get("TRITON_INTERPRET") == "1", "run through test_triton.py"
 
 # (B, H, Hkv, Lq, Lk, D, Dv): longer than a tile, several tiles of values, groups, one token, more queries than keys.
-SHAPES = [(1, 2, 1, 150, 150, 24, 80), (2, 4, 2, 70, 131, 16, 16), (1, 1, 1, 1, 1, 16, 16), (1, 2, 2, 90, 40, 16, 8)]
+SHAPES = [
+    (1, 2, 1, 150, 150, 24, 80),
+    (2, 4, 2, 70, 131, 16, 16),
+    (1, 1, 1, 1, 1, 16, 16),
+    (1, 2, 2, 90, 40, 16, 8),
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -62,7 +67,7 @@ def test_the_operators_are_registered_correctly():
 
 
 def test_many_spans_add_up_as_one(monkeypatch):
-    q, k, v = make((1, 1, 1, 40, 1500, 16, 16), torch.float32)
+    _, k, v = make((1, 1, 1, 40, 1500, 16, 16), torch.float32)
     found = []
     for spans in (1, 512):
         monkeypatch.setattr(form, "SPANS", spans)

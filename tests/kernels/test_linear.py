@@ -25,7 +25,9 @@ EXACT = {"rtol": 1e-11, "atol": 1e-11}
 def make(shape, dtype=torch.float64):
     b, h, hkv, lq, lk, d, dv = shape
     size = {"q": (b, h, lq, d), "k": (b, hkv, lk, d), "v": (b, hkv, lk, dv)}
-    return [torch.randn(s, dtype=torch.float64).mul(1.5 if n != "v" else 1).to(dtype) for n, s in size.items()]
+    return [
+        torch.randn(s, dtype=torch.float64).mul(1.5 if n != "v" else 1).to(dtype) for n, s in size.items()
+    ]
 
 
 def mask_of(kind, shape):
@@ -142,7 +144,9 @@ def test_padding_may_hold_anything(causal):
     got = linear_attention(q, bad_k, bad_v, visibility=replace(seen, keys=keys))
     assert torch.isfinite(got).all() and not got[1].any()
     if not causal:
-        alone = linear_attention(q[:1], k[:1, :, 5:], v[:1, :, 5:], visibility=visibility(None, causal=False, lq=40, lk=35))
+        alone = linear_attention(
+            q[:1], k[:1, :, 5:], v[:1, :, 5:], visibility=visibility(None, causal=False, lq=40, lk=35)
+        )
         torch.testing.assert_close(got[:1], alone, rtol=1e-5, atol=1e-6)
 
 
@@ -180,8 +184,12 @@ def test_permuted_keys_change_nothing_and_permuted_queries_permute_the_rows():
     q, k, v = make((1, 2, 1, 64, 64, 16, 16))
     seen, order = visibility(None, causal=False, lq=64, lk=64), torch.randperm(64)
     want = linear_attention(q, k, v, visibility=seen)
-    torch.testing.assert_close(linear_attention(q, k[:, :, order], v[:, :, order], visibility=seen), want, **EXACT)
-    torch.testing.assert_close(linear_attention(q[:, :, order], k, v, visibility=seen), want[:, :, order], **EXACT)
+    torch.testing.assert_close(
+        linear_attention(q, k[:, :, order], v[:, :, order], visibility=seen), want, **EXACT
+    )
+    torch.testing.assert_close(
+        linear_attention(q[:, :, order], k, v, visibility=seen), want[:, :, order], **EXACT
+    )
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -53,12 +53,13 @@ from trainless.kernels.column_mass.triton import _column_mass
 from trainless.kernels.linear.triton import _apply, _causal, _reduce
 from trainless.kernels.lse.triton import _attention
 from trainless.kernels.mass_move.triton import _mass_move
+from trainless.kernels.window2d.triton import _window2d
 
 pointers = {"q": "bf16", "k": "bf16", "v": "bf16", "old": "bf16", "new": "bf16", "bias": "bf16", "sinks": "bf16",
-            "lse": "fp32", "keep": "fp32", "keys": "u8", "mask": "u8", "source": "u8",
+            "ek": "bf16", "ev": "bf16", "lse": "fp32", "keep": "fp32", "keys": "u8", "mask": "u8", "source": "u8",
             "index": "i64", "filled": "i64", "chosen": "i64", "state": "fp32", "total": "fp32"}
 flags = dict(CAUSAL=True, WINDOW=FULL, CAP=FULL, KEYS=True, MASK=int(FULL), BIAS=FULL, SINKS=FULL, EXACT=False,
-             BM=64, BN=64, BS=16, BD=64, FEATURE=2 * FULL, BV=64)
+             BM=64, BN=64, BS=16, BD=64, DISC=FULL, TY=8, TX=8, FEATURE=2 * FULL, BV=64)
 for kernel in KERNELS:
     types, constants = {}, {}
     for name in kernel.arg_names:
@@ -82,7 +83,7 @@ for kernel in KERNELS:
 @pytest.mark.parametrize(
     ("kernels", "full", "capability"),
     [
-        ("_column_mass, _attention", True, 80),
+        ("_column_mass, _attention, _window2d", True, 80),
         ("_mass_move,", False, 90),
         ("_reduce, _apply", True, 80),
         ("_causal,", False, 90),
@@ -104,7 +105,8 @@ def test_importing_the_kernels_does_not_import_triton(tmp_path):
     # torch may do so itself; what counts is that ours adds nothing.
     code = (
         "import sys, torch, torch.library; before = {m for m in sys.modules if m.split('.')[0] == 'triton'}; "
-        "import trainless.kernels.lse, trainless.kernels.column_mass, trainless.kernels.mass_move, trainless.kernels.linear; "
+        "import trainless.kernels.lse, trainless.kernels.column_mass, trainless.kernels.mass_move, "
+        "trainless.kernels.window2d, trainless.kernels.linear; "
         "after = {m for m in sys.modules if m.split('.')[0] == 'triton'}; "
         "assert not any(m.endswith('.triton') for m in sys.modules if m.startswith('trainless.kernels')); "
         "print(len(before), len(after))"
@@ -125,7 +127,7 @@ def test_a_cpu_tensor_is_told_why_not_triton():
 def test_what_is_available_is_named_with_reasons(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     found = available()
-    assert set(found) == {"lse", "column_mass", "mass_move", "linear"}
+    assert set(found) == {"lse", "column_mass", "mass_move", "linear", "window2d"}
     assert found["lse"].name == "fused" and found["column_mass"].name == "blocked"
     assert found["mass_move"].reasons and "triton" in found["mass_move"].reasons[0]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

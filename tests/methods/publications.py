@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from oracle import models, random_weights
+from oracle import LinFusion, install_linfusion, models, random_weights
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -55,6 +58,24 @@ def made_for(model: nn.Module, folder: Path, mid: int | None = None, layers: int
         config["modules_list"] = config["modules_list"][:layers]
         tensors = {k: v for k, v in tensors.items() if int(k.split(".")[0]) < layers}
     return publish(folder, config, tensors), config, tensors
+
+
+@functools.cache
+def contract_weights(middle: int, layers: int) -> tuple[dict[str, Any], Any]:
+    """For the contract suite: parameters that name a publication for its tiny UNet, and the oracle of it.
+
+    Written once per process, and gone with it.
+    """
+    folder = tempfile.TemporaryDirectory(prefix="linfusion-")
+    atexit.register(folder.cleanup)
+    _, config, tensors = made_for(models.build("unet"), Path(folder.name), middle, layers)
+
+    def oracle() -> LinFusion:
+        found = LinFusion(config, tensors)
+        found.installed = install_linfusion
+        return found
+
+    return {"weights": Path(folder.name)}, oracle
 
 
 def small(dtype: torch.dtype = torch.float64) -> nn.Module:

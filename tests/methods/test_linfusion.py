@@ -74,7 +74,9 @@ def test_any_size(size, tmp_path):
     near(run(model, size[0] * 2, size[1] * 2), want)
 
 
-@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-5), (torch.bfloat16, 0.1), (torch.float16, 0.02)])
+@pytest.mark.parametrize(
+    ("dtype", "most"), [(torch.float32, 1e-5), (torch.bfloat16, 0.1), (torch.float16, 0.02)]
+)
 def test_other_precisions(dtype, most, tmp_path):
     model = small()
     folder, config, tensors = made_for(model, tmp_path, 4)
@@ -121,7 +123,10 @@ def test_paused_and_saved_and_two_models_at_once(tmp_path):
     first, config, tensors = made_for(one, tmp_path / "one", 4)
     second, config_two, tensors_two = made_for(two, tmp_path / "two", None)
     stock, wants = run(one), (oracle(one, config, tensors), oracle(two, config_two, tensors_two))
-    patches = trainless.patch(one, "linfusion", weights=first), trainless.patch(two, "linfusion", weights=second)
+    patches = (
+        trainless.patch(one, "linfusion", weights=first),
+        trainless.patch(two, "linfusion", weights=second),
+    )
     near(run(one), wants[0]), near(run(two), wants[1])
     with patches[0].paused():
         assert torch.equal(run(one), stock)
@@ -142,7 +147,9 @@ def test_where_narrows_and_the_rest_stays(tmp_path):
     got = run(model)
     patch.remove()
     config["modules_list"] = config["modules_list"][1:3]
-    renamed = {f"{int(k.split('.')[0]) - 1}.{k.split('.', 1)[1]}": v for k, v in tensors.items() if k[0] in "12"}
+    renamed = {
+        f"{int(k.split('.')[0]) - 1}.{k.split('.', 1)[1]}": v for k, v in tensors.items() if k[0] in "12"
+    }
     near(got, oracle(model, config, renamed))
 
 
@@ -280,7 +287,11 @@ def test_a_call_that_fails_leaves_no_hooks_of_ours(tmp_path):
 @pytest.mark.slow
 def test_compiled(tmp_path):
     torch._dynamo.reset()
-    one = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (16,)}
+    one = {
+        "down_block_types": ("DownBlock2D",),
+        "up_block_types": ("UpBlock2D",),
+        "block_out_channels": (16,),
+    }
     model = models.build("unet", dtype=torch.float32, **one)
     plain = copy.deepcopy(model)
     folder, *_ = made_for(model, tmp_path, 4)
@@ -321,7 +332,11 @@ def test_tensors_missing_left_over_and_misshapen_are_named_together(tmp_path):
     tensors["0.to_x.weight"] = torch.zeros(1)
     tensors["1.to_k.weight"] = torch.zeros(3, 3)
     folder = publish(tmp_path / "bad", config, tensors)
-    _refused(model, folder, r"1 missing \(0\.to_q_\.1\.bias\); 1 unexpected \(0\.to_x\.weight\); 1 of another shape")
+    _refused(
+        model,
+        folder,
+        r"1 missing \(0\.to_q_\.1\.bias\); 1 unexpected \(0\.to_x\.weight\); 1 of another shape",
+    )
 
 
 def test_weights_of_another_base_model(tmp_path):

@@ -85,7 +85,8 @@ class LinFusion(Method):
     hosts: ClassVar[frozenset[str]] = frozenset({"diffusers"})
 
     weights: Path | None = option(
-        None, help="folder of the published weights (config.json and safetensors); required, no default is any good"
+        None,
+        help="folder of the published weights (config.json and safetensors); required, no default is any good",
     )
 
     def refuses(self, site: Site) -> str | None:
@@ -122,11 +123,18 @@ class LinFusion(Method):
         entry = _listed(source)[_name(site)]
         fronts = [
             Contribution(
-                "input", _through(entry.middle), module=projection, tensors=source.under(entry.front(projection))
+                "input",
+                _through(entry.middle),
+                module=projection,
+                tensors=source.under(entry.front(projection)),
             )
             for projection in ("to_q", "to_k")
         ]
-        return [Contribution("weights", tensors=source.under(entry.keys())), *fronts, Contribution("form", _form)]
+        return [
+            Contribution("weights", tensors=source.under(entry.keys())),
+            *fronts,
+            Contribution("form", _form),
+        ]
 
     def _published(self) -> Distilled:
         if self.weights is None:
@@ -156,7 +164,9 @@ def _listed(source: Distilled) -> dict[str, Listed]:
             sizes = (int(item["dim_n"]), int(item["heads"]), int(item["projection_mid_dim"]))
             entry = Listed(index, str(item["module_name"]), *sizes)
         except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{source.path}: entry {index} of modules_list is malformed ({error!r})") from None
+            raise InputError(
+                f"{source.path}: entry {index} of modules_list is malformed ({error!r})"
+            ) from None
         if entry.module in found or (entry.middle < 1 and entry.middle != PLAIN):
             raise InputError(f"{source.path}: entry {index} of modules_list makes no sense: {item}")
         found[entry.module] = entry

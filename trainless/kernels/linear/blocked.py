@@ -18,7 +18,9 @@ from ..common import statistics_dtype
 from ..visibility import Visibility
 from .reference import features
 
-BUFFER = 1 << 18  # entries of a buffer: 1 MiB in float32. Half of it and twice it cost the same on two AVX2 cores.
+BUFFER = (
+    1 << 18
+)  # entries of a buffer: 1 MiB in float32. Half of it and twice it cost the same on two AVX2 cores.
 CHUNK = 128  # queries that are weighed against their own keys at a time; a power of two near the usual widths
 
 
@@ -116,9 +118,7 @@ def _step(per_token: int) -> int:
     return max(64, BUFFER // max(1, per_token))
 
 
-def _whole(
-    query: Tensor, key: Tensor, value: Tensor, seen: Visibility, feature: str, eps: float
-) -> Tensor:
+def _whole(query: Tensor, key: Tensor, value: Tensor, seen: Visibility, feature: str, eps: float) -> Tensor:
     """The two products outright, for gradients: widened copies of all inputs, still linear in the length."""
     wide = statistics_dtype(query)
     b, h, lq, d = query.shape
@@ -142,11 +142,9 @@ def _divided(products: Tensor, weight: Tensor) -> Tensor:
 # ---------------------------------------------------------------- with a causal mask
 
 
-def _causal(
-    query: Tensor, key: Tensor, value: Tensor, seen: Visibility, feature: str, eps: float
-) -> Tensor:
+def _causal(query: Tensor, key: Tensor, value: Tensor, seen: Visibility, feature: str, eps: float) -> Tensor:
     b, h, lq, d = query.shape
-    hkv, lk, dv = key.shape[1], key.shape[2], value.shape[3]
+    hkv, dv = key.shape[1], value.shape[3]
     share, offset, wide = h // hkv, seen.offset, statistics_dtype(query)
     state = key.new_zeros(b * hkv, d, dv, dtype=wide)
     total = key.new_zeros(b * hkv, d, 1, dtype=wide)
@@ -172,7 +170,9 @@ def _causal(
         n = min(CHUNK, lq - row)
         phi_k, v, exist = load(row + offset, row + offset + n)
         phi_q = features(query[:, :, row : row + n].to(wide), feature).reshape(b * hkv, share * n, d)
-        weights = (phi_q @ phi_k.transpose(1, 2)).view(b * hkv, share, n, n).tril().view(b * hkv, share * n, n)
+        weights = (
+            (phi_q @ phi_k.transpose(1, 2)).view(b * hkv, share, n, n).tril().view(b * hkv, share * n, n)
+        )
         products = weights @ v + phi_q @ state
         weight = weights.sum(-1, keepdim=True) + phi_q @ total
         count = (held[:, None] + exist.cumsum(1)).clamp(min=1)[:, None, None, :, None]  # (B, 1, 1, n, 1)
