@@ -20,7 +20,7 @@ from .reference import features
 
 BUFFER = (
     1 << 18
-)  # entries of a buffer: 1 MiB in float32. Half of it and twice it cost the same on two AVX2 cores.
+)  # entries of a buffer: 1 MiB in float32; half of it and twice it cost the same on an AVX2 core
 CHUNK = 128  # queries that are weighed against their own keys at a time; a power of two near the usual widths
 
 
@@ -82,19 +82,20 @@ def _apply(query: Tensor, state: Tensor, total: Tensor, feature: str, eps: float
     b, h, lq, d = query.shape
     groups, dv = state.shape[0], state.shape[2]
     share, wide = b * h // groups, state.dtype
+    both = torch.cat([state, total], 2)  # one product gives what stands above and below the line
     step = _step(b * h * max(d, dv))
     mapped, spare = (query.new_empty(b, h, min(step, lq), d, dtype=wide) for _ in range(2))
-    products = query.new_empty(groups, share * min(step, lq), dv, dtype=wide)
+    products = query.new_empty(groups, share * min(step, lq), dv + 1, dtype=wide)
     for lo in range(0, lq, step):
         n = min(step, lq - lo)
         phi = _map(query[:, :, lo : lo + n], _front(mapped, n), _front(spare, n), feature)
-        phi = phi.view(groups, share * n, d)
-        weight = torch.bmm(phi, total).add_(eps)
-        found = products.view(-1)[: groups * share * n * dv].view(groups, share * n, dv)
-        torch.bmm(phi, state, out=found)
+        found = products.view(-1)[: groups * share * n * (dv + 1)].view(groups, share * n, dv + 1)
+        torch.bmm(phi.view(groups, share * n, d), both, out=found)
+        found = found.view(b, h, n, dv + 1)
+        weight = found[..., dv:].add_(eps)
         if eps == 0:
             weight.masked_fill_(weight == 0, 1)
-        out[:, :, lo : lo + n] = found.div_(weight).view(b, h, n, dv)
+        torch.div(found[..., :dv], weight, out=out[:, :, lo : lo + n])
 
 
 def _map(x: Tensor, into: Tensor, spare: Tensor, feature: str) -> Tensor:
