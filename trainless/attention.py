@@ -16,7 +16,8 @@ from torch import Tensor
 from .errors import Unsupported
 from .hosts.base import Lease, Runtime
 from .kv import CompressingLayer
-from .seams import AttentionCall
+from .patterns import Pattern, visible_keys
+from .seams import AttentionCall, Entry, Formed
 from .softmax import Delegate, SoftmaxRun
 
 
@@ -49,20 +50,21 @@ class _Run(SoftmaxRun):
             self.edited = layer.evicted
         self._position()
         extra = self._extra_keys()
+        # Asked for before the scale, which may depend on how many keys a row is left with.
+        patterns = self._static_patterns(extra)
         self._scale()
         call = self.call
-        predicates = [e for e in plan.of["pattern"] if not e.contribution.dynamic]
+        dynamic = [e for e in plan.of["pattern"] if e.contribution.dynamic]
         form = plan.of["form"]
         wanted = self._wanted(layer)
         moves = plan.of["mass"]
         if form:
-            out = self._value(form[0])
+            out = self._form(form[0])
             self.acted.add(form[0].owner)
-            self.kernel = form[0].method
-        elif not (self.edited or extra or predicates or wanted or moves or plan.of["pattern"]):
+        elif not (self.edited or extra or patterns or wanted or moves or dynamic):
             out = self.delegate(call)
         else:
-            out = self._softmax(layer, extra, predicates, wanted, moves)
+            out = self._softmax(layer, extra, patterns, wanted, moves)
         out = self._gain(out)
         if layer is not None and layer.settle():
             self.acted.update(e.owner for e in plan.of["kv"])
@@ -100,6 +102,28 @@ class _Run(SoftmaxRun):
             if extra is not None:
                 found.append(extra)
                 self.acted.add(entry.owner)
+        return found
+
+    def _static_patterns(self, extra: list[Any]) -> list[Pattern]:
+        """The static patterns that restrict this call, and for scales the number of keys that each row sees."""
+        found = []
+        for entry in self.plan.of["pattern"]:
+            if entry.contribution.dynamic:
+                continue
+            pattern = self._value(entry)
+            if pattern is not None:
+                found.append(pattern)
+                self.acted.add(entry.owner)
+        if (found or extra) and self.plan.of["scale"]:
+            call = self.call
+            seen = visible_keys(found, call.query.shape[2], call.key.shape[2], call.query.device)
+            for more in extra:
+                first, stop = more.rows or (0, len(seen))
+                if more.visible is None:
+                    seen[first:stop] += more.key.shape[2]
+                else:
+                    seen[first:stop] += more.visible[0, 0].sum(-1)
+            call.facts["visible_keys"] = seen.view(1, 1, -1, 1)
         return found
 
     def _scale(self) -> None:
@@ -142,6 +166,17 @@ class _Run(SoftmaxRun):
         if layer is not None and layer.wants_scores():
             wanted.add("column_mass")
         return wanted
+
+    # ------------------------------------------------------------------ instead of the softmax
+
+    def _form(self, entry: Entry) -> Tensor:
+        value = self._value(entry)
+        self.kernel = entry.method
+        if isinstance(value, Formed):
+            self.kernel, self.reasons = value.kernel, value.reasons
+            return value.output
+        out: Tensor = value
+        return out
 
     # ------------------------------------------------------------------ after the softmax
 

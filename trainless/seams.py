@@ -25,18 +25,24 @@ KINDS = (
     "position",  # positions that keys carry: value -> rotation steps to add to each key (B, Hkv, Lk)
     "keys",  # extra keys and values: value -> ExtraKeys
     "scale",  # factor on the logits: value -> float or tensor broadcastable to (B, H, Lq, 1)
-    "pattern",  # which pairs exist: value -> Pairs, a predicate over (query, key) indices
+    "pattern",  # which pairs exist: value -> Pairs, a predicate over indices, or kernels.window2d.Window2d
     "observe",  # look at the statistics; value is ignored
-    "form",  # another operator: value -> output (B, Lq, H, D)
+    "form",  # another operator: value -> output (B, Lq, H, D), or Formed
     "mass",  # move probability between key groups: value -> MassMove
     "gain",  # factor on a head's output: value -> tensor broadcastable to (B, Lq, H, 1)
     "kv",  # what the cache keeps: policy, an Evict
-    "around",  # wrap the call of a module: value(proceed, args, kwargs) -> result
+    "around",  # wrap the call of a module: value(proceed, args, kwargs, state) -> result
+    "input",  # what a module inside the site is given: value(args, kwargs, tensors) -> (args, kwargs)
     "weights",  # replace tensors: tensors
 )
 STATISTICS = ("lse", "column_mass")
+# Facts that a host finds out only for those who ask, in ``call.facts``:
+#   step: the number of the denoising step within its run, from 0; None where no timestep says it.
+FACTS = ("step",)
 # Kinds of which one site takes a single contribution (mass: one per head).
 EXCLUSIVE = {"position", "form"}
+# Kinds that act on modules and not on the attention itself.
+BESIDE = {"around", "input", "weights"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,6 +178,13 @@ class Contribution:
     says that it is known now to change nothing: the engine then runs the stock kernel. ``stateful`` asks
     for a State that outlives the call. ``lookahead`` says that a row's result depends on later rows of
     the same call, so a prefill cut into chunks would differ.
+
+    ``tensors``: for weights, parameter name inside the site -> what replaces it, written in place; read
+    only when the patch is committed, so a mapping that reads them from a file holds no memory. For input,
+    further tensors of the method's own: they stand beside the site, go with it to any device and dtype,
+    stay out of its state_dict, and are handed to ``value`` as they are then.
+    ``module``: for input, the module inside the site, looked up anew at each call, because adapters come
+    and go. It must be called each time the site is: where it is not, the call is refused.
     """
 
     kind: str
@@ -186,12 +199,20 @@ class Contribution:
     dynamic: bool = False  # pattern only: chosen from statistics
     admits: frozenset[str] = frozenset({"gain"})  # form only: kinds it can live with
     policy: Evict | None = None  # kv only
-    tensors: Mapping[str, Tensor] | None = None  # weights only: parameter name inside the site -> tensor
+    tensors: Mapping[str, Tensor] | None = None  # weights, input
+    module: str = ""  # input only: name of a module inside the site
     statistics: frozenset[str] = frozenset()  # every statistic `needs` may ask for, for the conflict table
+    asks: frozenset[str] = frozenset()  # facts among FACTS that `value` reads from the call
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise InputError(f"contribution kind {self.kind!r} is unknown; known: {', '.join(KINDS)}")
+        if (self.kind == "input") != bool(self.module):
+            raise InputError(
+                f"contribution kind {self.kind!r} with module={self.module!r}: only input names one"
+            )
+        if unknown := self.asks - set(FACTS):
+            raise InputError(f"no host knows the fact {sorted(unknown)[0]!r}; known: {', '.join(FACTS)}")
         if not callable(self.needs) and not self.statistics:
             object.__setattr__(self, "statistics", frozenset(self.needs))
 
@@ -223,11 +244,25 @@ class RowEdit:
 
 @dataclass
 class ExtraKeys:
-    """Keys and values beside the sequence: (B, Hkv, E, D) each; visible bool (1|B, 1|H, Lq, E) or None."""
+    """Keys and values beside the sequence: (B, Hkv, E, D) each.
+
+    rows: (first, stop), the query rows that see them; None for all. visible: bool (1|B, 1|H, rows, E), which
+    of those rows sees which key; None for all. A pattern restricts the sequence's own keys, never these.
+    """
 
     key: Tensor
     value: Tensor
     visible: Tensor | None = None
+    rows: tuple[int, int] | None = None
+
+
+@dataclass
+class Formed:
+    """What a form gives: output (B, Lq, H, D), the kernel that made it, and why not a faster one."""
+
+    output: Tensor
+    kernel: str
+    reasons: str = ""
 
 
 @dataclass
@@ -235,6 +270,31 @@ class Pairs:
     """A pattern as a predicate: ``visible(q, k)`` for index tensors q (rows, 1) and k (1, columns)."""
 
     visible: Callable[[Tensor, Tensor], Tensor]
+
+
+def parameter_of(module: nn.Module, name: str) -> tuple[nn.Module, str] | None:
+    """Where the parameter or buffer called ``name`` inside ``module`` is, as (owner, attribute); None when absent.
+
+    Adapters (PEFT) put a module of their own in a layer's place and keep the layer as its ``base_layer``:
+    ``to_q.weight`` is then ``to_q.base_layer.weight``, and is found all the same.
+    """
+    *path, leaf = name.split(".")
+    owner: Any = module
+    for step in path:
+        # An adapter's own children are of no concern: names are those of the model without adapters.
+        owner = getattr(unwrapped(owner), step, None)
+        if not isinstance(owner, nn.Module):
+            return None
+    owner = unwrapped(owner)
+    own = {**owner._parameters, **owner._buffers}
+    return (owner, leaf) if own.get(leaf) is not None else None
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The layer that adapters stand in front of; ``module`` itself when there are none."""
+    while isinstance(inner := getattr(module, "base_layer", None), nn.Module):
+        module = inner
+    return module
 
 
 # ---------------------------------------------------------------- eviction rules, as values
@@ -368,8 +428,8 @@ def _clash(a: Entry, b: Entry) -> str | None:
     if x.kind == y.kind == "weights" and set(x.tensors or ()) & set(y.tensors or ()):
         return "seam weights: both replace the same tensors"
     for one, other in ((x, y), (y, x)):
-        if one.kind == "form" and other.kind not in one.admits and other.kind not in {"around", "weights"}:
-            return f"seam form replaces softmax attention, which seam {other.kind} needs"
+        if one.kind == "form" and other.kind not in one.admits and other.kind not in BESIDE:
+            return f"seam form replaces softmax attention, which seam {other.kind} needs; use `where` to part them"
         if one.in_order and other.kind == "kv":
             return f"seam {one.kind} reads the keys in their order, and seam kv drops some; give them different layers"
         if one.kind == "pattern" and one.dynamic and other.statistics:

@@ -26,7 +26,10 @@ from .kernels.lse import attention as attention_lse
 from .kernels.lse import choose, row_attention
 from .kernels.mass_move import mass_move
 from .kernels.visibility import Visibility, visibility
+from .kernels.window2d import Window2d, window2d
+from .kernels.window2d import choose as choose_window
 from .kv import CompressingLayer
+from .patterns import Pattern, extra_of_image, window_of
 from .rows import apply, move_edit, on_heads
 from .seams import AttentionCall, AttentionPlan, Contribution, Entry, MassMove, RowEdit, State, Statistics
 
@@ -46,6 +49,7 @@ class SoftmaxRun:
         self.edited = False  # the output can no longer come from the delegate
         self.stats = Statistics()
         self.kernel, self.reasons = "stock", ""
+        self.why_not: tuple[str, ...] = ()  # why a pattern's own kernel does not run
 
     def _state(self, entry: Entry) -> State:
         if entry.method not in self.states:
@@ -74,7 +78,7 @@ class SoftmaxRun:
         self,
         layer: CompressingLayer | None,
         extra: list[Any],
-        predicates: list[Entry],
+        patterns: list[Pattern],
         wanted: set[str],
         moves: tuple[Entry, ...],
     ) -> Tensor:
@@ -92,9 +96,14 @@ class SoftmaxRun:
         if not (wanted or dynamic):
             # Frozen rules need no statistics: ask them first, they may have nothing to edit in this call.
             edits = [(entry, move) for entry in moves if (move := self._value(entry)) is not None]
-            if not (edits or predicates or extra or self.edited or self.plan.of["observe"]):
+            if not (edits or patterns or extra or self.edited or self.plan.of["observe"]):
                 return self.delegate(call)
-        visible = self._visibility(layer, predicates)
+        window, self.why_not = window_of(call, patterns)
+        if window is not None:
+            self.why_not = self._why_no_window(layer, wanted, dynamic, edits)
+            if not self.why_not:
+                return self._windowed(window, extra)
+        visible = self._visibility(layer, patterns)
         if call.query.shape[2] <= FEW_ROWS and not extra:
             return self._few_rows(layer, visible, wanted, moves, dynamic, edits)
         plain = not (self.edited or extra)
@@ -134,6 +143,25 @@ class SoftmaxRun:
             if self.runtime.facts.get("same_bits") and not out.requires_grad:
                 return out.transpose(1, 2)
             return self.delegate(call)
+        return out.transpose(1, 2).contiguous()
+
+    def _why_no_window(
+        self, layer: CompressingLayer | None, wanted: set[str], dynamic: list[Entry], edits: list[Any] | None
+    ) -> tuple[str, ...]:
+        """What else the plan asks for at this call that the kernel of a window does not give."""
+        if wanted or dynamic or edits or self.plan.of["observe"]:
+            return ("window2d: statistics or an edit are asked for",)
+        return ("window2d: the call has a cache that evicts",) if layer is not None else ()
+
+    def _windowed(self, window: Window2d, extra: list[Any]) -> Tensor:
+        """Attention in a window on the call's grid, by the kernel that visits nothing outside it."""
+        call = self.call
+        beside, others = extra_of_image(window, extra)
+        choice = choose_window(call.query, call.key, call.value)
+        self.kernel, self.reasons = f"window2d/{choice.name}", "; ".join(choice.reasons)
+        out, lse = window2d(call.query, call.key, call.value, window=window, scale=call.scaling, extra=beside)
+        if others:
+            out, lse = self._merge_extra(out, lse, others)
         return out.transpose(1, 2).contiguous()
 
     def _together(self, visible: Visibility, wanted: set[str], moves: tuple[Entry, ...]) -> bool:
@@ -200,7 +228,7 @@ class SoftmaxRun:
             return self.delegate(call)
         return out.to(call.query.dtype).transpose(1, 2).contiguous()
 
-    def _visibility(self, layer: CompressingLayer | None, predicates: list[Entry]) -> Visibility:
+    def _visibility(self, layer: CompressingLayer | None, patterns: list[Pattern]) -> Visibility:
         call = self.call
         mask, causal = call.mask, call.causal
         if layer is not None and layer.evicted:
@@ -221,12 +249,9 @@ class SoftmaxRun:
         )
         if padding is not None:
             visible = replace(visible, keys=padding[:, -lk:].bool())
-        for entry in predicates:
-            pairs = self._value(entry)
-            if pairs is not None:
-                visible = visible.restrict(pairs.visible)
-                self.edited = True
-                self.acted.add(entry.owner)
+        for pattern in patterns:
+            visible = visible.restrict(pattern.visible)
+            self.edited = True
         return visible
 
     def _options(self) -> dict[str, Any]:
@@ -246,7 +271,7 @@ class SoftmaxRun:
         call = self.call
         options = self._options()
         choice = choose(call.query, call.key, call.value, visibility=visible, terms=self._terms())
-        self.kernel, self.reasons = f"lse/{choice.name}", "; ".join(choice.reasons)
+        self.kernel, self.reasons = f"lse/{choice.name}", "; ".join((*self.why_not, *choice.reasons))
         out, lse = attention_lse(call.query, call.key, call.value, visibility=visible, **options)
         return out, lse
 
@@ -418,16 +443,20 @@ class SoftmaxRun:
         call = self.call
         total, mixed = lse, out.to(lse.dtype)
         for more in extra:
+            first, stop = more.rows or (0, total.shape[2])
+            query, held = call.query[:, :, first:stop], total[:, :, first:stop]
             lk = more.key.shape[2]
             seen = visibility(
-                more.visible, causal=False, lq=call.query.shape[2], lk=lk, real=None, device=call.query.device
+                more.visible, causal=False, lq=stop - first, lk=lk, real=None, device=query.device
             )
-            beside, weight = attention_lse(
-                call.query, more.key, more.value, visibility=seen, scale=call.scaling
-            )
-            merged = torch.logaddexp(total, weight)
-            keep = torch.exp(total - merged).nan_to_num(0.0)[..., None]
+            beside, weight = attention_lse(query, more.key, more.value, visibility=seen, scale=call.scaling)
+            merged = torch.logaddexp(held, weight)
+            keep = torch.exp(held - merged).nan_to_num(0.0)[..., None]
             add = torch.exp(weight - merged).nan_to_num(0.0)[..., None]
-            mixed = mixed * keep + beside.to(lse.dtype) * add
-            total = merged
+            made = mixed[:, :, first:stop] * keep + beside.to(lse.dtype) * add
+            rest = (slice(0, first), slice(stop, None))
+            mixed, total = (
+                torch.cat([t[:, :, rest[0]], new, t[:, :, rest[1]]], 2) if more.rows else new
+                for t, new in ((mixed, made), (total, merged))
+            )
         return mixed.to(out.dtype), total

@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from oracle import H2O, Act, AttnTemperature, HeadGain, Rule, Streaming, models
+from methods.publications import contract_weights
+from oracle import H2O, Act, AttnTemperature, Clear, HeadGain, Rule, Streaming, models
+from oracle.entropy import DenoiserOracle
 
 CAUSAL, ENCODERS, DENOISERS = models.CAUSAL, models.ENCODERS, models.DENOISERS
 FULL = models.FULL_ATTENTION
@@ -30,7 +32,7 @@ class Case:
     parameters: Mapping[str, Any]
     rule: Callable[[], Rule]
     families: Sequence[str]
-    identity: Mapping[str, Any]
+    identity: Mapping[str, Any] | None  # None: there is none
     wide: Mapping[str, Any] | None = None
     layers: Sequence[int] = (0, 1, 2)
     layers_of: Mapping[str, Sequence[int]] = field(default_factory=dict)
@@ -42,6 +44,11 @@ class Case:
     assisted: str = "same"  # or "refused", when drafts are rejected in part
     main: bool = False  # the one that stands for its method in the long tests
     trained: int = 0  # entropy: pixels
+    # The oracle's reading on denoisers, where it is another: the oracle, and processors that it brings.
+    denoised: Callable[[], DenoiserOracle] | None = None
+    replaces: bool = False  # weights, so that saving is refused while it is on
+    sites: int | None = None  # of a denoiser, where it acts on some of them only
+    late: bool = False  # that the identity is one is found out at the call: the grid's size decides
 
     @property
     def use(self) -> dict[str, Any]:
@@ -93,6 +100,23 @@ def _evicting(label: str, method: str, rule: Any, families: Sequence[str], **mor
     )  # fmt: skip
 
 
+def _clear(
+    label: str, families: Sequence[str], main: bool = False, neighbours: Any = (), **given: Any
+) -> Case:
+    return Case(
+        label, "clear", {**given, "force": True}, Rule, families, {"radius": 1000}, {"radius": 30}, main=main,
+        neighbours=neighbours, denoised=lambda: Clear(**given), late=True,
+    )  # fmt: skip
+
+
+def _linfusion(label: str, middle: int, layers: int, **more: Any) -> Case:
+    given, oracle = contract_weights(middle, layers)
+    return Case(
+        label, "linfusion", given, Rule, ("unet",), None, denoised=oracle, sites=layers, replaces=True, **more
+    )
+
+
+LARGE = {"use": "entropy", "with": {"trained": 64}}
 GAIN = {"use": "head_gain", "with": {"heads": HEADS, "gain": 0.5}}
 WARM = {"use": "attn_temperature", "with": {"temperature": 1.3}}
 KEEP = {"use": "h2o", "with": {"heavy": 4, "recent": 3}}
@@ -157,6 +181,13 @@ CASES: list[Case] = [
             {"use": "attn_temperature", "with": {"temperature": 0.6}, "where": {"layers": "1:"}},
         ),
     ),
+    _clear("clear", DENOISERS, radius=2, main=True, neighbours=(WARM, LARGE)),
+    _linfusion(
+        "linfusion", 4, 6, main=True, clashes=[("attn_temperature", {"temperature": 1.3}, "form")],
+        neighbours=({**WARM, "where": {"layers": "6:8"}}, {**LARGE, "where": {"layers": "8:"}}),
+    ),
+    _linfusion("linfusion-plain", -1, 10),
+    _clear("clear-pooled", ("sd3", "flux", "pixart"), radius=3, pool=2),
 ]  # fmt: skip
 
 LANGUAGE = [c for c in CASES if set(c.families) & {*CAUSAL, *ENCODERS}]

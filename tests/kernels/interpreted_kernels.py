@@ -15,6 +15,9 @@ from trainless.kernels.column_mass import triton as column_mass_form
 from trainless.kernels.common import Terms
 from trainless.kernels.lse import triton as lse_form
 from trainless.kernels.mass_move import triton as mass_move_form
+from trainless.kernels.window2d import Window2d
+from trainless.kernels.window2d import reference as window2d_reference
+from trainless.kernels.window2d import triton as window2d_form
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run through test_triton.py"
 
@@ -198,3 +201,40 @@ def test_addresses_are_wide(monkeypatch):
     got = lse_form.attention(q, q, q, visibility=seen, terms=terms)
     want = lse_form.attention(small, small, small, visibility=seen, terms=terms)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+GRID_WINDOWS = [
+    Window2d((17, 11), 4.2, text=5),
+    Window2d((9, 16), 3, "square", text=40, text_first=False),
+    Window2d((13, 10), 2, dilation=3, text=1),
+    Window2d((1, 1), 8),
+    Window2d((3, 19), 100, "square", 2),
+]
+
+
+@pytest.mark.parametrize("extra", [None, 3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("w", GRID_WINDOWS, ids=str)
+def test_window2d(w, dtype, extra):
+    def make(heads, length):
+        return torch.randn(1, length, heads, 24).to(dtype).transpose(1, 2)
+
+    q, k, v = make(2, w.tokens), make(1, w.tokens), make(1, w.tokens)
+    more = None if extra is None else (make(1, extra), make(1, extra))
+    exact = None if more is None else (more[0].double(), more[1].double())
+    want, lse = window2d_reference.window2d(
+        q.double(), k.double(), v.double(), window=w, scale=0.3, extra=exact
+    )
+    plain, plain_lse = window2d_reference.window2d(q, k, v, window=w, scale=0.3, extra=more)
+    out, got = window2d_form.window2d(q, k, v, window=w, scale=0.3, extra=more)
+    assert out.dtype == dtype and got.dtype == torch.float32
+    no_worse(out, want, plain)
+    no_worse(got, lse, plain_lse.float())
+
+
+def test_the_operator_of_window2d_is_registered_correctly():
+    w = Window2d((5, 6), 2, text=3)
+    q, k, v = (torch.randn(1, 2, w.tokens, 16) for _ in range(3))
+    call = (q, k, v, 0.3, 5, 6, 3, True, True, w.most, w.reach, 1, None, None)
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(torch.ops.trainless.window2d.default, call, test_utils=tests)

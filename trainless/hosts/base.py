@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import Unsupported
 from ..journal import Journal
-from ..seams import AttentionPlan, Entry, Site
+from ..seams import AttentionPlan, Contribution, Entry, Site
 
 ATTRIBUTE = "_trainless"  # where a module keeps its Runtime, a model its Station
 
@@ -66,6 +66,7 @@ class Runtime:
         self.facts: dict[str, Any] = {}  # set by the host's hooks for the call under way
         self.rotate: Callable[[Tensor, Tensor], Tensor] | None = None  # turns keys by so many positions
         self.hooked = False  # the host's own use: whether its hook is in place
+        self.holders: dict[Contribution, nn.Module] = {}  # what holds the tensors of input contributions
 
     def add(self, entries: Sequence[Entry]) -> None:
         self.entries.extend(entries)
@@ -88,6 +89,13 @@ class Runtime:
 
     def _tallies(self, entries: Sequence[Entry]) -> list[Tally]:
         return [self.tallies[o] for o in dict.fromkeys(e.owner for e in entries)]  # type: ignore[index]
+
+    def own_tensors(self, contribution: Contribution) -> dict[str, Tensor]:
+        """The tensors that stand beside the site for ``contribution``, where and as they are now."""
+        holder = self.holders.get(contribution)
+        if holder is None:
+            return {}
+        return {name: getattr(holder, name.replace(".", "_")) for name in contribution.tensors or ()}
 
     def passed(self) -> None:
         """Count a call for every active patch here."""
