@@ -25,9 +25,8 @@ model = FluxTransformer2DModel(
 def step(rows: int, columns: int, time: float) -> torch.Tensor:
     """One call of the denoiser on a grid of tokens (16 pixels each), with a prompt of 7 tokens."""
     noise = torch.Generator().manual_seed(1)
-    ids = torch.stack(
-        torch.meshgrid(torch.zeros(1), torch.arange(rows), torch.arange(columns), indexing="ij"), -1
-    )
+    ids = torch.zeros(rows, columns, 3)
+    ids[..., 1], ids[..., 2] = torch.arange(rows)[:, None], torch.arange(columns)
     return model(
         hidden_states=torch.randn(1, rows * columns, 16, generator=noise), img_ids=ids.reshape(-1, 3),
         encoder_hidden_states=torch.randn(1, 7, 16, generator=noise), txt_ids=torch.zeros(7, 3),
@@ -55,3 +54,13 @@ print("the stock model's bits are back:", torch.equal(step(16, 40, 0.5), stock[1
 # 1024 x 1024 pixels, radius 16: 33.2% of the pairs of dense attention
 # 2048 x 2048 pixels, radius 16: 10.1% of the pairs of dense attention
 # 4096 x 4096 pixels, radius 16: 2.7% of the pairs of dense attention
+# grid (16, 40): largest change in the second step 0.0221
+# grid (24, 24): largest change in the second step 0.0272
+# grid (8, 8): largest change in the second step 0.0000
+# clear on FluxTransformer2DModel: active
+# clear(radius=16, weights=None, pool=None, dense_steps=1, dense_layers=[], force=False)
+#   sites    3/3 attention layers
+#   calls    18 passed, 6 acted on
+#   kernels  stock ×12, window2d/blocked ×6
+#            window2d/blocked: triton: needs CUDA tensors, got cpu
+# the stock model's bits are back: True
