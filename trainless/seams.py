@@ -29,7 +29,7 @@ KINDS = (
     "form",  # another operator: value -> output (B, Lq, H, D)
     "mass",  # move probability between key groups: value -> MassMove
     "gain",  # factor on a head's output: value -> tensor broadcastable to (B, Lq, H, 1)
-    "kv",  # what the cache keeps: policy, an Evict
+    "kv",  # what the cache keeps and how precisely: policy, an Evict or a Quantise (value: Quantise only)
     "around",  # wrap the call of a module: value(proceed, args, kwargs) -> result
     "weights",  # replace tensors: tensors
 )
@@ -182,7 +182,7 @@ class Contribution:
     in_order: bool = False  # reads keys by their place in the sequence, so none may be evicted
     dynamic: bool = False  # pattern only: chosen from statistics
     admits: frozenset[str] = frozenset({"gain"})  # form only: kinds it can live with
-    policy: Evict | None = None  # kv only
+    policy: Evict | Quantise | None = None  # kv only
     tensors: Mapping[str, Tensor] | None = None  # weights only: parameter name inside the site -> tensor
     statistics: frozenset[str] = frozenset()  # every statistic `needs` may ask for, for the conflict table
 
@@ -289,6 +289,58 @@ class Evict:
         return max(1, sum(tokens_of(b, length) for b in (self.sinks, self.recent, self.heavy)))
 
 
+BITS = (2, 4, 8, 16)  # widths that a code may have; 16 means the model's own dtype, unquantised
+
+
+def check_bits(name: str, bits: Any) -> None:
+    """InputError unless ``bits`` is a width that codes may have."""
+    if isinstance(bits, bool) or bits not in BITS:
+        widths = ", ".join(str(b) for b in BITS[:-1])
+        raise InputError(f"{name}={bits!r}: give {widths}, or 16 for the model's own dtype, unquantised")
+
+
+@dataclass(frozen=True)
+class Quantise:
+    """A rule for how precisely a cache layer holds its tokens. Each is packed once, and never again.
+
+    Tokens wait in the model's own dtype. After a call in which more than ``residual`` of a row's tokens wait
+    and ``interval`` of them are too many, these (the oldest; whole groups where ``group`` is given) become a
+    packed chunk. A first prefill that is at least ``start`` tokens long is packed whatever ``interval`` says,
+    and a row with fewer than ``start`` tokens never. Pads are dropped and influence nothing.
+
+    k_bits, v_bits: bits per number, of BITS, for the (high, low) tier. Which tokens go high is the answer of
+    the contribution's ``value``: bool (B, Hkv or 1, W) over the W columns of ``call.key``, which are the tokens
+    that wait, newest last; only those that ``call.layer.packing()`` (bool (B, Hkv, W)) marks are read. None,
+    or no value function, means all. It is asked only in a call that packs, which ``call.layer.due`` tells;
+    ``needs`` may depend on that. On a packed layer a statistic over keys has more columns than ``call.key``:
+    the last W are about it.
+
+    Packing is asymmetric between minimum and maximum, with parameters in the model's own dtype. K: per channel,
+    over ``group`` tokens (0: over all tokens of a chunk's tier). V: per token, after division of each channel
+    by the root of its largest absolute value among the same tokens.
+    """
+
+    k_bits: tuple[int, int] = (4, 4)
+    v_bits: tuple[int, int] = (4, 4)
+    group: int = 0
+    residual: int = 0
+    interval: int = 1
+    start: int = 0
+
+    @property
+    def exact(self) -> bool:
+        """Whether nothing would be rounded at all."""
+        return {*self.k_bits, *self.v_bits} == {16}
+
+    def packs(self, waiting: int, seen: int, fresh: bool) -> int:
+        """How many of ``waiting`` tokens to pack now; ``seen``: tokens of the row; fresh: it was its first call."""
+        over = waiting - self.residual
+        least = 1 if fresh and not self.group else max(1, self.interval)
+        if seen < self.start or over < least:
+            return 0
+        return over // self.group * self.group if self.group else over
+
+
 # ---------------------------------------------------------------- plans and conflicts
 
 
@@ -312,7 +364,9 @@ class AttentionPlan:
         }
         self.inert = not self.active
         self.stateful = any(e.contribution.stateful for e in self.active)
-        self.evict: Evict | None = next((e.contribution.policy for e in self.of["kv"]), None)
+        # At most one of each: two would be a conflict.
+        self.evictor = next((e for e in self.of["kv"] if isinstance(e.contribution.policy, Evict)), None)
+        self.quantiser = next((e for e in self.of["kv"] if isinstance(e.contribution.policy, Quantise)), None)
         self.lookahead = tuple(e for e in self.active if e.contribution.lookahead)
         # Only scalings and gains: the user's own attention function can still do the work.
         editing = {"position", "keys", "pattern", "observe", "form", "mass", "kv"}
@@ -325,7 +379,19 @@ class AttentionPlan:
     @property
     def needs_layer(self) -> bool:
         """Whether this plan keeps something on the sequence's cache layer."""
-        return self.stateful or self.evict is not None
+        return self.stateful or bool(self.of["kv"])
+
+    @property
+    def evict(self) -> Evict | None:
+        """The rule for what the cache keeps."""
+        policy = self.evictor.contribution.policy if self.evictor else None
+        return policy if isinstance(policy, Evict) else None
+
+    @property
+    def quantise(self) -> Quantise | None:
+        """The rule for how precisely the cache keeps it."""
+        policy = self.quantiser.contribution.policy if self.quantiser else None
+        return policy if isinstance(policy, Quantise) else None
 
 
 def conflicts(site: Site, entries: Sequence[Entry]) -> list[str]:
@@ -354,8 +420,9 @@ def _clash(a: Entry, b: Entry) -> str | None:
         return f"the same method is already there (seam {x.kind}); remove the first patch or narrow one with `where`"
     if x.kind == y.kind and x.kind in EXCLUSIVE:
         return f"seam {x.kind} takes one contribution; use `where` to give them different layers"
-    if x.kind == y.kind == "kv":
-        return "seam kv takes one eviction rule; use `where` to give them different layers"
+    if x.kind == y.kind == "kv" and type(x.policy) is type(y.policy):
+        what = "rule of precision" if isinstance(x.policy, Quantise) else "eviction rule"
+        return f"seam kv takes one {what}; use `where` to give them different layers"
     if x.kind == y.kind == "mass" and _heads_meet(x, y):
         return "seam mass takes one contribution per head; give them different heads"
     if x.kind == y.kind == "weights" and set(x.tensors or ()) & set(y.tensors or ()):
@@ -365,6 +432,8 @@ def _clash(a: Entry, b: Entry) -> str | None:
             return f"seam form replaces softmax attention, which seam {other.kind} needs"
         if one.in_order and other.kind == "kv":
             return f"seam {one.kind} reads the keys in their order, and seam kv drops some; give them different layers"
+        if isinstance(other.policy, Quantise) and one.kind in {"position", "pattern"}:
+            return f"seam {one.kind} needs every key as it is, and seam kv packs them; give them different layers"
         if one.kind == "pattern" and one.dynamic and other.statistics:
             return f"seam pattern is chosen from statistics that seam {other.kind} reads as well"
     return None
