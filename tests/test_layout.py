@@ -22,6 +22,7 @@ ORDER = [
     {"kernels", "hosts.base", "report", "rows", "verification"},
     {"kv", "patchers", "rows"},
     {"softmax"},
+    {"packed"},
     {"attention", "recipes"},
     {"hosts"},
     {"calibration", "probing"},

@@ -1,13 +1,15 @@
 """Keys and values packed to 2, 4 or 8 bits, and attention on them as they lie."""
 
-from .api import choose, dequantise, packed_attention, packed_rows, weigh
+from .api import blocks, choose, dequantise, merge, packed_attention, packed_rows, weigh
 from .format import RAW, Segment, pack, per_byte, quantise, raw, unpack
 
 __all__ = [
     "RAW",
     "Segment",
+    "blocks",
     "choose",
     "dequantise",
+    "merge",
     "pack",
     "packed_attention",
     "packed_rows",

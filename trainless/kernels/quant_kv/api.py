@@ -19,7 +19,7 @@ from .format import RAW, Segment
 
 BLOCK = 1024  # tokens dequantised at a time where many query rows meet packed keys
 
-__all__ = ["blocks", "choose", "dequantise", "packed_attention", "packed_rows", "weigh"]
+__all__ = ["blocks", "choose", "dequantise", "merge", "packed_attention", "packed_rows", "weigh"]
 
 
 def choose(query: Tensor, segments: Sequence[Segment], *, terms: Terms) -> Choice:

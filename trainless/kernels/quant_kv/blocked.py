@@ -140,7 +140,7 @@ def _numbers(codes: Tensor, bits: int, like: Tensor) -> Tensor:
 
 def _logits(q: Tensor, segment: Segment, z: Tensor) -> None:
     """q·k for every slot into z (B, Hkv, r, slots)."""
-    b, hkv, r, d = q.shape
+    b, hkv, _, d = q.shape
     if not segment.slots:
         return
     if segment.index is not None:

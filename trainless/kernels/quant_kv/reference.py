@@ -37,7 +37,7 @@ def rows(
     query: Tensor, segments: Sequence[Segment], terms: Terms, valid: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output (B, H, Lq, Dv), probabilities (B, H, Lq, K) and lse (B, H, Lq), in the dtype of the query."""
-    b, h, lq, _ = query.shape
+    h = query.shape[1]
     both = [dequantise(s, query.dtype) for s in segments]
     key, value = torch.cat([k for k, _ in both], 2), torch.cat([v for _, v in both], 2)
     share = h // key.shape[1]
