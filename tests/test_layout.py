@@ -20,7 +20,7 @@ ORDER = [
     {"errors"},
     {"seams", "journal", "layers", "tables"},
     {"kernels", "hosts.base", "report", "rows", "verification"},
-    {"kv", "patchers", "rows"},
+    {"kv", "patchers", "rows", "probed"},
     {"softmax"},
     {"attention", "recipes"},
     {"hosts"},

@@ -137,10 +137,17 @@ class _Run(SoftmaxRun):
     def _wanted(self, layer: CompressingLayer | None) -> set[str]:
         """Statistics that this call has to produce."""
         wanted: set[str] = set()
+        scored = None if layer is None else layer.scored_by()
         for entry in self.plan.active:
-            wanted.update(entry.contribution.wanted(self.call, self._state(entry)))
-        if layer is not None and layer.wants_scores():
-            wanted.add("column_mass")
+            state = self._state(entry)
+            asked = set(entry.contribution.wanted(self.call, state))
+            if "probe_mass" in asked:
+                cached = entry.contribution.kind != "kv" or scored == "probe_mass"
+                if not (cached and self.probed.ask(entry, self.call, state)):
+                    asked.remove("probe_mass")
+            wanted.update(asked)
+        if scored == "column_mass":
+            wanted.add(scored)
         return wanted
 
     # ------------------------------------------------------------------ after the softmax

@@ -33,7 +33,7 @@ KINDS = (
     "around",  # wrap the call of a module: value(proceed, args, kwargs) -> result
     "weights",  # replace tensors: tensors
 )
-STATISTICS = ("lse", "column_mass")
+STATISTICS = ("lse", "column_mass", "probe_mass")
 # Kinds of which one site takes a single contribution (mass: one per head).
 EXCLUSIVE = {"position", "form"}
 
@@ -115,12 +115,15 @@ class Statistics:
 
     lse (B, H, Lq): log-sum-exp of the logits of each row. column_mass (B, H, Lk): probability that
     each key received, summed over the rows that are not padding. rows (B, Lk): how many of those rows
-    can see each key.
+    can see each key. probe_mass, probe_rows: the same two over the rows that the contribution chose
+    (``Contribution.probes``); zero where it chose none.
     """
 
     lse: Tensor | None = None
     column_mass: Tensor | None = None
     rows: Tensor | None = None
+    probe_mass: Tensor | None = None
+    probe_rows: Tensor | None = None
 
 
 class State:
@@ -159,6 +162,9 @@ class State:
 
 
 Value = Callable[[AttentionCall, Statistics, State], Any]
+# Which query rows a contribution wants the column mass of: bool (B, Lq) or (Lq,), or row numbers, int64 (B, P)
+# or (P,), with -1 for none and a row that is named twice counted twice; None for no rows. Pads never count.
+Probes = Callable[[AttentionCall, State], Tensor | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,6 +176,8 @@ class Contribution:
     heads (None: all). ``inert`` says that it is known now to change nothing: the engine then runs the
     stock kernel. ``stateful`` asks for a State that outlives the call. ``lookahead`` says that a row's
     result depends on later rows of the same call, so a prefill cut into chunks would differ.
+    ``probes`` chooses the rows of the statistic "probe_mass", at a cost that grows with their number only;
+    on a kv contribution it chooses the rows that the cache layer is told about.
     """
 
     kind: str
@@ -180,6 +188,7 @@ class Contribution:
     stateful: bool = False
     lookahead: bool = False
     in_order: bool = False  # reads keys by their place in the sequence, so none may be evicted
+    probes: Probes | None = None
     dynamic: bool = False  # pattern only: chosen from statistics
     admits: frozenset[str] = frozenset({"gain"})  # form only: kinds it can live with
     policy: Evict | None = None  # kv only
@@ -191,6 +200,10 @@ class Contribution:
             raise InputError(f"contribution kind {self.kind!r} is unknown; known: {', '.join(KINDS)}")
         if not callable(self.needs) and not self.statistics:
             object.__setattr__(self, "statistics", frozenset(self.needs))
+        if (self.probes is None) == ("probe_mass" in self.statistics):
+            raise InputError(
+                'a contribution that needs "probe_mass" says by `probes` of which rows, and only it'
+            )
 
     def wanted(self, call: AttentionCall, state: State) -> Collection[str]:
         return self.needs(call, state) if callable(self.needs) else self.needs

@@ -6,6 +6,7 @@ statistics are taken, dynamic patterns and edits asked for and carried out. Whic
 - up to FEW_ROWS query rows (decode, drafts): their probabilities are computed outright and edited;
 - statistics that may lead to an edit: output, log-sum-exp and column mass in one sweep, and for heads that then
   are not edited the output of the user's own kernel;
+- statistics over chosen rows alone: those rows meet the keys, and the output is the user's own;
 - anything else: the fused operator, then one pass per statistic, then an edit of few columns.
 """
 
@@ -27,6 +28,7 @@ from .kernels.lse import choose, row_attention
 from .kernels.mass_move import mass_move
 from .kernels.visibility import Visibility, visibility
 from .kv import CompressingLayer
+from .probed import Probed, row_weights
 from .rows import apply, move_edit, on_heads
 from .seams import AttentionCall, AttentionPlan, Contribution, Entry, MassMove, RowEdit, State, Statistics
 
@@ -45,6 +47,7 @@ class SoftmaxRun:
         self.acted: set[Any] = set()
         self.edited = False  # the output can no longer come from the delegate
         self.stats = Statistics()
+        self.probed = Probed()
         self.kernel, self.reasons = "stock", ""
 
     def _state(self, entry: Entry) -> State:
@@ -66,7 +69,8 @@ class SoftmaxRun:
                 f"{entry.method}: head {max(heads)} does not exist at {self.runtime.site.name}, "
                 f"which has {self.call.query.shape[1]} heads"
             )
-        return value(self.call, self.stats, self._state(entry))
+        stats = replace(self.stats, **self.probed.of(entry)) if self.probed.found else self.stats
+        return value(self.call, stats, self._state(entry))
 
     def _softmax(
         self,
@@ -83,7 +87,7 @@ class SoftmaxRun:
                 "attention; call model.eval() or remove the patch"
             )
         if layer is not None and layer.evicted and call.query.shape[2] == 1 and not (extra or moves):
-            if not self.plan.of["pattern"] and not self.plan.of["observe"] and "lse" not in wanted:
+            if not (self.plan.of["pattern"] or self.plan.of["observe"] or "lse" in wanted):
                 return self._decode_kept(layer, wanted)
         dynamic = [e for e in self.plan.of["pattern"] if e.contribution.dynamic]
         edits = None
@@ -98,14 +102,17 @@ class SoftmaxRun:
         plain = not (self.edited or extra)
         if plain and not dynamic and self._together(visible, wanted, moves):
             return self._edit_swept(layer, visible, moves)
-        out, lse = self._attention(visible)
-        self.edited = self.edited or bool(extra)
-        if extra:
-            out, lse = self._merge_extra(out, lse, extra)
-        self.stats.lse = lse
+        out, lse = None, None
+        if not plain or wanted - {"probe_mass"}:
+            out, lse = self._attention(visible)
+            self.edited = self.edited or bool(extra)
+            if extra:
+                out, lse = self._merge_extra(out, lse, extra)
+            self.stats.lse = lse
         options = self._options()
         if "column_mass" in wanted:
             self._column_mass(layer, visible, lse, options)
+        self._probe(layer, visible, lse)
         for entry in dynamic:
             pairs = self._value(entry)
             if pairs is not None:
@@ -117,8 +124,11 @@ class SoftmaxRun:
         changed = False
         if edits is None:
             edits = [(entry, move) for entry in moves if (move := self._value(entry)) is not None]
+        if edits and out is None:
+            out, lse = self._attention(visible)
         for entry, move in edits:
             changed = True
+            assert out is not None and lse is not None
             self.acted.add(entry.owner)
             if isinstance(move, RowEdit):
                 out = self._edit_rows(out, lse, visible, move, entry.contribution)
@@ -127,6 +137,8 @@ class SoftmaxRun:
         for entry in self.plan.of["observe"]:
             self._value(entry)
             self.acted.add(entry.owner)
+        if out is None:
+            return self.delegate(call)
         if plain and not changed and not self.edited:
             # Only looked at: the user's own kernel gives the output, ours gave the statistics.
             if self.runtime.facts.get("same_bits") and not out.requires_grad:
@@ -158,6 +170,7 @@ class SoftmaxRun:
                 heads=watched,
             )  # fmt: skip
         self._note_mass(layer, visible, mass, watched)
+        self._probe(layer, visible, None)
         lse = swept_lse.new_zeros(b, h, lq)
         lse[:, watched] = swept_lse
         self.stats.lse = lse
@@ -249,10 +262,11 @@ class SoftmaxRun:
         return out, lse
 
     def _column_mass(
-        self, layer: CompressingLayer | None, visible: Visibility, lse: Tensor, options: dict[str, Any]
+        self, layer: CompressingLayer | None, visible: Visibility, lse: Tensor | None, options: dict[str, Any]
     ) -> None:
         """Fill in column_mass (B, H, Lk), zero for heads nobody asked about, and the row counts."""
         call = self.call
+        assert lse is not None
         heads = self._heads_watched(layer)
         options = {k: v for k, v in options.items() if k != "sink_logits"}  # they are inside lse already
         with torch.no_grad():  # what is chosen by it is chosen, not differentiated
@@ -276,19 +290,46 @@ class SoftmaxRun:
             mass = whole
         self.stats.column_mass = mass
         self.stats.rows = visible.counts(call.query.shape[0])
-        if layer is not None and layer.wants_scores():
-            tail = None
-            if layer.record_past:
-                # These rows may be taken back by the next crop, so the layer wants them one by one.
-                rows = min(layer.TAIL, call.query.shape[2])
-                _, probabilities = self._probabilities(
-                    visible, call.query.shape[2] - rows, call.query.shape[2]
-                )
-                tail = probabilities
-            layer.score(mass, tail)
+        if layer is not None and layer.scored_by() == "column_mass":
+            layer.score(mass, self._tail(visible) if layer.record_past else None)
+
+    def _tail(self, visible: Visibility) -> Tensor:
+        """The last rows of probabilities: the next crop may take them back, so the layer wants them one by one."""
+        lq = self.call.query.shape[2]
+        return self._probabilities(visible, max(0, lq - CompressingLayer.TAIL), lq)[1]
+
+    def _probe(
+        self,
+        layer: CompressingLayer | None,
+        visible: Visibility | None,
+        lse: Tensor | None,
+        probabilities: Tensor | None = None,
+    ) -> None:
+        """Fill in the statistics over chosen rows, and tell a layer that scores by them."""
+        if not self.probed.index:
+            return
+        if probabilities is None:
+            assert visible is not None
+            self.probed.compute(self.call, visible, self._terms(), lse)
+        else:
+            self.probed.take(probabilities, visible)
+        if layer is None or layer.scored_by() != "probe_mass":
+            return
+        entry = self.plan.of["kv"][0]
+        found = self.probed.of(entry)
+        if not found:
+            return
+        tail = None
+        if layer.record_past:
+            tail = probabilities if visible is None or probabilities is not None else self._tail(visible)
+            assert tail is not None
+            index = self.probed.index[entry.contribution.probes]  # type: ignore[index]
+            times = row_weights(index, self.call.query.shape[2])[:, -tail.shape[2] :]
+            tail = tail * times[:, None, :, None]
+        layer.score(found["probe_mass"], tail, found["probe_rows"])
 
     def _heads_watched(self, layer: CompressingLayer | None) -> tuple[int, ...] | None:
-        if layer is not None and layer.wants_scores():
+        if layer is not None and layer.scored_by() == "column_mass":
             return None
         heads: set[int] = set()
         for entry in self.plan.active:
@@ -326,6 +367,9 @@ class SoftmaxRun:
         if "column_mass" in wanted:
             rows = probabilities if call.real is None else probabilities * call.real[:, None, :, None]
             layer.score(rows[:, :, 0], rows if layer.record_past else None)
+        if "probe_mass" in wanted:
+            holes = layer.valid() is not None
+            self._probe(layer, self._visibility(layer, []) if holes else None, None, probabilities)
         return out.transpose(1, 2).contiguous()
 
     def _few_rows(
@@ -348,8 +392,9 @@ class SoftmaxRun:
             self.stats.rows = (
                 visible.counts(call.query.shape[0]) if not (layer is not None and layer.evicted) else None
             )
-            if layer is not None and layer.wants_scores():
+            if layer is not None and layer.scored_by() == "column_mass":
                 layer.score(self.stats.column_mass, rows if layer.record_past else None)
+        self._probe(layer, visible, None, probabilities)
         if "lse" in wanted:
             _, self.stats.lse = self._attention(visible)
         changed = False

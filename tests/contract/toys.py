@@ -89,6 +89,43 @@ def _more_keys(site: Site) -> Sequence[Contribution]:
 
 Keys, MoreKeys = toy("keys", _keys), toy("more_keys", _more_keys)
 
+# ---------------------------------------------------------------- chosen rows
+
+PROBED: dict[int, list[tuple[Tensor, Tensor]]] = {}
+
+
+def last_and_third(call: Any, state: Any) -> Tensor:
+    """bool (B, Lq): every third row, another third in each row of the batch, and the last one."""
+    b, lq = call.shape[0], call.shape[3]
+    chosen = (torch.arange(lq)[None] + torch.arange(b)[:, None]) % 3 == 0
+    chosen[:, -1] = True
+    return chosen
+
+
+def twice_and_none(call: Any, state: Any) -> Tensor:
+    """int64 (B, 4): the last row twice, one in the middle, none."""
+    b, lq = call.shape[0], call.shape[3]
+    return torch.tensor([lq - 1, lq // 2, lq - 1, -1]).expand(b, 4)
+
+
+def _probe(probes: Any) -> Make:
+    def make(site: Site) -> Sequence[Contribution]:
+        def value(call: Any, stats: Any, state: Any) -> None:
+            PROBED.setdefault(site.layer, []).append((stats.probe_mass.clone(), stats.probe_rows.clone()))
+
+        return [Contribution("observe", value, needs={"probe_mass"}, probes=probes)]
+
+    return make
+
+
+ProbeMask, ProbeIndex = toy("probe_mask", _probe(last_and_third)), toy("probe_index", _probe(twice_and_none))
+ProbeNone = toy(
+    "probe_none",
+    lambda site: [
+        Contribution("observe", lambda c, s, t: None, needs={"probe_mass"}, probes=lambda c, s: None)
+    ],
+)
+
 # ---------------------------------------------------------------- patterns
 
 

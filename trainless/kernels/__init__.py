@@ -7,7 +7,7 @@ arguments and chooses. Importing this package does not import Triton.
 
 from __future__ import annotations
 
-from .column_mass import column_mass
+from .column_mass import chosen_mass, column_mass
 from .dispatch import Choice, available
 from .lse import attention, row_attention
 from .mass_move import mass_move
@@ -18,6 +18,7 @@ __all__ = [
     "Visibility",
     "attention",
     "available",
+    "chosen_mass",
     "column_mass",
     "mass_move",
     "row_attention",

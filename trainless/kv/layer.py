@@ -120,12 +120,16 @@ class CompressingLayer(Slots):
         self.ages = [a + g for a, g in zip(self.ages, grown, strict=True)]
         self.counts = [c + g for c, g in zip(self.counts, grown, strict=True)]
 
-    def wants_scores(self) -> bool:
-        """Whether the rule needs to know how much probability each key receives."""
-        return self.policy.score is not None and self.lease.active
+    def scored_by(self) -> str | None:
+        """The statistic that the rule needs of the call under way, None when it needs none."""
+        return self.policy.score if self.lease.active else None
 
-    def score(self, mass: Tensor, tail: Tensor | None = None) -> None:
-        """Add column mass (B, H, Lk). ``tail`` (B, H, rows, Lk): its last rows one by one, if they may be cropped."""
+    def score(self, mass: Tensor, tail: Tensor | None = None, readers: Tensor | None = None) -> None:
+        """Add column mass (B, H, Lk) of the rows that the rule looks at.
+
+        ``tail`` (B, H, rows, Lk): its last rows one by one, if they may be cropped. ``readers`` (B, Lk): how many
+        of the rows see each key; given for chosen rows only.
+        """
         mass = mass.detach()
         if self.lease.deferring and self.policy.gqa == "max":
             # The largest head is known when the last chunk of the prefill is: until then heads stay apart.
