@@ -21,22 +21,35 @@ from .evict import Evictor, Kept
 from .float64 import float64_math
 from .h2o import H2O
 from .head_gain import HeadGain
+from .kvquant import KvQuant
+from .packing import Block, Packed
 from .replay import position_ids, real_rows, replay
+from .snapkv import SnapKV
 from .streaming import Streaming
 from .temperature import AttnTemperature
+from .tova import Tova
+from .zipcache import ZipCache
+from .zipvl import ZipVL
 
 __all__ = [
     "H2O",
     "Act",
     "AttnTemperature",
+    "Block",
     "EntropyOracle",
     "Evictor",
     "HeadGain",
     "Kept",
+    "KvQuant",
     "Oracle",
+    "Packed",
     "Rule",
     "Site",
+    "SnapKV",
     "Streaming",
+    "Tova",
+    "ZipCache",
+    "ZipVL",
     "factor",
     "float64_math",
     "install",

@@ -110,6 +110,10 @@ class Rule:
         """The keys that the queries meet, (B, Hkv, Lk, D)."""
         return key
 
+    def values(self, call: Call, value: Tensor) -> Tensor:
+        """The values that the probabilities meet, (B, Hkv, Lk, D)."""
+        return value
+
     def logits(self, call: Call, logits: Tensor) -> Tensor:
         """The logits before masking, (B, H, Lq, Lk)."""
         return logits
@@ -127,7 +131,9 @@ class Rule:
         return out
 
     def after(self, call: Call, p: Tensor) -> None:
-        """Called last, with the probabilities before ``probabilities`` of any rule edited them."""
+        """Called last, with the probabilities before ``probabilities`` of any rule edited them; in the reverse
+        order of the rules, so that a store that comes first on the way out of the cache is last on the way in.
+        """
 
 
 @dataclass
@@ -193,7 +199,7 @@ class Oracle:
             for rule in rules:
                 rule.begin(call)
         for rule in rules:
-            key = rule.keys(call, key)
+            key, value = rule.keys(call, key), rule.values(call, value)
         z = query @ key.repeat_interleave(call.groups, dim=1).transpose(2, 3) * scaling
         if softcap is not None:
             z = softcap * torch.tanh(z / softcap)
@@ -211,7 +217,7 @@ class Oracle:
         out = p @ value.repeat_interleave(call.groups, dim=1)
         for rule in rules:
             out = rule.output(call, out)
-        for rule in rules:
+        for rule in reversed(rules):
             rule.after(call, before_edits)
         self.traces[site.name].append(Trace(before_edits, p, seen))
         return out
