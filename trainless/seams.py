@@ -283,23 +283,55 @@ class Evict:
     sinks: the first visible tokens. recent: the last ones. heavy: those among the rest with the
     highest score. The newest token is always kept; ties go to the newer one.
 
+    capacity: how many tokens stay in all, whatever ``heavy`` says; a fraction that comes to less than the
+    sinks and the recent tokens means those.
+
     score: "column_mass" adds up the probability that each key received from every row so far;
-    None scores nothing (heavy must then be 0). gqa: how the query heads of a group share a key/value
-    head's score: sum, first, max, mean. normalise: divide each score by the rows that could see the key.
+    "probe_mass" is what it received from the ``last`` real rows of this call alone, and earlier calls have no
+    say. None scores nothing (heavy must then be 0). gqa: how the query heads of a group share a key/value
+    head's score: sum, first, max, mean; shared: one score for the whole layer, the mean over its heads, so
+    that all key/value heads keep the same tokens. normalise: divide each score by the rows that could see the
+    key. pool: the scores of the tokens that are free to go are pooled over so many neighbours first
+    (odd; stride 1, zeros beyond both ends), pooling: avg or max.
+
+    once: choose at the end of the first prefill, and keep everything that comes after it.
     rolled: keys are presented as if the kept tokens were contiguous.
     """
 
     sinks: Budget = 0
     recent: Budget = 0
     heavy: Budget = 0
+    capacity: Budget | None = None
     score: str | None = None
+    last: int = 0
     gqa: str = "sum"
+    shared: bool = False
     normalise: bool = False
+    pool: int = 1
+    pooling: str = "avg"
+    once: bool = False
     rolled: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.score == "probe_mass") != (self.last > 0):
+            raise InputError(
+                'score="probe_mass" needs last=, the number of rows to score by, and only it does'
+            )
+        if self.pool % 2 == 0 or (self.pool > 1 and not self.once):
+            raise InputError(f"pool={self.pool}: an odd number of neighbours, with once=True")
 
     def total(self, length: int) -> int:
         """Tokens that a row with a prompt of ``length`` tokens keeps: at least 1, the newest."""
-        return max(1, sum(tokens_of(b, length) for b in (self.sinks, self.recent, self.heavy)))
+        if self.capacity is None:
+            return max(1, sum(tokens_of(b, length) for b in (self.sinks, self.recent, self.heavy)))
+        protected = sum(tokens_of(b, length) for b in (self.sinks, self.recent))
+        return max(1, tokens_of(self.capacity, length), min(length, protected))
+
+    @property
+    def fixed(self) -> int:
+        """Tokens that every row keeps, whatever the length of its prompt."""
+        budgets = (self.sinks, self.recent, self.heavy) if self.capacity is None else (self.capacity,)
+        return sum(b for b in budgets if isinstance(b, int))
 
 
 # ---------------------------------------------------------------- plans and conflicts

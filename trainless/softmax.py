@@ -291,12 +291,12 @@ class SoftmaxRun:
         self.stats.column_mass = mass
         self.stats.rows = visible.counts(call.query.shape[0])
         if layer is not None and layer.scored_by() == "column_mass":
-            layer.score(mass, self._tail(visible) if layer.record_past else None)
+            layer.score(mass, self._tail(layer, visible) if layer.rows_apart() else None)
 
-    def _tail(self, visible: Visibility) -> Tensor:
-        """The last rows of probabilities: the next crop may take them back, so the layer wants them one by one."""
+    def _tail(self, layer: CompressingLayer, visible: Visibility) -> Tensor:
+        """The last rows of probabilities, where the layer wants them one by one."""
         lq = self.call.query.shape[2]
-        return self._probabilities(visible, max(0, lq - CompressingLayer.TAIL), lq)[1]
+        return self._probabilities(visible, max(0, lq - layer.rows_apart()), lq)[1]
 
     def _probe(
         self,
@@ -320,13 +320,15 @@ class SoftmaxRun:
         if not found:
             return
         tail = None
-        if layer.record_past:
-            tail = probabilities if visible is None or probabilities is not None else self._tail(visible)
+        if layer.rows_apart():
+            tail = (
+                probabilities if visible is None or probabilities is not None else self._tail(layer, visible)
+            )
             assert tail is not None
             index = self.probed.index[entry.contribution.probes]  # type: ignore[index]
             times = row_weights(index, self.call.query.shape[2])[:, -tail.shape[2] :]
             tail = tail * times[:, None, :, None]
-        layer.score(found["probe_mass"], tail, found["probe_rows"])
+        layer.score(found["probe_mass"], tail)
 
     def _heads_watched(self, layer: CompressingLayer | None) -> tuple[int, ...] | None:
         if layer is not None and layer.scored_by() == "column_mass":
@@ -366,7 +368,7 @@ class SoftmaxRun:
         self.kernel = "rows"
         if "column_mass" in wanted:
             rows = probabilities if call.real is None else probabilities * call.real[:, None, :, None]
-            layer.score(rows[:, :, 0], rows if layer.record_past else None)
+            layer.score(rows[:, :, 0], rows if layer.rows_apart() else None)
         if "probe_mass" in wanted:
             holes = layer.valid() is not None
             self._probe(layer, self._visibility(layer, []) if holes else None, None, probabilities)
@@ -393,7 +395,7 @@ class SoftmaxRun:
                 visible.counts(call.query.shape[0]) if not (layer is not None and layer.evicted) else None
             )
             if layer is not None and layer.scored_by() == "column_mass":
-                layer.score(self.stats.column_mass, rows if layer.record_past else None)
+                layer.score(self.stats.column_mass, rows if layer.rows_apart() else None)
         self._probe(layer, visible, None, probabilities)
         if "lse" in wanted:
             _, self.stats.lse = self._attention(visible)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from oracle import H2O, Act, AttnTemperature, HeadGain, Rule, Streaming, models
+from oracle import H2O, Act, AttnTemperature, HeadGain, Rule, SnapKV, Streaming, Tova, models
 
 CAUSAL, ENCODERS, DENOISERS = models.CAUSAL, models.ENCODERS, models.DENOISERS
 FULL = models.FULL_ATTENTION
@@ -38,6 +38,7 @@ class Case:
     neighbour_rules: Callable[[], list[Rule]] = list
     clashes: Sequence[tuple[str, Mapping[str, Any], str]] = ()  # (method, parameters, seam)
     evicts: bool = False
+    once: bool = False  # evicts after the first prefill alone, and grows from there
     chunks: str = "same"
     assisted: str = "same"  # or "refused", when drafts are rejected in part
     main: bool = False  # the one that stands for its method in the long tests
@@ -90,6 +91,17 @@ def _evicting(label: str, method: str, rule: Any, families: Sequence[str], **mor
     return Case(
         label, method, more, lambda: rule(**oracle), families, {**more, "recent": 1 << 30},
         {**more, "recent": 60}, layers_of={"gemma2": (1,)}, evicts=True, **extra,
+    )  # fmt: skip
+
+
+def _capped(label: str, method: str, rule: Any, families: Sequence[str], **more: Any) -> Case:
+    """An evictor whose budget is one number, ``capacity``."""
+    extra = {
+        k: more.pop(k) for k in ("main", "neighbours", "neighbour_rules", "clashes", "once") if k in more
+    }
+    return Case(
+        label, method, more, lambda: rule(**more), families, {**more, "capacity": 1 << 30},
+        {**more, "capacity": 60}, layers_of={"gemma2": (1,)}, evicts=True, **extra,
     )  # fmt: skip
 
 
@@ -150,6 +162,21 @@ CASES: list[Case] = [
         _evicting(f"h2o-{gqa}", "h2o", H2O, ("llama",), heavy=4, recent=3, gqa=gqa)
         for gqa in ("first", "max", "mean")
     ),
+    _capped(
+        "tova", "tova", Tova, EVICTABLE, capacity=7, main=True, neighbours=(WARM, GAIN),
+        neighbour_rules=_around(warm_rule, gain_rule), clashes=[("streaming", {"recent": 4}, "kv")],
+    ),
+    _capped("tova-heads", "tova", Tova, ("llama", "qwen2"), capacity=7, shared=False),
+    _capped("tova-fraction", "tova", Tova, ("llama",), capacity=0.4),
+    _capped(
+        "snapkv", "snapkv", SnapKV, EVICTABLE, capacity=9, window=4, pool=3, main=True, once=True,
+        neighbours=(WARM, GAIN), neighbour_rules=_around(warm_rule, gain_rule),
+        clashes=[("streaming", {"recent": 4}, "kv")],
+    ),
+    _capped(
+        "snapkv-max", "snapkv", SnapKV, ("llama", "qwen2"), capacity=8, window=3, pool=5, pooling="max", once=True
+    ),
+    _capped("snapkv-fraction", "snapkv", SnapKV, ("llama",), capacity=0.6, window=2, pool=1, once=True),
     Case(
         "entropy", "entropy", {"trained": 256}, Rule, DENOISERS, {"trained": 128}, main=True, trained=256,
         neighbours=(

@@ -85,7 +85,9 @@ class CompressingLayer(Slots):
                     "cache.activate_past_recording() before the forward whose tokens you may crop"
                 )
             tail = self.pending.shape[2] if self.pending is not None else 0
-            if self.policy.score and count > tail:
+            if self.policy.last:
+                tail = self.TAIL
+            if self.scored_by() and count > tail:
                 raise Unsupported(
                     f"crop({tokens_to_remove}): the scores of the last {tail} tokens only can be taken back; "
                     "use drafts shorter than that"
@@ -122,15 +124,37 @@ class CompressingLayer(Slots):
 
     def scored_by(self) -> str | None:
         """The statistic that the rule needs of the call under way, None when it needs none."""
-        return self.policy.score if self.lease.active else None
+        policy = self.policy
+        if not self.lease.active or policy.score is None or (policy.once and self.done):
+            return None
+        whole = not (self.lease.deferring or self.record_past)
+        if policy.last and whole and policy.capacity is not None and self.seen <= policy.fixed:
+            return (
+                None  # nothing can be over the budget yet, and no later call asks for the scores of this one
+            )
+        return policy.score
 
-    def score(self, mass: Tensor, tail: Tensor | None = None, readers: Tensor | None = None) -> None:
+    def rows_apart(self) -> int:
+        """How many of a call's last rows the layer wants to be told about one by one, besides their sum."""
+        if self.record_past:
+            return self.TAIL + self.policy.last
+        # Rows that a rule looks at may stand in several chunks of one prefill.
+        return self.policy.last if self.lease.deferring and self.policy.last > 1 else 0
+
+    def score(self, mass: Tensor, tail: Tensor | None = None) -> None:
         """Add column mass (B, H, Lk) of the rows that the rule looks at.
 
-        ``tail`` (B, H, rows, Lk): its last rows one by one, if they may be cropped. ``readers`` (B, Lk): how many
-        of the rows see each key; given for chosen rows only.
+        ``tail`` (B, H, rows, Lk): its last rows one by one, as ``rows_apart`` asked.
         """
         mass = mass.detach()
+        if self.policy.last:
+            # What earlier calls said is forgotten.
+            self.scores = None
+            if tail is None:
+                self.scores = self._grouped(mass[:, :, None])[:, :, 0]
+            else:
+                self._join(self._grouped(tail.detach()))
+            return
         if self.lease.deferring and self.policy.gqa == "max":
             # The largest head is known when the last chunk of the prefill is: until then heads stay apart.
             apart = self.states.setdefault(APART, State())
@@ -156,13 +180,18 @@ class CompressingLayer(Slots):
 
     def _hold_back(self, rows: Tensor, add: Tensor) -> Tensor:
         """Keep the last rows (B, Hkv, rows, S) apart until crop() says which stay; returns what to add now."""
+        surplus = self._join(rows)
+        return add if surplus is None else add + surplus.sum(2)
+
+    def _join(self, rows: Tensor) -> Tensor | None:
+        """Keep the last ``rows_apart`` of the rows so far; returns those that are too many."""
         if self.pending is not None:
             # A draft is fed token by token: the rows of its earlier calls may still be taken back, too.
             short = rows.shape[3] - self.pending.shape[3]
             rows = torch.cat([torch.nn.functional.pad(self.pending, (0, short)), rows], 2)
-        surplus = max(0, rows.shape[2] - self.TAIL)
+        surplus = max(0, rows.shape[2] - self.rows_apart())
         self.pending = rows[:, :, surplus:]
-        return add + rows[:, :, :surplus].sum(2) if surplus else add
+        return rows[:, :, :surplus] if surplus else None
 
     def valid(self) -> Tensor | None:
         """(B, Hkv, S) bool: which slots hold a token; None when all of them do."""
@@ -253,6 +282,8 @@ class CompressingLayer(Slots):
     def _grouped(self, mass: Tensor) -> Tensor:
         """(B, H, rows, Lk) of query heads to (B, Hkv, rows, Lk), as the rule says."""
         b, _, rows, lk = mass.shape
+        if self.policy.shared:
+            return mass.mean(1, keepdim=True).expand(b, self.keys.shape[1], rows, lk)
         groups = mass.reshape(b, self.keys.shape[1], -1, rows, lk)
         if self.policy.gqa == "sum":
             return groups.sum(2)
@@ -263,10 +294,14 @@ class CompressingLayer(Slots):
         return groups[:, :, 0]
 
     def _commit(self) -> None:
-        if self.pending is not None:
+        if self.pending is None:
+            return
+        if self.policy.last:
+            self.scores = self.pending[:, :, -self.policy.last :].sum(2)
+        else:
             assert self.scores is not None
             self.scores.add_(self.pending.sum(2))
-            self.pending = None
+        self.pending = None
 
     def _freeze(self) -> None:
         """Fix the budgets of every row from the length of its own prompt."""
@@ -279,6 +314,16 @@ class CompressingLayer(Slots):
     def _evict(self) -> bool:
         if not self.budgets:
             self._freeze()
+        if self.policy.once and self.done:
+            self.free = None  # the slot is taken, and the next token needs another
+            return False
+        dropped = self._over_budget()
+        self.done = True
+        if self.policy.last:
+            self.scores = None  # they were about this call
+        return dropped
+
+    def _over_budget(self) -> bool:
         if self.positions is None:
             if self.real is None:
                 stored = [self.seen] * self._batch()
@@ -309,10 +354,23 @@ class CompressingLayer(Slots):
         assert self.positions is not None
         if self.scores is None:
             return self.positions.to(torch.float64)
+        if self.policy.pool > 1:
+            return self._pooled()
         if not self.policy.normalise:
             return self.scores
         readers = self._rowwise(self.ages) - self.positions
         return self.scores / readers.clamp_min(1)
+
+    def _pooled(self) -> Tensor:
+        """The scores of the tokens that are free to go, each pooled with its neighbours among them."""
+        assert self.scores is not None
+        # Slots are still in the order of the prompt here, and pads and protected tokens count as zero.
+        free = self.scores.masked_fill(self._protected(), 0)
+        kernel, around = self.policy.pool, self.policy.pool // 2
+        pool = (
+            torch.nn.functional.max_pool1d if self.policy.pooling == "max" else torch.nn.functional.avg_pool1d
+        )
+        return pool(free, kernel, stride=1, padding=around)
 
     def _evict_one(self, over: list[bool]) -> None:
         """A decode step: drop at most one token per row and head; its slot is the next token's."""
