@@ -28,7 +28,7 @@ from .kernels.lse import choose, row_attention
 from .kernels.mass_move import mass_move
 from .kernels.visibility import Visibility, visibility
 from .kv import CompressingLayer
-from .probed import Probed, row_weights
+from .probed import Probed
 from .rows import apply, move_edit, on_heads
 from .seams import AttentionCall, AttentionPlan, Contribution, Entry, MassMove, RowEdit, State, Statistics
 
@@ -315,19 +315,17 @@ class SoftmaxRun:
             self.probed.take(probabilities, visible)
         if layer is None or layer.scored_by() != "probe_mass":
             return
-        entry = self.plan.of["kv"][0]
-        found = self.probed.of(entry)
+        found = self.probed.of(self.plan.of["kv"][0])
         if not found:
             return
         tail = None
         if layer.rows_apart():
-            tail = (
-                probabilities if visible is None or probabilities is not None else self._tail(layer, visible)
-            )
-            assert tail is not None
-            index = self.probed.index[entry.contribution.probes]  # type: ignore[index]
-            times = row_weights(index, self.call.query.shape[2])[:, -tail.shape[2] :]
-            tail = tail * times[:, None, :, None]
+            # Which of the rows are the last ones is known when the drafts, or the chunks, are.
+            tail = probabilities
+            if tail is None and visible is not None:
+                tail = self._tail(layer, visible)
+            if tail is not None and self.call.real is not None:
+                tail = tail * self.call.real[:, None, -tail.shape[2] :, None]
         layer.score(found["probe_mass"], tail)
 
     def _heads_watched(self, layer: CompressingLayer | None) -> tuple[int, ...] | None:

@@ -1,4 +1,4 @@
-"""Kernels: attention with log-sum-exp, column mass, moving probability between keys.
+"""Kernels: attention with log-sum-exp, column mass, moving probability between keys, sparse attention.
 
 One folder per operation: ``reference.py`` fixes the meaning in dense torch, ``blocked.py`` serves any
 device with memory linear in the number of tokens, ``triton.py`` serves CUDA, ``api.py`` checks the
@@ -7,6 +7,7 @@ arguments and chooses. Importing this package does not import Triton.
 
 from __future__ import annotations
 
+from .block_sparse import block_sparse
 from .column_mass import chosen_mass, column_mass
 from .dispatch import Choice, available
 from .lse import attention, row_attention
@@ -18,6 +19,7 @@ __all__ = [
     "Visibility",
     "attention",
     "available",
+    "block_sparse",
     "chosen_mass",
     "column_mass",
     "mass_move",
