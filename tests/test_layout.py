@@ -20,7 +20,7 @@ ORDER = [
     {"errors"},
     {"seams", "journal", "layers", "tables"},
     {"kernels", "hosts.base", "report", "rows", "verification"},
-    {"kv", "patchers", "rows", "probed"},
+    {"kv", "patchers", "rows", "probed", "subset", "extra"},
     {"softmax"},
     {"attention", "recipes"},
     {"hosts"},

@@ -64,6 +64,8 @@ class _Run(SoftmaxRun):
         else:
             out = self._softmax(layer, extra, predicates, wanted, moves)
         out = self._gain(out)
+        if layer is not None and self._chooses(layer):
+            layer.choose(self._value(plan.of["kv"][0]))
         if layer is not None and layer.settle():
             self.acted.update(e.owner for e in plan.of["kv"])
         self._account(layer)
@@ -134,6 +136,11 @@ class _Run(SoftmaxRun):
             sink_logits=None if call.sink_logits is None else call.sink_logits * factor,
         )
 
+    @staticmethod
+    def _chooses(layer: CompressingLayer | None) -> bool:
+        """Whether the method itself says what this layer keeps after the call."""
+        return layer is not None and layer.policy.chosen and layer.lease.active
+
     def _wanted(self, layer: CompressingLayer | None) -> set[str]:
         """Statistics that this call has to produce."""
         wanted: set[str] = set()
@@ -142,9 +149,11 @@ class _Run(SoftmaxRun):
             state = self._state(entry)
             asked = set(entry.contribution.wanted(self.call, state))
             if "probe_mass" in asked:
-                cached = entry.contribution.kind != "kv" or scored == "probe_mass"
+                cached = entry.contribution.kind != "kv" or scored == "probe_mass" or self._chooses(layer)
                 if not (cached and self.probed.ask(entry, self.call, state)):
                     asked.remove("probe_mass")
+            if asked:
+                self.asking.add(entry)
             wanted.update(asked)
         if scored == "column_mass":
             wanted.add(scored)

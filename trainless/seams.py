@@ -24,12 +24,12 @@ KINDS = (
     "position",  # positions that keys carry: value -> rotation steps to add to each key (B, Hkv, Lk)
     "keys",  # extra keys and values: value -> ExtraKeys
     "scale",  # factor on the logits: value -> float or tensor broadcastable to (B, H, Lq, 1)
-    "pattern",  # which pairs exist: value -> Pairs, a predicate over (query, key) indices
+    "pattern",  # which pairs exist: value -> Pairs, a predicate over (query, key) indices; dynamic: or Tokens
     "observe",  # look at the statistics; value is ignored
     "form",  # another operator: value -> output (B, Lq, H, D)
     "mass",  # move probability between key groups: value -> MassMove
     "gain",  # factor on a head's output: value -> tensor broadcastable to (B, Lq, H, 1)
-    "kv",  # what the cache keeps: policy, an Evict
+    "kv",  # what the cache keeps: policy, an Evict (with chosen=True: value -> bool (B, Lk), what stays)
     "around",  # wrap the call of a module: value(proceed, args, kwargs) -> result
     "weights",  # replace tensors: tensors
 )
@@ -160,6 +160,12 @@ class State:
         if cumulative:
             self.cumulative.add(name)
 
+    def take(self, name: str) -> Tensor | None:
+        """The tensor, which is then forgotten."""
+        self.cumulative.discard(name)
+        self.axes.pop(name, None), self.fill.pop(name, None)
+        return self.tensors.pop(name, None)
+
 
 Value = Callable[[AttentionCall, Statistics, State], Any]
 # Which query rows a contribution wants the column mass of: bool (B, Lq) or (Lq,), or row numbers, int64 (B, P)
@@ -189,7 +195,7 @@ class Contribution:
     lookahead: bool = False
     in_order: bool = False  # reads keys by their place in the sequence, so none may be evicted
     probes: Probes | None = None
-    dynamic: bool = False  # pattern only: chosen from statistics
+    dynamic: bool = False  # pattern only: chosen from statistics, in the calls in which it needs some
     admits: frozenset[str] = frozenset({"gain"})  # form only: kinds it can live with
     policy: Evict | None = None  # kv only
     tensors: Mapping[str, Tensor] | None = None  # weights only: parameter name inside the site -> tensor
@@ -247,6 +253,16 @@ class Pairs:
     visible: Callable[[Tensor, Tensor], Tensor]
 
 
+@dataclass
+class Tokens:
+    """A dynamic pattern: only the tokens of ``keep``, bool (B, Lk), take part, in each row of the batch its own.
+
+    The call's own tokens are the last Lq. Those outside are nobody's key, and as queries they get zeros.
+    """
+
+    keep: Tensor
+
+
 # ---------------------------------------------------------------- eviction rules, as values
 
 
@@ -294,6 +310,10 @@ class Evict:
     key. pool: the scores of the tokens that are free to go are pooled over so many neighbours first
     (odd; stride 1, zeros beyond both ends), pooling: avg or max.
 
+    chosen: the method itself says after a call what stays, by the contribution's value: bool (B, Lk) over the
+    columns of ``call.key``, the same for all heads, or None to keep everything; no budget applies. Tokens
+    cannot be taken back, so assisted decoding is refused.
+
     once: choose at the end of the first prefill, and keep everything that comes after it.
     rolled: keys are presented as if the kept tokens were contiguous.
     """
@@ -310,6 +330,7 @@ class Evict:
     pool: int = 1
     pooling: str = "avg"
     once: bool = False
+    chosen: bool = False
     rolled: bool = False
 
     def __post_init__(self) -> None:
@@ -322,6 +343,8 @@ class Evict:
 
     def total(self, length: int) -> int:
         """Tokens that a row with a prompt of ``length`` tokens keeps: at least 1, the newest."""
+        if self.chosen:
+            return length
         if self.capacity is None:
             return max(1, sum(tokens_of(b, length) for b in (self.sinks, self.recent, self.heavy)))
         protected = sum(tokens_of(b, length) for b in (self.sinks, self.recent))

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .errors import InputError, Unsupported
+from .extra import merge_extra
 from .hosts.base import Runtime
 from .kernels.column_mass import RowScale, attention_and_mass, column_mass, together_reasons
 from .kernels.common import Terms
@@ -30,7 +31,18 @@ from .kernels.visibility import Visibility, visibility
 from .kv import CompressingLayer
 from .probed import Probed
 from .rows import apply, move_edit, on_heads
-from .seams import AttentionCall, AttentionPlan, Contribution, Entry, MassMove, RowEdit, State, Statistics
+from .seams import (
+    AttentionCall,
+    AttentionPlan,
+    Contribution,
+    Entry,
+    MassMove,
+    RowEdit,
+    State,
+    Statistics,
+    Tokens,
+)  # fmt: skip
+from .subset import only, over, without
 
 Delegate = Callable[[AttentionCall], Tensor]
 FEW_ROWS = 16  # up to this many query rows the probabilities are computed outright
@@ -48,6 +60,7 @@ class SoftmaxRun:
         self.edited = False  # the output can no longer come from the delegate
         self.stats = Statistics()
         self.probed = Probed()
+        self.asking: set[Entry] = set()  # those that need a statistic of this call
         self.kernel, self.reasons = "stock", ""
 
     def _state(self, entry: Entry) -> State:
@@ -86,10 +99,10 @@ class SoftmaxRun:
                 f"{self.runtime.site.name}: attention dropout is on (training mode) and a patch edits this "
                 "attention; call model.eval() or remove the patch"
             )
+        dynamic = [e for e in self.plan.of["pattern"] if e.contribution.dynamic and e in self.asking]
         if layer is not None and layer.evicted and call.query.shape[2] == 1 and not (extra or moves):
-            if not (self.plan.of["pattern"] or self.plan.of["observe"] or "lse" in wanted):
+            if not (predicates or dynamic or self.plan.of["observe"] or "lse" in wanted):
                 return self._decode_kept(layer, wanted)
-        dynamic = [e for e in self.plan.of["pattern"] if e.contribution.dynamic]
         edits = None
         if not (wanted or dynamic):
             # Frozen rules need no statistics: ask them first, they may have nothing to edit in this call.
@@ -104,28 +117,34 @@ class SoftmaxRun:
             return self._edit_swept(layer, visible, moves)
         out, lse = None, None
         if not plain or wanted - {"probe_mass"}:
-            out, lse = self._attention(visible)
+            out, lse = self._attention(visible, extra)
             self.edited = self.edited or bool(extra)
-            if extra:
-                out, lse = self._merge_extra(out, lse, extra)
             self.stats.lse = lse
         options = self._options()
         if "column_mass" in wanted:
             self._column_mass(layer, visible, lse, options)
         self._probe(layer, visible, lse)
+        subset = None
         for entry in dynamic:
-            pairs = self._value(entry)
-            if pairs is not None:
-                visible = visible.restrict(pairs.visible)
-                out, lse = self._attention(visible)
+            chosen = self._value(entry)
+            if chosen is None:
+                continue
+            self.edited = True
+            self.acted.add(entry.owner)
+            if isinstance(chosen, Tokens):
+                subset = chosen.keep if subset is None else subset & chosen.keep
+                visible, out = only(visible, chosen.keep), None
+            else:
+                visible = visible.restrict(chosen.visible)
+                out, lse = self._attention(visible, extra)
                 self.stats = Statistics(lse=lse)
-                self.edited = True
-                self.acted.add(entry.owner)
         changed = False
         if edits is None:
             edits = [(entry, move) for entry in moves if (move := self._value(entry)) is not None]
-        if edits and out is None:
-            out, lse = self._attention(visible)
+        if subset is not None and not (edits or extra):
+            self.kernel, self.reasons, out = over(call, visible, subset, self._terms())
+        if out is None and (edits or self.edited):
+            out, lse = self._attention(visible, extra)
         for entry, move in edits:
             changed = True
             assert out is not None and lse is not None
@@ -144,6 +163,8 @@ class SoftmaxRun:
             if self.runtime.facts.get("same_bits") and not out.requires_grad:
                 return out.transpose(1, 2)
             return self.delegate(call)
+        if subset is not None:
+            out = without(out, subset)
         return out.transpose(1, 2).contiguous()
 
     def _together(self, visible: Visibility, wanted: set[str], moves: tuple[Entry, ...]) -> bool:
@@ -253,13 +274,13 @@ class SoftmaxRun:
         call = self.call
         return Terms(call.scaling, call.position_bias, call.softcap, call.sink_logits)
 
-    def _attention(self, visible: Visibility) -> tuple[Tensor, Tensor]:
+    def _attention(self, visible: Visibility, extra: Sequence[Any] = ()) -> tuple[Tensor, Tensor]:
         call = self.call
         options = self._options()
         choice = choose(call.query, call.key, call.value, visibility=visible, terms=self._terms())
         self.kernel, self.reasons = f"lse/{choice.name}", "; ".join(choice.reasons)
         out, lse = attention_lse(call.query, call.key, call.value, visibility=visible, **options)
-        return out, lse
+        return merge_extra(call, out, lse, extra) if extra else (out, lse)
 
     def _column_mass(
         self, layer: CompressingLayer | None, visible: Visibility, lse: Tensor | None, options: dict[str, Any]
@@ -399,11 +420,17 @@ class SoftmaxRun:
             _, self.stats.lse = self._attention(visible)
         changed = False
         for entry in dynamic:
-            pairs = self._value(entry)
-            if pairs is not None:
-                out, probabilities = self._probabilities(visible.restrict(pairs.visible), 0, lq)
-                changed = True
-                self.acted.add(entry.owner)
+            chosen = self._value(entry)
+            if chosen is None:
+                continue
+            changed = True
+            self.acted.add(entry.owner)
+            if isinstance(chosen, Tokens):
+                visible = only(visible, chosen.keep)
+                probabilities = without(self._probabilities(visible, 0, lq)[1], chosen.keep)
+            else:
+                visible = visible.restrict(chosen.visible)
+                probabilities = self._probabilities(visible, 0, lq)[1]
         if edits is None:
             edits = [(entry, move) for entry in moves if (move := self._value(entry)) is not None]
         for entry, move in edits:
@@ -455,22 +482,3 @@ class SoftmaxRun:
         out = out.clone()
         out[:, list(contribution.heads)] = whole[:, list(contribution.heads)]
         return out
-
-    def _merge_extra(self, out: Tensor, lse: Tensor, extra: list[Any]) -> tuple[Tensor, Tensor]:
-        """Attention over more keys is attention over each set, weighted by their log-sum-exp: exact."""
-        call = self.call
-        total, mixed = lse, out.to(lse.dtype)
-        for more in extra:
-            lk = more.key.shape[2]
-            seen = visibility(
-                more.visible, causal=False, lq=call.query.shape[2], lk=lk, real=None, device=call.query.device
-            )
-            beside, weight = attention_lse(
-                call.query, more.key, more.value, visibility=seen, scale=call.scaling
-            )
-            merged = torch.logaddexp(total, weight)
-            keep = torch.exp(total - merged).nan_to_num(0.0)[..., None]
-            add = torch.exp(weight - merged).nan_to_num(0.0)[..., None]
-            mixed = mixed * keep + beside.to(lse.dtype) * add
-            total = merged
-        return mixed.to(out.dtype), total

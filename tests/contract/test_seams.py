@@ -144,6 +144,55 @@ def test_a_pattern_chosen_from_statistics(padded, calls):
     _check("toy_dynamic", _dynamic, padded, calls)
 
 
+def _tokens(module, query, key, value, seen, scaling, kwargs):
+    z = _logits(query, key, scaling)
+    cap = kwargs.get("softcap")
+    z = z if cap is None else cap * torch.tanh(z / cap)
+    lq, lk = seen.shape[2:]
+    real = seen[:, 0, :, lk - lq :].diagonal(dim1=-2, dim2=-1)
+    times = _times(toys.last_and_third, query.shape[0], lq, real)
+    if lq < lk:  # the last row sees every real key, in models without a window
+        whole = seen[:, 0, -1].clone()
+    else:
+        whole = real
+    keep = toys.taking_part((softmax_over(z, seen) * times[:, None, :, None]).sum(2), whole)
+    out = softmax_over(z, seen & keep[:, None, None, :]) @ value
+    return out * keep[:, None, lk - lq :, None]
+
+
+@pytest.mark.parametrize("calls", [CALLS, [20, 1, 1], [4, 17, 1]], ids=["short", "long", "turn"])
+@PADDED
+@with_toys(toys.Subset)
+def test_only_some_of_the_tokens_take_part(padded, calls):
+    _check("toy_subset", _tokens, padded, calls)
+
+
+@pytest.mark.parametrize("other", ["toy_keys", "head_gain"])
+@with_toys(toys.Subset, toys.Keys)
+def test_a_subset_of_the_tokens_composes(other):
+    """With extra keys, which every query that takes part sees; with a gain."""
+    model = build("llama")
+
+    def attention(module, query, key, value, seen, scaling, kwargs):
+        out = _tokens(module, query, key, value, seen, scaling, kwargs)
+        return torch.cat([out[:, :1] * 0.5, out[:, 1:]], 1)
+
+    ids, mask = text(True)
+    if other == "head_gain":
+        with attention_of(model, attention):
+            want = _run(model, True, LONG)
+        trainless.patch(model, "toy_subset")
+        trainless.patch(model, "head_gain", heads=[[0, 0], [1, 0], [2, 0]], gain=0.5)
+        same(_run(model, True, LONG), want, EXACT)
+        return
+    trainless.patch(model, "toy_subset")
+    alone = _run(model, True, [20])
+    trainless.patch(model, "toy_keys")
+    both = _run(model, True, [20])
+    assert torch.isfinite(both[0]).all() and (both[0] - alone[0]).abs().max() > 1e-4
+    assert ids.shape[0] == mask.shape[0]
+
+
 # ---------------------------------------------------------------- form
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from trainless.patchers import Method, register
 from trainless.patchers.base import _registry
-from trainless.seams import Contribution, ExtraKeys, MassMove, Pairs, Site
+from trainless.seams import Contribution, ExtraKeys, MassMove, Pairs, Site, Tokens
 
 Make = Callable[[Site], Sequence[Contribution]]
 
@@ -162,6 +162,33 @@ def _dynamic(site: Site) -> Sequence[Contribution]:
 
 
 Dynamic = toy("dynamic", _dynamic)
+
+
+def taking_part(mass: Tensor, real: Tensor) -> Tensor:
+    """bool (B, Lk): in each row the better half of the real keys, by mass (B, H, Lk), and the last one."""
+    total = mass.sum(1).masked_fill(~real, -1.0)
+    rank = total.argsort(dim=1, descending=True, stable=True).argsort(1)
+    keep = (rank < (real.sum(1, keepdim=True) + 1) // 2) & real
+    keep[:, -1] = True
+    return keep
+
+
+def _tokens(site: Site) -> Sequence[Contribution]:
+    def value(call: Any, stats: Any, state: Any) -> Tokens:
+        real = state.get("real")
+        own = torch.ones(call.shape[0], call.shape[3], dtype=torch.bool) if call.real is None else call.real
+        real = own if real is None else torch.cat([real, own], 1)
+        state.set("real", real)
+        return Tokens(taking_part(stats.probe_mass, real))
+
+    return [
+        Contribution(
+            "pattern", value, needs={"probe_mass"}, probes=last_and_third, dynamic=True, stateful=True,
+        )
+    ]  # fmt: skip
+
+
+Subset = toy("subset", _tokens)
 
 # ---------------------------------------------------------------- form, observe, position, mass
 

@@ -72,6 +72,11 @@ class CompressingLayer(Slots):
 
     def activate_past_recording(self) -> None:
         """From now on evict only at crop(), which comes after every draft that may be rejected."""
+        if self.policy.chosen and self.lease.active:
+            raise Unsupported(
+                f"{self.lease.name}: it chooses what stays from the tokens that it has seen, and drafts that are taken "
+                "back would have had a say; do without assisted decoding"
+            )
         self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -193,6 +198,10 @@ class CompressingLayer(Slots):
         self.pending = rows[:, :, surplus:]
         return rows[:, :, :surplus] if surplus else None
 
+    def choose(self, keep: Tensor | None) -> None:
+        """What stays after this call, for a rule that leaves it to the method: bool (B, S); None: everything."""
+        self.keep = keep
+
     def valid(self) -> Tensor | None:
         """(B, Hkv, S) bool: which slots hold a token; None when all of them do."""
         if self.positions is None or all(c == self.positions.shape[2] for c in self.counts):
@@ -312,6 +321,8 @@ class CompressingLayer(Slots):
         self.firsts = [tokens_of(self.policy.sinks, n) for n in self.lengths]
 
     def _evict(self) -> bool:
+        if self.policy.chosen:
+            return self._keep_chosen()
         if not self.budgets:
             self._freeze()
         if self.policy.once and self.done:
@@ -339,6 +350,32 @@ class CompressingLayer(Slots):
         elif any(over):
             self._select()
         return True
+
+    def _keep_chosen(self) -> bool:
+        keep, self.keep = self.keep, None
+        if keep is None:
+            self.free = None  # the slot is taken, and the next token needs another
+            return False
+        if self.positions is None:
+            stored = self._ones(self.seen) if self.real is None else self.real
+            if bool(keep[stored].all()):
+                return False
+            self._locate(stored.sum(1).tolist())
+        assert self.positions is not None
+        self.positions = self.positions.masked_fill(~keep[:, None], -1)
+        self.counts = (self.positions[:, 0] >= 0).sum(1).tolist()
+        order = self.positions.argsort(dim=2, stable=True)
+        self._take(order[:, :, order.shape[2] - max(self.counts) :])
+        self._blank()
+        self.free = None
+        return True
+
+    def _blank(self) -> None:
+        """Nothing of a dropped token may linger: its values would still be multiplied by zero."""
+        assert self.positions is not None
+        if len(set(self.counts)) > 1:
+            empty = (self.positions < 0)[..., None]
+            self.keys, self.values = self.keys.masked_fill(empty, 0), self.values.masked_fill(empty, 0)
 
     def _protected(self) -> Tensor:
         """(B, Hkv, S): first tokens, recent tokens and the newest one. Empty slots are not among them."""
@@ -411,12 +448,8 @@ class CompressingLayer(Slots):
         self.positions = self.positions.scatter(2, best, kept)
         order = kept.argsort(dim=2, stable=True)
         self._take(torch.gather(best, 2, order))
-        empty = self.positions < 0
-        if len(set(after)) > 1:
-            # Nothing of a dropped token may linger: its values would still be multiplied by zero.
-            self.keys = self.keys.masked_fill(empty[..., None], 0)
-            self.values = self.values.masked_fill(empty[..., None], 0)
         self.counts, self.free = after, None
+        self._blank()
 
     @staticmethod
     def _surplus(best: Tensor, after: list[int]) -> Tensor:

@@ -141,11 +141,14 @@ def block_sparse_op(
     nothing = chosen.new_zeros(1)
     lists: dict[str, object] = {
         "rows_of": nothing, "cols_of": nothing, "limits": nothing, "asks": 0, "offers": 0, "tiles": 0,
-        "index": nothing, "index_b": 0, "index_h": 0, "listed": 0, "size": size, "spans": nothing, "first_keys": first_keys,
+        "index": nothing, "index_b": 0, "index_h": 0, "listed": 0, "size": size, "spans": nothing,
+        "first_keys": first_keys,
     }  # fmt: skip
     tiles = triton.cdiv(lq, bm)
     if mode == SUBSET:
         assert offered is not None
+        if 0 in (chosen.shape[1], offered.shape[1]):
+            return out
         tiles = triton.cdiv(chosen.shape[1], bm)
         limits = _limits(chosen, offered, tiles, bm, lq, lk, causal)
         lists |= {
