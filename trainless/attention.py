@@ -67,6 +67,8 @@ class _Run(PackedRun):
         else:
             out = self._softmax(layer, extra, predicates, wanted, moves)
         out = self._gain(out)
+        if layer is not None and plan.evictor is not None and self._chooses(layer):
+            layer.choose(self._value(plan.evictor))
         if isinstance(layer, PackedLayer):
             self.acted.update(layer.settle(self._tiers(layer)))
         elif layer is not None:
@@ -139,13 +141,28 @@ class _Run(PackedRun):
             sink_logits=None if call.sink_logits is None else call.sink_logits * factor,
         )
 
+    @staticmethod
+    def _chooses(layer: CompressingLayer | None) -> bool:
+        """Whether the method itself says what this layer keeps after the call."""
+        return layer is not None and layer.policy.chosen and layer.lease.active
+
     def _wanted(self, layer: CompressingLayer | None) -> set[str]:
         """Statistics that this call has to produce."""
         wanted: set[str] = set()
+        scored = None if layer is None else layer.scored_by()
         for entry in self.plan.active:
-            wanted.update(entry.contribution.wanted(self.call, self._state(entry)))
-        if layer is not None and layer.wants_scores():
-            wanted.add("column_mass")
+            state = self._state(entry)
+            asked = set(entry.contribution.wanted(self.call, state))
+            if "probe_mass" in asked:
+                told = scored == "probe_mass" or self._chooses(layer)
+                cached = entry is not self.plan.evictor or told
+                if not (cached and self.probed.ask(entry, self.call, state)):
+                    asked.remove("probe_mass")
+            if asked:
+                self.asking.add(entry)
+            wanted.update(asked)
+        if scored == "column_mass":
+            wanted.add(scored)
         return wanted
 
     # ------------------------------------------------------------------ after the softmax
@@ -169,7 +186,7 @@ class _Run(PackedRun):
     def _tiers(self, layer: PackedLayer) -> Tensor | None:
         """Which of the waiting tokens the method wants in the high tier; None where it has no say now."""
         entry = self.plan.quantiser
-        if entry is None or entry.contribution.value is None or not layer.due:
+        if entry is None or not layer.rule.chosen or not layer.due:
             return None
         high: Tensor | None = self._value(entry)
         return high

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from .errors import Unsupported
-from .kernels.column_mass import column_mass
+from .extra import merge_extra
+from .kernels.column_mass import chosen_mass, column_mass
 from .kernels.lse import attention as attention_lse
 from .kernels.quant_kv import blocks, choose, merge, packed_attention, packed_rows, weigh
 from .kernels.visibility import Visibility, visibility
@@ -51,7 +52,8 @@ class PackedRun(SoftmaxRun):
         if self.call.position_bias is not None:
             raise Unsupported(f"{where}: its position bias needs every key at its place, and they are packed")
         for entry in self.plan.of["pattern"]:
-            if self._value(entry) is not None:
+            asked = entry in self.asking or not entry.contribution.dynamic
+            if asked and self._value(entry) is not None:
                 raise Unsupported(f"{entry.method}: a pattern over keys that are packed; start a new cache")
 
     def _moves(self, moves: tuple[Entry, ...]) -> list[tuple[Entry, MassMove | RowEdit]]:
@@ -74,8 +76,13 @@ class PackedRun(SoftmaxRun):
         if "column_mass" in wanted:
             rows = p if call.real is None else p * call.real[:, None, :, None]
             self.stats.column_mass = rows.sum(2)
-            if layer.wants_scores():
-                layer.score(self.stats.column_mass, rows if layer.record_past else None)
+            if layer.scored_by() == "column_mass":
+                layer.score(self.stats.column_mass, rows if layer.rows_apart() else None)
+        if self.probed.index:
+            seen = (
+                None if lq == 1 else visibility(self._seen(layer, 0, lq), causal=False, lq=lq, lk=p.shape[3])
+            )
+            self._probe(layer, seen, None, p)
         edits = self._moves(moves)
         for entry, move in edits:
             edit = move.edit if isinstance(move, RowEdit) else move_edit(move)
@@ -90,23 +97,26 @@ class PackedRun(SoftmaxRun):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Output, probabilities (B, H, rows, slots) and log-sum-exp of the rows start..stop."""
         call = self.call
-        lq, packed = call.query.shape[2], layer.store.slots
-        valid = layer.valid()
-        if lq > 1 or valid is not None:
-            own = self._tail_visibility(layer).rows(start, stop)
-            b, hkv = call.query.shape[0], call.key.shape[1]
-            held = torch.ones(b, hkv, 1, packed, dtype=torch.bool, device=call.key.device)
-            if valid is not None:
-                held = valid[:, :, None, :packed]
-            if own is None:
-                own = torch.ones(1, 1, stop - start, call.key.shape[2], dtype=torch.bool, device=held.device)
-            heads = max(hkv, own.shape[1])
-            held = held.repeat_interleave(heads // hkv, 1).expand(b, heads, stop - start, packed)
-            valid = torch.cat([held, own.expand(b, heads, stop - start, -1)], 3)
         return packed_rows(
-            call.query[:, :, start:stop], layer.segments, valid=valid, lse=lse,
+            call.query[:, :, start:stop], layer.segments, valid=self._seen(layer, start, stop), lse=lse,
             scale=call.scaling, softcap=call.softcap, sink_logits=call.sink_logits,
         )  # fmt: skip
+
+    def _seen(self, layer: PackedLayer, start: int, stop: int) -> Tensor | None:
+        """bool (B, Hkv or H, rows, slots): what the rows start..stop see; None for everything."""
+        call, valid, packed = self.call, layer.valid(), layer.store.slots
+        if valid is None and call.query.shape[2] == 1:
+            return None
+        own = self._tail_visibility(layer).rows(start, stop)
+        b, hkv = call.query.shape[0], call.key.shape[1]
+        held = torch.ones(b, hkv, 1, packed, dtype=torch.bool, device=call.key.device)
+        if valid is not None:
+            held = valid[:, :, None, :packed]
+        if own is None:
+            own = torch.ones(1, 1, stop - start, call.key.shape[2], dtype=torch.bool, device=held.device)
+        heads = max(hkv, own.shape[1])
+        held = held.repeat_interleave(heads // hkv, 1).expand(b, heads, stop - start, packed)
+        return torch.cat([held, own.expand(b, heads, stop - start, -1)], 3)
 
     def _tail_visibility(self, layer: PackedLayer) -> Visibility:
         """Which of the tokens that wait each row sees: all that exist, and new ones as the model says."""
@@ -142,7 +152,7 @@ class PackedRun(SoftmaxRun):
         )  # fmt: skip
         out, lse = merge(out, lse, near.to(lse.dtype), weight)
         if extra:
-            out, lse = self._merge_extra(out, lse, extra)
+            out, lse = merge_extra(call, out, lse, extra)
         self.stats = Statistics(lse=lse)
         if "column_mass" in wanted:
             with torch.no_grad():
@@ -151,8 +161,9 @@ class PackedRun(SoftmaxRun):
                 ]
                 parts.append(self._mass_of(call.key, lse, own))
             self.stats.column_mass = torch.cat(parts, 2)
-            if layer.wants_scores():
-                layer.score(self.stats.column_mass, self._packed_tail(layer) if layer.record_past else None)
+            if layer.scored_by() == "column_mass":
+                layer.score(self.stats.column_mass, self._packed_last(layer))
+        self._packed_probe(layer, lse, own, held)
         return out
 
     def _mass_of(self, key: Tensor, lse: Tensor, seen: Visibility) -> Tensor:
@@ -161,11 +172,33 @@ class PackedRun(SoftmaxRun):
             call.query, key, lse, visibility=seen, rows=call.real, scale=call.scaling, softcap=call.softcap
         )
 
-    def _packed_tail(self, layer: PackedLayer) -> Tensor:
-        """Probabilities of the last rows, which crop() may take back."""
+    def _packed_last(self, layer: PackedLayer) -> Tensor | None:
+        """Probabilities of the last rows, where the layer wants them one by one."""
         lq = self.call.query.shape[2]
-        starts = range(max(0, lq - layer.TAIL), lq, FEW_ROWS)
+        if not layer.rows_apart():
+            return None
+        starts = range(max(0, lq - layer.rows_apart()), lq, FEW_ROWS)
         return torch.cat([self._packed_probabilities(layer, i, min(lq, i + FEW_ROWS))[1] for i in starts], 2)
+
+    def _packed_probe(self, layer: PackedLayer, lse: Tensor, own: Visibility, held: Tensor | None) -> None:
+        """Statistics over chosen rows, block by block."""
+        call, segments = self.call, layer.store.segments
+        with torch.no_grad():
+            for probes, index in self.probed.index.items():
+                found = [
+                    chosen_mass(call.query, key, index, visibility=seen, terms=self._terms(), lse=lse)
+                    for key, _, seen, _ in blocks(call.query, segments, held)
+                ]
+                near = chosen_mass(call.query, call.key, index, visibility=own, terms=self._terms(), lse=lse)
+                found.append(near)
+                self.probed.found[probes] = (
+                    torch.cat([m for m, _ in found], 2),
+                    torch.cat([n for _, n in found], 1),
+                )
+        evictor = self.plan.evictor
+        if self.probed.index and evictor is not None and layer.scored_by() == "probe_mass":
+            if mine := self.probed.of(evictor):
+                layer.score(mine["probe_mass"], self._packed_last(layer))
 
     def _packed_edit(self, layer: PackedLayer, out: Tensor, entry: Entry, move: MassMove | RowEdit) -> Tensor:
         """An edit of many rows, FEW_ROWS of them at a time."""

@@ -18,22 +18,27 @@ import torch
 from torch import Tensor, nn
 
 from .errors import Conflict, InputError
+from .precision import BITS as BITS
+from .precision import Quantise as Quantise
+from .precision import check_bits as check_bits
 
 # What a contribution may be, in the order in which the engine applies them.
 KINDS = (
     "position",  # positions that keys carry: value -> rotation steps to add to each key (B, Hkv, Lk)
     "keys",  # extra keys and values: value -> ExtraKeys
     "scale",  # factor on the logits: value -> float or tensor broadcastable to (B, H, Lq, 1)
-    "pattern",  # which pairs exist: value -> Pairs, a predicate over (query, key) indices
+    "pattern",  # which pairs exist: value -> Pairs, a predicate over (query, key) indices; dynamic: or Tokens
     "observe",  # look at the statistics; value is ignored
     "form",  # another operator: value -> output (B, Lq, H, D)
     "mass",  # move probability between key groups: value -> MassMove
     "gain",  # factor on a head's output: value -> tensor broadcastable to (B, Lq, H, 1)
-    "kv",  # what the cache keeps and how precisely: policy, an Evict or a Quantise (value: Quantise only)
+    # what the cache keeps and how precisely: policy, an Evict (with chosen=True: value -> bool (B, Lk), what
+    # stays) or a Quantise (value -> bool (B, Hkv or 1, W), which tokens are more precise)
+    "kv",
     "around",  # wrap the call of a module: value(proceed, args, kwargs) -> result
     "weights",  # replace tensors: tensors
 )
-STATISTICS = ("lse", "column_mass")
+STATISTICS = ("lse", "column_mass", "probe_mass")
 # Kinds of which one site takes a single contribution (mass: one per head).
 EXCLUSIVE = {"position", "form"}
 
@@ -115,12 +120,15 @@ class Statistics:
 
     lse (B, H, Lq): log-sum-exp of the logits of each row. column_mass (B, H, Lk): probability that
     each key received, summed over the rows that are not padding. rows (B, Lk): how many of those rows
-    can see each key.
+    can see each key. probe_mass, probe_rows: the same two over the rows that the contribution chose
+    (``Contribution.probes``); zero where it chose none.
     """
 
     lse: Tensor | None = None
     column_mass: Tensor | None = None
     rows: Tensor | None = None
+    probe_mass: Tensor | None = None
+    probe_rows: Tensor | None = None
 
 
 class State:
@@ -157,8 +165,17 @@ class State:
         if cumulative:
             self.cumulative.add(name)
 
+    def take(self, name: str) -> Tensor | None:
+        """The tensor, which is then forgotten."""
+        self.cumulative.discard(name)
+        self.axes.pop(name, None), self.fill.pop(name, None)
+        return self.tensors.pop(name, None)
+
 
 Value = Callable[[AttentionCall, Statistics, State], Any]
+# Which query rows a contribution wants the column mass of: bool (B, Lq) or (Lq,), or row numbers, int64 (B, P)
+# or (P,), with -1 for none and a row that is named twice counted twice; None for no rows. Pads never count.
+Probes = Callable[[AttentionCall, State], Tensor | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,6 +187,8 @@ class Contribution:
     heads (None: all). ``inert`` says that it is known now to change nothing: the engine then runs the
     stock kernel. ``stateful`` asks for a State that outlives the call. ``lookahead`` says that a row's
     result depends on later rows of the same call, so a prefill cut into chunks would differ.
+    ``probes`` chooses the rows of the statistic "probe_mass", at a cost that grows with their number only;
+    on a kv contribution it chooses the rows that the cache layer is told about.
     """
 
     kind: str
@@ -180,7 +199,8 @@ class Contribution:
     stateful: bool = False
     lookahead: bool = False
     in_order: bool = False  # reads keys by their place in the sequence, so none may be evicted
-    dynamic: bool = False  # pattern only: chosen from statistics
+    probes: Probes | None = None
+    dynamic: bool = False  # pattern only: chosen from statistics, in the calls in which it needs some
     admits: frozenset[str] = frozenset({"gain"})  # form only: kinds it can live with
     policy: Evict | Quantise | None = None  # kv only
     tensors: Mapping[str, Tensor] | None = None  # weights only: parameter name inside the site -> tensor
@@ -191,6 +211,10 @@ class Contribution:
             raise InputError(f"contribution kind {self.kind!r} is unknown; known: {', '.join(KINDS)}")
         if not callable(self.needs) and not self.statistics:
             object.__setattr__(self, "statistics", frozenset(self.needs))
+        if (self.probes is None) == ("probe_mass" in self.statistics):
+            raise InputError(
+                'a contribution that needs "probe_mass" says by `probes` of which rows, and only it'
+            )
 
     def wanted(self, call: AttentionCall, state: State) -> Collection[str]:
         return self.needs(call, state) if callable(self.needs) else self.needs
@@ -234,6 +258,16 @@ class Pairs:
     visible: Callable[[Tensor, Tensor], Tensor]
 
 
+@dataclass
+class Tokens:
+    """A dynamic pattern: only the tokens of ``keep``, bool (B, Lk), take part, in each row of the batch its own.
+
+    The call's own tokens are the last Lq. Those outside are nobody's key, and as queries they get zeros.
+    """
+
+    keep: Tensor
+
+
 # ---------------------------------------------------------------- eviction rules, as values
 
 
@@ -270,75 +304,62 @@ class Evict:
     sinks: the first visible tokens. recent: the last ones. heavy: those among the rest with the
     highest score. The newest token is always kept; ties go to the newer one.
 
+    capacity: how many tokens stay in all, whatever ``heavy`` says; a fraction that comes to less than the
+    sinks and the recent tokens means those.
+
     score: "column_mass" adds up the probability that each key received from every row so far;
-    None scores nothing (heavy must then be 0). gqa: how the query heads of a group share a key/value
-    head's score: sum, first, max, mean. normalise: divide each score by the rows that could see the key.
+    "probe_mass" is what it received from the ``last`` real rows of this call alone, and earlier calls have no
+    say. None scores nothing (heavy must then be 0). gqa: how the query heads of a group share a key/value
+    head's score: sum, first, max, mean; shared: one score for the whole layer, the mean over its heads, so
+    that all key/value heads keep the same tokens. normalise: divide each score by the rows that could see the
+    key. pool: the scores of the tokens that are free to go are pooled over so many neighbours first
+    (odd; stride 1, zeros beyond both ends), pooling: avg or max.
+
+    chosen: the method itself says after a call what stays, by the contribution's value: bool (B, Lk) over the
+    columns of ``call.key``, the same for all heads, or None to keep everything; no budget applies. Tokens
+    cannot be taken back, so assisted decoding is refused.
+
+    once: choose at the end of the first prefill, and keep everything that comes after it.
     rolled: keys are presented as if the kept tokens were contiguous.
     """
 
     sinks: Budget = 0
     recent: Budget = 0
     heavy: Budget = 0
+    capacity: Budget | None = None
     score: str | None = None
+    last: int = 0
     gqa: str = "sum"
+    shared: bool = False
     normalise: bool = False
+    pool: int = 1
+    pooling: str = "avg"
+    once: bool = False
+    chosen: bool = False
     rolled: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.score == "probe_mass") != (self.last > 0):
+            raise InputError(
+                'score="probe_mass" needs last=, the number of rows to score by, and only it does'
+            )
+        if self.pool % 2 == 0 or (self.pool > 1 and not self.once):
+            raise InputError(f"pool={self.pool}: an odd number of neighbours, with once=True")
 
     def total(self, length: int) -> int:
         """Tokens that a row with a prompt of ``length`` tokens keeps: at least 1, the newest."""
-        return max(1, sum(tokens_of(b, length) for b in (self.sinks, self.recent, self.heavy)))
-
-
-BITS = (2, 4, 8, 16)  # widths that a code may have; 16 means the model's own dtype, unquantised
-
-
-def check_bits(name: str, bits: Any) -> None:
-    """InputError unless ``bits`` is a width that codes may have."""
-    if isinstance(bits, bool) or bits not in BITS:
-        widths = ", ".join(str(b) for b in BITS[:-1])
-        raise InputError(f"{name}={bits!r}: give {widths}, or 16 for the model's own dtype, unquantised")
-
-
-@dataclass(frozen=True)
-class Quantise:
-    """A rule for how precisely a cache layer holds its tokens. Each is packed once, and never again.
-
-    Tokens wait in the model's own dtype. After a call in which more than ``residual`` of a row's tokens wait
-    and ``interval`` of them are too many, these (the oldest; whole groups where ``group`` is given) become a
-    packed chunk. A first prefill that is at least ``start`` tokens long is packed whatever ``interval`` says,
-    and a row with fewer than ``start`` tokens never. Pads are dropped and influence nothing.
-
-    k_bits, v_bits: bits per number, of BITS, for the (high, low) tier. Which tokens go high is the answer of
-    the contribution's ``value``: bool (B, Hkv or 1, W) over the W columns of ``call.key``, which are the tokens
-    that wait, newest last; only those that ``call.layer.packing()`` (bool (B, Hkv, W)) marks are read. None,
-    or no value function, means all. It is asked only in a call that packs, which ``call.layer.due`` tells;
-    ``needs`` may depend on that. On a packed layer a statistic over keys has more columns than ``call.key``:
-    the last W are about it.
-
-    Packing is asymmetric between minimum and maximum, with parameters in the model's own dtype. K: per channel,
-    over ``group`` tokens (0: over all tokens of a chunk's tier). V: per token, after division of each channel
-    by the root of its largest absolute value among the same tokens.
-    """
-
-    k_bits: tuple[int, int] = (4, 4)
-    v_bits: tuple[int, int] = (4, 4)
-    group: int = 0
-    residual: int = 0
-    interval: int = 1
-    start: int = 0
+        if self.chosen:
+            return length
+        if self.capacity is None:
+            return max(1, sum(tokens_of(b, length) for b in (self.sinks, self.recent, self.heavy)))
+        protected = sum(tokens_of(b, length) for b in (self.sinks, self.recent))
+        return max(1, tokens_of(self.capacity, length), min(length, protected))
 
     @property
-    def exact(self) -> bool:
-        """Whether nothing would be rounded at all."""
-        return {*self.k_bits, *self.v_bits} == {16}
-
-    def packs(self, waiting: int, seen: int, fresh: bool) -> int:
-        """How many of ``waiting`` tokens to pack now; ``seen``: tokens of the row; fresh: it was its first call."""
-        over = waiting - self.residual
-        least = 1 if fresh and not self.group else max(1, self.interval)
-        if seen < self.start or over < least:
-            return 0
-        return over // self.group * self.group if self.group else over
+    def fixed(self) -> int:
+        """Tokens that every row keeps, whatever the length of its prompt."""
+        budgets = (self.sinks, self.recent, self.heavy) if self.capacity is None else (self.capacity,)
+        return sum(b for b in budgets if isinstance(b, int))
 
 
 # ---------------------------------------------------------------- plans and conflicts

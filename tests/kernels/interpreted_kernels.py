@@ -9,8 +9,10 @@ import os
 import pytest
 import torch
 from kernel_cases import edit, make, no_worse, oracle, times_values
+from test_block_sparse import PATTERNS, pattern_of, truth_of
 
 from trainless.kernels import attention, visibility
+from trainless.kernels.block_sparse import triton as block_sparse_form
 from trainless.kernels.column_mass import triton as column_mass_form
 from trainless.kernels.common import Terms
 from trainless.kernels.lse import triton as lse_form
@@ -95,6 +97,33 @@ def test_mass_move(kind, shape, extras, keep, dtype):
     assert torch.equal(mass_move_form.mass_move(
         *case.qkv, out, lse, source=source, keep=1.0, rows=None, heads=None, **options
     ), out)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+@pytest.mark.parametrize(("kind", "shape", "extras"), CASES)
+def test_block_sparse(kind, shape, extras, name):
+    if name == "spans" and kind not in ("causal", "left", "window"):
+        kind = "causal"
+    dtype = DTYPES[len(kind) % 2]
+    case = make(kind, shape, dtype, extras=extras)
+    pattern, allowed = pattern_of(name, shape)
+    got = block_sparse_form.block_sparse(*case.qkv, pattern, visibility=case.seen(), terms=terms_of(case))
+    assert got.dtype == dtype
+    no_worse(got, truth_of(case, allowed), truth_of(case, allowed, dtype))
+
+
+def test_block_sparse_reads_and_writes_only_its_own():
+    case = make("causal", (2, 4, 2, 70, 70, 24), torch.float32)
+    options = {"visibility": case.seen(), "terms": terms_of(case)}
+    pattern, _ = pattern_of("subset", (2, 4, 2, 70, 70, 24))
+    want = block_sparse_form.block_sparse(*case.qkv, pattern, **options)
+    q, k, v = (t.clone() for t in case.qkv)
+    for tensor in (q, k, v):
+        tensor.transpose(1, 2)[~pattern.keys] = torch.nan
+    got = block_sparse_form.block_sparse(
+        q, k.transpose(2, 3).contiguous().transpose(2, 3), v, pattern, **options
+    )
+    assert torch.equal(got, want) and not got.transpose(1, 2)[~pattern.keys].any()
 
 
 def test_views_and_memory_around_the_result():

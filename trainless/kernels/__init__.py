@@ -1,4 +1,4 @@
-"""Kernels: attention with log-sum-exp, column mass, moving probability between keys, packed keys and values.
+"""Kernels: attention with log-sum-exp, column mass, moving probability, sparse attention, packed keys and values.
 
 One folder per operation: ``reference.py`` fixes the meaning in dense torch, ``blocked.py`` serves any
 device with memory linear in the number of tokens, ``triton.py`` serves CUDA, ``api.py`` checks the
@@ -7,7 +7,8 @@ arguments and chooses. Importing this package does not import Triton.
 
 from __future__ import annotations
 
-from .column_mass import column_mass
+from .block_sparse import block_sparse
+from .column_mass import chosen_mass, column_mass
 from .dispatch import Choice, available
 from .lse import attention, row_attention
 from .mass_move import mass_move
@@ -19,6 +20,8 @@ __all__ = [
     "Visibility",
     "attention",
     "available",
+    "block_sparse",
+    "chosen_mass",
     "column_mass",
     "mass_move",
     "packed_attention",

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import Unsupported
 from ..hosts.base import Lease
 from ..kernels.quant_kv import Segment, dequantise, raw
-from ..seams import Evict, Quantise
+from ..seams import Evict, Quantise, tokens_of
 from .layer import CompressingLayer
 from .store import Store
 
@@ -40,7 +40,6 @@ class PackedLayer(CompressingLayer):
         self.layout: Tensor | None = None  # (B, seen): which of all tokens fed are not padding, if any are
         self.high: Tensor | None = None  # (B, Hkv, W): which of the waiting tokens go to the high tier
         self.began = False  # whether the first prefill is over
-        self.undecided = False  # the tiers of tokens that may be taken back were chosen by their attention
 
     # ------------------------------------------------------------------ what there is
 
@@ -152,7 +151,7 @@ class PackedLayer(CompressingLayer):
     @property
     def due(self) -> bool:
         """Whether the call under way ends with tokens being packed (at crop(), while drafts are recorded)."""
-        return self.packer.active and not self.packer.deferring and any(self._numbers())
+        return self.packer.active and not self.packer.deferring and any(map(any, self._numbers()))
 
     def packing(self) -> Tensor:
         """(B, Hkv, W) bool: which of the waiting tokens are about to be packed: the oldest that exist."""
@@ -160,15 +159,14 @@ class PackedLayer(CompressingLayer):
         return self._oldest(waits, self._numbers())
 
     @staticmethod
-    def _oldest(waits: Tensor, numbers: list[int]) -> Tensor:
-        number = torch.tensor(numbers, device=waits.device)[:, None, None]
+    def _oldest(waits: Tensor, numbers: list[list[int]]) -> Tensor:
+        number = torch.tensor(numbers, device=waits.device)[..., None]
         return waits & (waits.long().cumsum(2) <= number)
 
     def settle(self, high: Tensor | None = None) -> set[Lease]:
         """Evict, then pack, now that the call is over; ``high`` (B, Hkv or 1, W): tokens for the high tier."""
         if high is not None:
             self.high = high.expand(self._batch(), self.keys.shape[1], -1).to(self.keys.device)
-            self.undecided = self.record_past
         acted = super().settle()
         if self.record_past or self.packer.deferring or self.lease.deferring:
             return acted
@@ -176,13 +174,17 @@ class PackedLayer(CompressingLayer):
             acted = acted | {self.packer}
         return acted
 
+    def activate_past_recording(self) -> None:
+        """From now on pack, too, only at crop()."""
+        if self.rule.chosen and self.packer.active:
+            raise Unsupported(
+                f"{self.packer.name}: it chooses by attention which tokens are held precisely, and drafts that are "
+                "taken back would have had a say; do without assisted decoding"
+            )
+        super().activate_past_recording()
+
     def crop(self, tokens_to_remove: int) -> None:
         count = abs(tokens_to_remove)
-        if count and self.undecided:
-            raise Unsupported(
-                f"{self.packer.name}: the precision of tokens was chosen by the attention of {count} tokens that "
-                "are taken back; do without assisted decoding"
-            )
         if count and self.is_initialized and count > self.keys.shape[2]:
             raise Unsupported(
                 f"crop({tokens_to_remove}): only the {self.keys.shape[2]} newest tokens are not packed yet; call "
@@ -196,7 +198,6 @@ class PackedLayer(CompressingLayer):
             self._drop_last(count)
         if self.is_initialized and self.seen and self.packer.active:
             self._pack()
-        self.undecided = False
 
     # ------------------------------------------------------------------ packing
 
@@ -207,23 +208,30 @@ class PackedLayer(CompressingLayer):
         real = self.real if self.real is not None else self._ones(self.keys.shape[2])
         return real[:, None].expand(-1, self.keys.shape[1], -1)
 
-    def _numbers(self) -> list[int]:
-        """How many tokens each row is to pack now. Heads that hold fewer than others decide for their row."""
-        width = self.keys.shape[2]
-        if self.tail is None and self.real is None:
-            waiting, ages = [self.seen] * self._batch(), [self.seen] * self._batch()
-        elif self.tail is not None and not self.lease.active and self.layout is None:
-            waiting, ages = [width] * self._batch(), self.ages
+    def _numbers(self) -> list[list[int]]:
+        """How many tokens each row and head are to pack now."""
+        hkv = self.keys.shape[1]
+        if not self.lease.active and self.layout is None and self.real is None:
+            # Nobody evicts and nothing is padding: all that stands in the tail waits.
+            waiting = [[self.keys.shape[2]] * hkv] * self._batch()
         else:
-            waiting = self._waits().sum(2).amin(1).tolist()
-            ages = self.ages if self.tail is not None else waiting
-        return [self.rule.packs(w, a, not self.began) for w, a in zip(waiting, ages, strict=True)]
+            waiting = self._waits().sum(2).tolist()
+        lengths = self.lengths or [max(row) for row in waiting]
+        ages = self.ages or lengths
+        found = []
+        for row, length, age in zip(waiting, lengths, ages, strict=True):
+            residual = tokens_of(self.rule.residual, length)
+            some = age >= self.rule.start
+            found.append([self.rule.packs(w, residual, not self.began) if some else 0 for w in row])
+        return found
 
     @torch.no_grad()
     def _pack(self) -> bool:
         numbers = self._numbers()
+        if not self.lengths:
+            self._freeze()
         self.began = True
-        if not any(numbers):
+        if not any(map(any, numbers)):
             self.high = None
             return False
         if self.tail is None:
@@ -343,7 +351,10 @@ class PackedLayer(CompressingLayer):
             if self.layout is not None:
                 # The n-th real token of a row stands in the column of its n-th True.
                 real = (
-                    (~self.layout).int().argsort(dim=1, stable=True)[:, None].expand(-1, positions.shape[1], -1)
+                    (~self.layout)
+                    .int()
+                    .argsort(dim=1, stable=True)[:, None]
+                    .expand(-1, positions.shape[1], -1)
                 )
                 columns = real.gather(2, positions.clamp_min(0)).masked_fill(positions < 0, -1)
         elif len(set(self.counts)) > 1:

@@ -76,12 +76,12 @@ class Store:
 
     def add(
         self, tier: int, bits: tuple[int, int], group: int, key: Tensor, value: Tensor, positions: Tensor,
-        chosen: Tensor, ids: list[Tensor], new: Tensor,
+        chosen: Tensor, ids: list[Tensor], new: Tensor, root: Tensor | None = None,
     ) -> None:  # fmt: skip
         """Pack the tokens ``chosen`` (B, Hkv, W) of key and value (B, Hkv, W, D).
 
         ids: for each run, a number per slot (B, Hkv, slots), changed along with the runs; new (B, Hkv, W): the
-        numbers of the new tokens.
+        numbers of the new tokens. root: see ``quantise``.
         """
         counts = chosen.sum(2)
         most = int(counts.max()) if counts.numel() else 0
@@ -103,8 +103,8 @@ class Store:
             seen = valid if t.dim() == 3 else valid[..., None]
             return found.masked_fill(~seen, fill)
 
-        grouped = [take(t).unflatten(2, (groups, size)) for t in (key, value)]
-        segment = quantise(*grouped, *bits, valid.unflatten(2, (groups, size)))
+        keys, values = (take(t).unflatten(2, (groups, size)) for t in (key, value))
+        segment = quantise(keys, values, *bits, valid.unflatten(2, (groups, size)), root)
         used = (-(-counts.amax(1) // size)).tolist()
         self._append(tier, segment, take(positions, -1), used, ids, take(new))
 

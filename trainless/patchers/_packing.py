@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -27,8 +25,3 @@ def best_share(score: Tensor, among: Tensor, count: Tensor) -> Tensor:
     rank = torch.empty_like(order)
     rank.scatter_(2, order, torch.arange(width, device=order.device).expand_as(order))
     return (rank < count[..., None]) & among
-
-
-def pair(given: Any) -> tuple[int, int]:
-    """One number for both tiers, or (high, low)."""
-    return (given, given) if isinstance(given, int) else (given[0], given[1])

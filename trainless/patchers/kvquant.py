@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..errors import InputError
-from ..seams import Contribution, Quantise, Site, check_bits
+from ..seams import Budget, Contribution, Quantise, Site, check_bits, check_budget
 from ._packing import width_refusal
 from .base import Method, option, register
 
@@ -33,7 +33,8 @@ from .base import Method, option, register
 class KVQuant(Method):
     """Pack keys to ``k_bits`` and values to ``v_bits``, all but the newest ``residual`` tokens.
 
-    Raises InputError for widths that codes do not have, for an empty group and a negative residual.
+    A residual in (0, 1] is a fraction of the row's own prompt. Raises InputError for widths that codes do not
+    have, and for an empty group or a residual that is no number of tokens.
     """
 
     name: ClassVar[str] = "kvquant"
@@ -46,15 +47,14 @@ class KVQuant(Method):
     k_bits: int = option(4, help="bits per number of a key: 2, 4, 8 or 16 (as it is)", origin="ours")
     v_bits: int = option(4, help="bits per number of a value: 2, 4, 8 or 16 (as it is)", origin="ours")
     group: int = option(64, help="tokens that share the parameters of a key channel", origin="ours")
-    residual: int = option(128, help="newest tokens that stay as they are", origin="published")
+    residual: Budget = option(128, help="newest tokens that stay as they are", origin="published")
 
     def check(self) -> None:
         check_bits("k_bits", self.k_bits)
         check_bits("v_bits", self.v_bits)
         if self.group < 1:
             raise InputError(f"group={self.group}: at least one token shares the parameters of a channel")
-        if self.residual < 0:
-            raise InputError(f"residual={self.residual}: a number of tokens cannot be negative")
+        check_budget("residual", self.residual)
 
     def _rule(self) -> Quantise:
         bits = (self.k_bits, self.k_bits), (self.v_bits, self.v_bits)
@@ -66,5 +66,6 @@ class KVQuant(Method):
     def contribute(self, site: Site) -> Sequence[Contribution]:
         rule = self._rule()
         limit = site.facts.get("max_positions")
-        never = limit is not None and limit < self.residual + self.group
+        fixed = self.residual if isinstance(self.residual, int) else 0
+        never = limit is not None and limit < fixed + self.group
         return [Contribution("kv", policy=rule, inert=rule.exact or never)]

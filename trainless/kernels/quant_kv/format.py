@@ -103,11 +103,19 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
     return torch.cat([(packed >> (bits * p)) & mask for p in range(per_byte(bits))], -1)
 
 
-def quantise(key: Tensor, value: Tensor, k_bits: int, v_bits: int, valid: Tensor | None = None) -> Segment:
+def quantise(
+    key: Tensor,
+    value: Tensor,
+    k_bits: int,
+    v_bits: int,
+    valid: Tensor | None = None,
+    root: Tensor | None = None,
+) -> Segment:
     """Pack keys (B, Hkv, G, S, D) and values (B, Hkv, G, S, Dv), group by group.
 
     valid (B, Hkv, G, S): tokens that exist; the others influence nothing and are stored as zeros. Parameters are
     computed in float32 at least, stored in the dtype of the input, and codes are those that fit the stored ones.
+    root (B, Hkv, 1 or G, Dv): the divisors of V's channels, where more tokens than a group's own decide them.
     """
     check_width("key", key.shape[-1], k_bits)
     check_width("value", value.shape[-1], v_bits)
@@ -125,20 +133,27 @@ def quantise(key: Tensor, value: Tensor, k_bits: int, v_bits: int, valid: Tensor
         found.key = key.masked_fill(~seen, 0)
     if v_bits != RAW:
         x = _wide(value)
-        size = x.abs() if seen is None else x.abs().masked_fill(~seen, 0)
-        root = size.amax(3, keepdim=True).sqrt().to(value.dtype) if size.shape[3] else size.new_zeros(())
-        # A channel that is zero throughout stays zero whatever it is divided by.
-        root = torch.where(root > 0, root, 1)
-        x = x / _wide(root)
+        root = channel_root(value, valid) if root is None else root.expand(*value.shape[:3], -1)
+        x = x / _wide(root)[:, :, :, None]
         step, least = _parameters(x.amin(4, keepdim=True), x.amax(4, keepdim=True), v_bits, value.dtype)
         if seen is not None:
             step, least = step.masked_fill(~seen, 0), least.masked_fill(~seen, 0)
         found.value = pack(_codes(x, _wide(step), _wide(least), v_bits, seen), v_bits)
         found.value_step, found.value_min = step[..., 0].contiguous(), least[..., 0].contiguous()
-        found.value_root = root[:, :, :, 0].contiguous()
+        found.value_root = root.contiguous()
     elif seen is not None:
         found.value = value.masked_fill(~seen, 0)
     return found
+
+
+def channel_root(value: Tensor, valid: Tensor | None = None) -> Tensor:
+    """sqrt(max_t |V_tc|) over the tokens of value (…, S, D) that exist: (…, D); 1 where a channel is zero."""
+    size = _wide(value).abs()
+    if valid is not None:
+        size = size.masked_fill(~valid[..., None], 0)
+    root = size.amax(-2).sqrt().to(value.dtype)
+    # A channel that is zero throughout stays zero whatever it is divided by.
+    return torch.where(root > 0, root, 1)
 
 
 def _wide(x: Tensor) -> Tensor:
