@@ -444,6 +444,11 @@ def _clash(a: Entry, b: Entry) -> str | None:
     if x.kind == y.kind == "kv" and type(x.policy) is type(y.policy):
         what = "rule of precision" if isinstance(x.policy, Quantise) else "eviction rule"
         return f"seam kv takes one {what}; use `where` to give them different layers"
+    if isinstance(x.policy, Evict | Quantise) and isinstance(y.policy, Evict | Quantise):
+        if x.policy.chosen and y.policy.chosen:
+            return (
+                "seam kv: both choose among the tokens of a layer, each by statistics of its own; use `where`"
+            )
     if x.kind == y.kind == "mass" and _heads_meet(x, y):
         return "seam mass takes one contribution per head; give them different heads"
     if x.kind == y.kind == "weights" and set(x.tensors or ()) & set(y.tensors or ()):
