@@ -15,10 +15,11 @@ from torch import Tensor
 
 from .errors import Unsupported
 from .hosts.base import Lease, Runtime
-from .kv import CompressingLayer
+from .kv import CompressingLayer, PackedLayer
+from .packed import PackedRun
 from .patterns import Pattern, visible_keys
 from .seams import AttentionCall, Entry, Formed
-from .softmax import Delegate, SoftmaxRun
+from .softmax import Delegate
 
 
 def attend(runtime: Runtime, call: AttentionCall, delegate: Delegate) -> Tensor:
@@ -36,7 +37,7 @@ def attend(runtime: Runtime, call: AttentionCall, delegate: Delegate) -> Tensor:
     return run.output()
 
 
-class _Run(SoftmaxRun):
+class _Run(PackedRun):
     """One call on its way through the plan."""
 
     # ------------------------------------------------------------------ the order of things
@@ -45,7 +46,7 @@ class _Run(SoftmaxRun):
         call, plan = self.call, self.plan
         layer = call.layer if isinstance(call.layer, CompressingLayer) else None
         if layer is not None:
-            if layer.lease.active:
+            if layer.active:
                 layer.note(call.real)
             self.edited = layer.evicted
         self._position()
@@ -61,13 +62,20 @@ class _Run(SoftmaxRun):
         if form:
             out = self._form(form[0])
             self.acted.add(form[0].owner)
+        elif isinstance(layer, PackedLayer) and layer.packed:
+            out = self._packed_softmax(layer, extra, wanted, moves)
         elif not (self.edited or extra or patterns or wanted or moves or dynamic):
             out = self.delegate(call)
         else:
             out = self._softmax(layer, extra, patterns, wanted, moves)
         out = self._gain(out)
-        if layer is not None and layer.settle():
-            self.acted.update(e.owner for e in plan.of["kv"])
+        if layer is not None and plan.evictor is not None and self._chooses(layer):
+            layer.choose(self._value(plan.evictor))
+        if isinstance(layer, PackedLayer):
+            self.acted.update(layer.evict())
+            self.acted.update(layer.finish(self._tiers(layer)))
+        elif layer is not None:
+            self.acted.update(layer.settle())
         self._account(layer)
         return out
 
@@ -158,13 +166,28 @@ class _Run(SoftmaxRun):
             sink_logits=None if call.sink_logits is None else call.sink_logits * factor,
         )
 
+    @staticmethod
+    def _chooses(layer: CompressingLayer | None) -> bool:
+        """Whether the method itself says what this layer keeps after the call."""
+        return layer is not None and layer.policy.chosen and layer.lease.active
+
     def _wanted(self, layer: CompressingLayer | None) -> set[str]:
         """Statistics that this call has to produce."""
         wanted: set[str] = set()
+        scored = None if layer is None else layer.scored_by()
         for entry in self.plan.active:
-            wanted.update(entry.contribution.wanted(self.call, self._state(entry)))
-        if layer is not None and layer.wants_scores():
-            wanted.add("column_mass")
+            state = self._state(entry)
+            asked = set(entry.contribution.wanted(self.call, state))
+            if "probe_mass" in asked:
+                told = scored == "probe_mass" or self._chooses(layer)
+                cached = entry is not self.plan.evictor or told
+                if not (cached and self.probed.ask(entry, self.call, state)):
+                    asked.remove("probe_mass")
+            if asked:
+                self.asking.add(entry)
+            wanted.update(asked)
+        if scored == "column_mass":
+            wanted.add(scored)
         return wanted
 
     # ------------------------------------------------------------------ instead of the softmax
@@ -195,6 +218,14 @@ class _Run(SoftmaxRun):
                 factor.to(out.dtype) if isinstance(factor, Tensor) else factor
             )
         return out
+
+    def _tiers(self, layer: PackedLayer) -> Tensor | None:
+        """Which of the waiting tokens the method wants in the high tier; None where it has no say now."""
+        entry = self.plan.quantiser
+        if entry is None or not layer.rule.chosen or not layer.due:
+            return None
+        high: Tensor | None = self._value(entry)
+        return high
 
     # ------------------------------------------------------------------ bookkeeping
 

@@ -19,23 +19,29 @@ import torch
 from torch import Tensor, nn
 
 from .errors import Conflict, InputError
+from .precision import BITS as BITS
+from .precision import Quantise as Quantise
+from .precision import check_bits as check_bits
 
 # What a contribution may be, in the order in which the engine applies them.
 KINDS = (
     "position",  # positions that keys carry: value -> rotation steps to add to each key (B, Hkv, Lk)
     "keys",  # extra keys and values: value -> ExtraKeys
     "scale",  # factor on the logits: value -> float or tensor broadcastable to (B, H, Lq, 1)
-    "pattern",  # which pairs exist: value -> Pairs, a predicate over indices, or kernels.window2d.Window2d
+    # which pairs exist: value -> Pairs, a predicate over indices, or kernels.window2d.Window2d; dynamic: or Tokens
+    "pattern",
     "observe",  # look at the statistics; value is ignored
     "form",  # another operator: value -> output (B, Lq, H, D), or Formed
     "mass",  # move probability between key groups: value -> MassMove
     "gain",  # factor on a head's output: value -> tensor broadcastable to (B, Lq, H, 1)
-    "kv",  # what the cache keeps: policy, an Evict
+    # what the cache keeps and how precisely: policy, an Evict (with chosen=True: value -> bool (B, Lk), what
+    # stays) or a Quantise (value -> bool (B, Hkv or 1, W), which tokens are more precise)
+    "kv",
     "around",  # wrap the call of a module: value(proceed, args, kwargs, state) -> result
     "input",  # what a module inside the site is given: value(args, kwargs, tensors) -> (args, kwargs)
     "weights",  # replace tensors: tensors
 )
-STATISTICS = ("lse", "column_mass")
+STATISTICS = ("lse", "column_mass", "probe_mass")
 # Facts that a host finds out only for those who ask, in ``call.facts``:
 #   step: the number of the denoising step within its run, from 0; None where no timestep says it.
 FACTS = ("step",)
@@ -122,12 +128,15 @@ class Statistics:
 
     lse (B, H, Lq): log-sum-exp of the logits of each row. column_mass (B, H, Lk): probability that
     each key received, summed over the rows that are not padding. rows (B, Lk): how many of those rows
-    can see each key.
+    can see each key. probe_mass, probe_rows: the same two over the rows that the contribution chose
+    (``Contribution.probes``); zero where it chose none.
     """
 
     lse: Tensor | None = None
     column_mass: Tensor | None = None
     rows: Tensor | None = None
+    probe_mass: Tensor | None = None
+    probe_rows: Tensor | None = None
 
 
 class State:
@@ -164,8 +173,17 @@ class State:
         if cumulative:
             self.cumulative.add(name)
 
+    def take(self, name: str) -> Tensor | None:
+        """The tensor, which is then forgotten."""
+        self.cumulative.discard(name)
+        self.axes.pop(name, None), self.fill.pop(name, None)
+        return self.tensors.pop(name, None)
+
 
 Value = Callable[[AttentionCall, Statistics, State], Any]
+# Which query rows a contribution wants the column mass of: bool (B, Lq) or (Lq,), or row numbers, int64 (B, P)
+# or (P,), with -1 for none and a row that is named twice counted twice; None for no rows. Pads never count.
+Probes = Callable[[AttentionCall, State], Tensor | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,6 +196,8 @@ class Contribution:
     says that it is known now to change nothing: the engine then runs the stock kernel. ``stateful`` asks
     for a State that outlives the call. ``lookahead`` says that a row's result depends on later rows of
     the same call, so a prefill cut into chunks would differ.
+    ``probes`` chooses the rows of the statistic "probe_mass", at a cost that grows with their number only;
+    on a kv contribution it chooses the rows that the cache layer is told about.
 
     ``tensors``: for weights, parameter name inside the site -> what replaces it, written in place; read
     only when the patch is committed, so a mapping that reads them from a file holds no memory. For input,
@@ -196,9 +216,10 @@ class Contribution:
     stateful: bool = False
     lookahead: bool = False
     in_order: bool = False  # reads keys by their place in the sequence, so none may be evicted
-    dynamic: bool = False  # pattern only: chosen from statistics
+    probes: Probes | None = None
+    dynamic: bool = False  # pattern only: chosen from statistics, in the calls in which it needs some
     admits: frozenset[str] = frozenset({"gain"})  # form only: kinds it can live with
-    policy: Evict | None = None  # kv only
+    policy: Evict | Quantise | None = None  # kv only
     tensors: Mapping[str, Tensor] | None = None  # weights, input
     module: str = ""  # input only: name of a module inside the site
     statistics: frozenset[str] = frozenset()  # every statistic `needs` may ask for, for the conflict table
@@ -215,6 +236,10 @@ class Contribution:
             raise InputError(f"no host knows the fact {sorted(unknown)[0]!r}; known: {', '.join(FACTS)}")
         if not callable(self.needs) and not self.statistics:
             object.__setattr__(self, "statistics", frozenset(self.needs))
+        if (self.probes is None) == ("probe_mass" in self.statistics):
+            raise InputError(
+                'a contribution that needs "probe_mass" says by `probes` of which rows, and only it'
+            )
 
     def wanted(self, call: AttentionCall, state: State) -> Collection[str]:
         return self.needs(call, state) if callable(self.needs) else self.needs
@@ -270,6 +295,16 @@ class Pairs:
     """A pattern as a predicate: ``visible(q, k)`` for index tensors q (rows, 1) and k (1, columns)."""
 
     visible: Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass
+class Tokens:
+    """A dynamic pattern: only the tokens of ``keep``, bool (B, Lk), take part, in each row of the batch its own.
+
+    The call's own tokens are the last Lq. Those outside are nobody's key, and as queries they get zeros.
+    """
+
+    keep: Tensor
 
 
 def parameter_of(module: nn.Module, name: str) -> tuple[nn.Module, str] | None:
@@ -333,23 +368,62 @@ class Evict:
     sinks: the first visible tokens. recent: the last ones. heavy: those among the rest with the
     highest score. The newest token is always kept; ties go to the newer one.
 
+    capacity: how many tokens stay in all, whatever ``heavy`` says; a fraction that comes to less than the
+    sinks and the recent tokens means those.
+
     score: "column_mass" adds up the probability that each key received from every row so far;
-    None scores nothing (heavy must then be 0). gqa: how the query heads of a group share a key/value
-    head's score: sum, first, max, mean. normalise: divide each score by the rows that could see the key.
+    "probe_mass" is what it received from the ``last`` real rows of this call alone, and earlier calls have no
+    say. None scores nothing (heavy must then be 0). gqa: how the query heads of a group share a key/value
+    head's score: sum, first, max, mean; shared: one score for the whole layer, the mean over its heads, so
+    that all key/value heads keep the same tokens. normalise: divide each score by the rows that could see the
+    key. pool: the scores of the tokens that are free to go are pooled over so many neighbours first
+    (odd; stride 1, zeros beyond both ends), pooling: avg or max.
+
+    chosen: the method itself says after a call what stays, by the contribution's value: bool (B, Lk) over the
+    columns of ``call.key``, the same for all heads, or None to keep everything; no budget applies. Tokens
+    cannot be taken back, so assisted decoding is refused.
+
+    once: choose at the end of the first prefill, and keep everything that comes after it.
     rolled: keys are presented as if the kept tokens were contiguous.
     """
 
     sinks: Budget = 0
     recent: Budget = 0
     heavy: Budget = 0
+    capacity: Budget | None = None
     score: str | None = None
+    last: int = 0
     gqa: str = "sum"
+    shared: bool = False
     normalise: bool = False
+    pool: int = 1
+    pooling: str = "avg"
+    once: bool = False
+    chosen: bool = False
     rolled: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.score == "probe_mass") != (self.last > 0):
+            raise InputError(
+                'score="probe_mass" needs last=, the number of rows to score by, and only it does'
+            )
+        if self.pool % 2 == 0 or (self.pool > 1 and not self.once):
+            raise InputError(f"pool={self.pool}: an odd number of neighbours, with once=True")
 
     def total(self, length: int) -> int:
         """Tokens that a row with a prompt of ``length`` tokens keeps: at least 1, the newest."""
-        return max(1, sum(tokens_of(b, length) for b in (self.sinks, self.recent, self.heavy)))
+        if self.chosen:
+            return length
+        if self.capacity is None:
+            return max(1, sum(tokens_of(b, length) for b in (self.sinks, self.recent, self.heavy)))
+        protected = sum(tokens_of(b, length) for b in (self.sinks, self.recent))
+        return max(1, tokens_of(self.capacity, length), min(length, protected))
+
+    @property
+    def fixed(self) -> int:
+        """Tokens that every row keeps, whatever the length of its prompt."""
+        budgets = (self.sinks, self.recent, self.heavy) if self.capacity is None else (self.capacity,)
+        return sum(b for b in budgets if isinstance(b, int))
 
 
 # ---------------------------------------------------------------- plans and conflicts
@@ -375,7 +449,9 @@ class AttentionPlan:
         }
         self.inert = not self.active
         self.stateful = any(e.contribution.stateful for e in self.active)
-        self.evict: Evict | None = next((e.contribution.policy for e in self.of["kv"]), None)
+        # At most one of each: two would be a conflict.
+        self.evictor = next((e for e in self.of["kv"] if isinstance(e.contribution.policy, Evict)), None)
+        self.quantiser = next((e for e in self.of["kv"] if isinstance(e.contribution.policy, Quantise)), None)
         self.lookahead = tuple(e for e in self.active if e.contribution.lookahead)
         # Only scalings and gains: the user's own attention function can still do the work.
         editing = {"position", "keys", "pattern", "observe", "form", "mass", "kv"}
@@ -392,7 +468,19 @@ class AttentionPlan:
     @property
     def needs_layer(self) -> bool:
         """Whether this plan keeps something on the sequence's cache layer."""
-        return self.stateful or self.evict is not None
+        return self.stateful or bool(self.of["kv"])
+
+    @property
+    def evict(self) -> Evict | None:
+        """The rule for what the cache keeps."""
+        policy = self.evictor.contribution.policy if self.evictor else None
+        return policy if isinstance(policy, Evict) else None
+
+    @property
+    def quantise(self) -> Quantise | None:
+        """The rule for how precisely the cache keeps it."""
+        policy = self.quantiser.contribution.policy if self.quantiser else None
+        return policy if isinstance(policy, Quantise) else None
 
 
 def conflicts(site: Site, entries: Sequence[Entry]) -> list[str]:
@@ -421,8 +509,14 @@ def _clash(a: Entry, b: Entry) -> str | None:
         return f"the same method is already there (seam {x.kind}); remove the first patch or narrow one with `where`"
     if x.kind == y.kind and x.kind in EXCLUSIVE:
         return f"seam {x.kind} takes one contribution; use `where` to give them different layers"
-    if x.kind == y.kind == "kv":
-        return "seam kv takes one eviction rule; use `where` to give them different layers"
+    if x.kind == y.kind == "kv" and type(x.policy) is type(y.policy):
+        what = "rule of precision" if isinstance(x.policy, Quantise) else "eviction rule"
+        return f"seam kv takes one {what}; use `where` to give them different layers"
+    if isinstance(x.policy, Evict | Quantise) and isinstance(y.policy, Evict | Quantise):
+        if x.policy.chosen and y.policy.chosen:
+            return (
+                "seam kv: both choose among the tokens of a layer, each by statistics of its own; use `where`"
+            )
     if x.kind == y.kind == "mass" and _heads_meet(x, y):
         return "seam mass takes one contribution per head; give them different heads"
     if x.kind == y.kind == "weights" and set(x.tensors or ()) & set(y.tensors or ()):
@@ -432,6 +526,8 @@ def _clash(a: Entry, b: Entry) -> str | None:
             return f"seam form replaces softmax attention, which seam {other.kind} needs; use `where` to part them"
         if one.in_order and other.kind == "kv":
             return f"seam {one.kind} reads the keys in their order, and seam kv drops some; give them different layers"
+        if isinstance(other.policy, Quantise) and one.kind in {"position", "pattern"}:
+            return f"seam {one.kind} needs every key as it is, and seam kv packs them; give them different layers"
         if one.kind == "pattern" and one.dynamic and other.statistics:
             return f"seam pattern is chosen from statistics that seam {other.kind} reads as well"
     return None

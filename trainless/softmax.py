@@ -6,6 +6,7 @@ statistics are taken, dynamic patterns and edits asked for and carried out. Whic
 - up to FEW_ROWS query rows (decode, drafts): their probabilities are computed outright and edited;
 - statistics that may lead to an edit: output, log-sum-exp and column mass in one sweep, and for heads that then
   are not edited the output of the user's own kernel;
+- statistics over chosen rows alone: those rows meet the keys, and the output is the user's own;
 - anything else: the fused operator, then one pass per statistic, then an edit of few columns.
 """
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .errors import InputError, Unsupported
+from .extra import merge_extra
 from .hosts.base import Runtime
 from .kernels.column_mass import RowScale, attention_and_mass, column_mass, together_reasons
 from .kernels.common import Terms
@@ -30,8 +32,20 @@ from .kernels.window2d import Window2d, window2d
 from .kernels.window2d import choose as choose_window
 from .kv import CompressingLayer
 from .patterns import Pattern, extra_of_image, window_of
+from .probed import Probed
 from .rows import apply, move_edit, on_heads
-from .seams import AttentionCall, AttentionPlan, Contribution, Entry, MassMove, RowEdit, State, Statistics
+from .seams import (
+    AttentionCall,
+    AttentionPlan,
+    Contribution,
+    Entry,
+    MassMove,
+    RowEdit,
+    State,
+    Statistics,
+    Tokens,
+)  # fmt: skip
+from .subset import only, over, without
 
 Delegate = Callable[[AttentionCall], Tensor]
 FEW_ROWS = 16  # up to this many query rows the probabilities are computed outright
@@ -48,6 +62,8 @@ class SoftmaxRun:
         self.acted: set[Any] = set()
         self.edited = False  # the output can no longer come from the delegate
         self.stats = Statistics()
+        self.probed = Probed()
+        self.asking: set[Entry] = set()  # those that need a statistic of this call
         self.kernel, self.reasons = "stock", ""
         self.why_not: tuple[str, ...] = ()  # why a pattern's own kernel does not run
 
@@ -72,7 +88,8 @@ class SoftmaxRun:
                 f"{entry.method}: head {max(heads)} does not exist at {self.runtime.site.name}, "
                 f"which has {self.call.query.shape[1]} heads"
             )
-        return value(self.call, self.stats, self._state(entry))
+        stats = replace(self.stats, **self.probed.of(entry)) if self.probed.found else self.stats
+        return value(self.call, stats, self._state(entry))
 
     def _softmax(
         self,
@@ -88,10 +105,10 @@ class SoftmaxRun:
                 f"{self.runtime.site.name}: attention dropout is on (training mode) and a patch edits this "
                 "attention; call model.eval() or remove the patch"
             )
+        dynamic = [e for e in self.plan.of["pattern"] if e.contribution.dynamic and e in self.asking]
         if layer is not None and layer.evicted and call.query.shape[2] == 1 and not (extra or moves):
-            if not self.plan.of["pattern"] and not self.plan.of["observe"] and "lse" not in wanted:
+            if not (patterns or dynamic or self.plan.of["observe"] or "lse" in wanted):
                 return self._decode_kept(layer, wanted)
-        dynamic = [e for e in self.plan.of["pattern"] if e.contribution.dynamic]
         edits = None
         if not (wanted or dynamic):
             # Frozen rules need no statistics: ask them first, they may have nothing to edit in this call.
@@ -109,27 +126,39 @@ class SoftmaxRun:
         plain = not (self.edited or extra)
         if plain and not dynamic and self._together(visible, wanted, moves):
             return self._edit_swept(layer, visible, moves)
-        out, lse = self._attention(visible)
-        self.edited = self.edited or bool(extra)
-        if extra:
-            out, lse = self._merge_extra(out, lse, extra)
-        self.stats.lse = lse
+        out, lse = None, None
+        if not plain or wanted - {"probe_mass"}:
+            out, lse = self._attention(visible, extra)
+            self.edited = self.edited or bool(extra)
+            self.stats.lse = lse
         options = self._options()
         if "column_mass" in wanted:
             self._column_mass(layer, visible, lse, options)
+        self._probe(layer, visible, lse)
+        subset = None
         for entry in dynamic:
-            pairs = self._value(entry)
-            if pairs is not None:
-                visible = visible.restrict(pairs.visible)
-                out, lse = self._attention(visible)
+            chosen = self._value(entry)
+            if chosen is None:
+                continue
+            self.edited = True
+            self.acted.add(entry.owner)
+            if isinstance(chosen, Tokens):
+                subset = chosen.keep if subset is None else subset & chosen.keep
+                visible, out = only(visible, chosen.keep), None
+            else:
+                visible = visible.restrict(chosen.visible)
+                out, lse = self._attention(visible, extra)
                 self.stats = Statistics(lse=lse)
-                self.edited = True
-                self.acted.add(entry.owner)
         changed = False
         if edits is None:
             edits = [(entry, move) for entry in moves if (move := self._value(entry)) is not None]
+        if subset is not None and not (edits or extra):
+            self.kernel, self.reasons, out = over(call, visible, subset, self._terms())
+        if out is None and (edits or self.edited):
+            out, lse = self._attention(visible, extra)
         for entry, move in edits:
             changed = True
+            assert out is not None and lse is not None
             self.acted.add(entry.owner)
             if isinstance(move, RowEdit):
                 out = self._edit_rows(out, lse, visible, move, entry.contribution)
@@ -138,11 +167,15 @@ class SoftmaxRun:
         for entry in self.plan.of["observe"]:
             self._value(entry)
             self.acted.add(entry.owner)
+        if out is None:
+            return self.delegate(call)
         if plain and not changed and not self.edited:
             # Only looked at: the user's own kernel gives the output, ours gave the statistics.
             if self.runtime.facts.get("same_bits") and not out.requires_grad:
                 return out.transpose(1, 2)
             return self.delegate(call)
+        if subset is not None:
+            out = without(out, subset)
         return out.transpose(1, 2).contiguous()
 
     def _why_no_window(
@@ -161,7 +194,7 @@ class SoftmaxRun:
         self.kernel, self.reasons = f"window2d/{choice.name}", "; ".join(choice.reasons)
         out, lse = window2d(call.query, call.key, call.value, window=window, scale=call.scaling, extra=beside)
         if others:
-            out, lse = self._merge_extra(out, lse, others)
+            out, lse = merge_extra(call, out, lse, others)
         return out.transpose(1, 2).contiguous()
 
     def _together(self, visible: Visibility, wanted: set[str], moves: tuple[Entry, ...]) -> bool:
@@ -188,6 +221,7 @@ class SoftmaxRun:
                 heads=watched,
             )  # fmt: skip
         self._note_mass(layer, visible, mass, watched)
+        self._probe(layer, visible, None)
         lse = swept_lse.new_zeros(b, h, lq)
         lse[:, watched] = swept_lse
         self.stats.lse = lse
@@ -267,19 +301,20 @@ class SoftmaxRun:
         call = self.call
         return Terms(call.scaling, call.position_bias, call.softcap, call.sink_logits)
 
-    def _attention(self, visible: Visibility) -> tuple[Tensor, Tensor]:
+    def _attention(self, visible: Visibility, extra: Sequence[Any] = ()) -> tuple[Tensor, Tensor]:
         call = self.call
         options = self._options()
         choice = choose(call.query, call.key, call.value, visibility=visible, terms=self._terms())
         self.kernel, self.reasons = f"lse/{choice.name}", "; ".join((*self.why_not, *choice.reasons))
         out, lse = attention_lse(call.query, call.key, call.value, visibility=visible, **options)
-        return out, lse
+        return merge_extra(call, out, lse, extra) if extra else (out, lse)
 
     def _column_mass(
-        self, layer: CompressingLayer | None, visible: Visibility, lse: Tensor, options: dict[str, Any]
+        self, layer: CompressingLayer | None, visible: Visibility, lse: Tensor | None, options: dict[str, Any]
     ) -> None:
         """Fill in column_mass (B, H, Lk), zero for heads nobody asked about, and the row counts."""
         call = self.call
+        assert lse is not None
         heads = self._heads_watched(layer)
         options = {k: v for k, v in options.items() if k != "sink_logits"}  # they are inside lse already
         with torch.no_grad():  # what is chosen by it is chosen, not differentiated
@@ -303,19 +338,46 @@ class SoftmaxRun:
             mass = whole
         self.stats.column_mass = mass
         self.stats.rows = visible.counts(call.query.shape[0])
-        if layer is not None and layer.wants_scores():
-            tail = None
-            if layer.record_past:
-                # These rows may be taken back by the next crop, so the layer wants them one by one.
-                rows = min(layer.TAIL, call.query.shape[2])
-                _, probabilities = self._probabilities(
-                    visible, call.query.shape[2] - rows, call.query.shape[2]
-                )
-                tail = probabilities
-            layer.score(mass, tail)
+        if layer is not None and layer.scored_by() == "column_mass":
+            layer.score(mass, self._tail(layer, visible) if layer.rows_apart() else None)
+
+    def _tail(self, layer: CompressingLayer, visible: Visibility) -> Tensor:
+        """The last rows of probabilities, where the layer wants them one by one."""
+        lq = self.call.query.shape[2]
+        return self._probabilities(visible, max(0, lq - layer.rows_apart()), lq)[1]
+
+    def _probe(
+        self,
+        layer: CompressingLayer | None,
+        visible: Visibility | None,
+        lse: Tensor | None,
+        probabilities: Tensor | None = None,
+    ) -> None:
+        """Fill in the statistics over chosen rows, and tell a layer that scores by them."""
+        if not self.probed.index:
+            return
+        if probabilities is None:
+            assert visible is not None
+            self.probed.compute(self.call, visible, self._terms(), lse)
+        else:
+            self.probed.take(probabilities, visible)
+        if layer is None or layer.scored_by() != "probe_mass":
+            return
+        found = self.probed.of(self.plan.evictor) if self.plan.evictor is not None else None
+        if not found:
+            return
+        tail = None
+        if layer.rows_apart():
+            # Which of the rows are the last ones is known when the drafts, or the chunks, are.
+            tail = probabilities
+            if tail is None and visible is not None:
+                tail = self._tail(layer, visible)
+            if tail is not None and self.call.real is not None:
+                tail = tail * self.call.real[:, None, -tail.shape[2] :, None]
+        layer.score(found["probe_mass"], tail)
 
     def _heads_watched(self, layer: CompressingLayer | None) -> tuple[int, ...] | None:
-        if layer is not None and layer.wants_scores():
+        if layer is not None and layer.scored_by() == "column_mass":
             return None
         heads: set[int] = set()
         for entry in self.plan.active:
@@ -352,7 +414,10 @@ class SoftmaxRun:
         self.kernel = "rows"
         if "column_mass" in wanted:
             rows = probabilities if call.real is None else probabilities * call.real[:, None, :, None]
-            layer.score(rows[:, :, 0], rows if layer.record_past else None)
+            layer.score(rows[:, :, 0], rows if layer.rows_apart() else None)
+        if "probe_mass" in wanted:
+            holes = layer.valid() is not None
+            self._probe(layer, self._visibility(layer, []) if holes else None, None, probabilities)
         return out.transpose(1, 2).contiguous()
 
     def _few_rows(
@@ -375,17 +440,24 @@ class SoftmaxRun:
             self.stats.rows = (
                 visible.counts(call.query.shape[0]) if not (layer is not None and layer.evicted) else None
             )
-            if layer is not None and layer.wants_scores():
-                layer.score(self.stats.column_mass, rows if layer.record_past else None)
+            if layer is not None and layer.scored_by() == "column_mass":
+                layer.score(self.stats.column_mass, rows if layer.rows_apart() else None)
+        self._probe(layer, visible, None, probabilities)
         if "lse" in wanted:
             _, self.stats.lse = self._attention(visible)
         changed = False
         for entry in dynamic:
-            pairs = self._value(entry)
-            if pairs is not None:
-                out, probabilities = self._probabilities(visible.restrict(pairs.visible), 0, lq)
-                changed = True
-                self.acted.add(entry.owner)
+            chosen = self._value(entry)
+            if chosen is None:
+                continue
+            changed = True
+            self.acted.add(entry.owner)
+            if isinstance(chosen, Tokens):
+                visible = only(visible, chosen.keep)
+                probabilities = without(self._probabilities(visible, 0, lq)[1], chosen.keep)
+            else:
+                visible = visible.restrict(chosen.visible)
+                probabilities = self._probabilities(visible, 0, lq)[1]
         if edits is None:
             edits = [(entry, move) for entry in moves if (move := self._value(entry)) is not None]
         for entry, move in edits:
@@ -437,26 +509,3 @@ class SoftmaxRun:
         out = out.clone()
         out[:, list(contribution.heads)] = whole[:, list(contribution.heads)]
         return out
-
-    def _merge_extra(self, out: Tensor, lse: Tensor, extra: list[Any]) -> tuple[Tensor, Tensor]:
-        """Attention over more keys is attention over each set, weighted by their log-sum-exp: exact."""
-        call = self.call
-        total, mixed = lse, out.to(lse.dtype)
-        for more in extra:
-            first, stop = more.rows or (0, total.shape[2])
-            query, held = call.query[:, :, first:stop], total[:, :, first:stop]
-            lk = more.key.shape[2]
-            seen = visibility(
-                more.visible, causal=False, lq=stop - first, lk=lk, real=None, device=query.device
-            )
-            beside, weight = attention_lse(query, more.key, more.value, visibility=seen, scale=call.scaling)
-            merged = torch.logaddexp(held, weight)
-            keep = torch.exp(held - merged).nan_to_num(0.0)[..., None]
-            add = torch.exp(weight - merged).nan_to_num(0.0)[..., None]
-            made = mixed[:, :, first:stop] * keep + beside.to(lse.dtype) * add
-            rest = (slice(0, first), slice(stop, None))
-            mixed, total = (
-                torch.cat([t[:, :, rest[0]], new, t[:, :, rest[1]]], 2) if more.rows else new
-                for t, new in ((mixed, made), (total, merged))
-            )
-        return mixed.to(out.dtype), total

@@ -7,8 +7,23 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from methods.publications import contract_weights
-from oracle import H2O, Act, AttnTemperature, Clear, HeadGain, Rule, Streaming, models
+from oracle import (
+    H2O,
+    Act,
+    AttnTemperature,
+    Clear,
+    HeadGain,
+    KvQuant,
+    Rule,
+    SnapKV,
+    Streaming,
+    Tova,
+    ZipCache,
+    models,
+)
 from oracle.entropy import DenoiserOracle
+
+from trainless.patchers.zipcache import ZipCache as ZipCacheMethod
 
 CAUSAL, ENCODERS, DENOISERS = models.CAUSAL, models.ENCODERS, models.DENOISERS
 FULL = models.FULL_ATTENTION
@@ -40,6 +55,7 @@ class Case:
     neighbour_rules: Callable[[], list[Rule]] = list
     clashes: Sequence[tuple[str, Mapping[str, Any], str]] = ()  # (method, parameters, seam)
     evicts: bool = False
+    once: bool = False  # evicts after the first prefill alone, and grows from there
     chunks: str = "same"
     assisted: str = "same"  # or "refused", when drafts are rejected in part
     main: bool = False  # the one that stands for its method in the long tests
@@ -117,6 +133,56 @@ def _linfusion(label: str, middle: int, layers: int, **more: Any) -> Case:
 
 
 LARGE = {"use": "entropy", "with": {"trained": 64}}
+
+
+def _capped(label: str, method: str, rule: Any, families: Sequence[str], **more: Any) -> Case:
+    """An evictor whose budget is one number, ``capacity``."""
+    extra = {
+        k: more.pop(k) for k in ("main", "neighbours", "neighbour_rules", "clashes", "once") if k in more
+    }
+    return Case(
+        label, method, more, lambda: rule(**more), families, {**more, "capacity": 1 << 30},
+        {**more, "capacity": 60}, layers_of={"gemma2": (1,)}, evicts=True, **extra,
+    )  # fmt: skip
+
+
+def _packing(label: str, method: str, rule: Any, families: Sequence[str], **more: Any) -> Case:
+    names = ("main", "neighbours", "neighbour_rules", "clashes", "chunks", "assisted", "identity", "wide")
+    extra = {k: more.pop(k) for k in names if k in more}
+    exact = extra.pop("identity", {**more, "k_bits": 16, "v_bits": 16})
+    wide = extra.pop("wide", {**more, "residual": 60})
+    return Case(
+        label, method, more, lambda: rule(**more), families, exact, wide, layers_of={"gemma2": (1,)}, **extra
+    )
+
+
+def _zip(label: str, families: Sequence[str], **more: Any) -> Case:
+    extra = {k: more.pop(k) for k in ("main", "neighbours", "neighbour_rules", "clashes") if k in more}
+    given = {"interval": 3, "probes": (2, 0.3), **more}
+
+    def rule() -> Rule:
+        """The oracle is told the probe rows of the first call, which depend on the length of the row alone."""
+        return ProbedZipCache(ZipCacheMethod(**given), **{k: v for k, v in given.items() if k != "probes"})
+
+    return Case(
+        label, "zipcache", given, rule, families, {**given, "bits": (16, 16)}, None,
+        layers_of={"gemma2": (1,)}, chunks="refused", assisted="refused", **extra,
+    )  # fmt: skip
+
+
+class ProbedZipCache(ZipCache):
+    """The oracle with the rows that the method draws: they are its input, not what is checked."""
+
+    def __init__(self, method: ZipCacheMethod, **more: Any) -> None:
+        super().__init__(**more)
+        self.method = method
+
+    def pack(self, call: Any, p: Any) -> None:
+        lengths = [self.length(call, row) for row in range(call.key.shape[0])]
+        self.probes = [[self.method.probed(n).tolist() for n in lengths]]
+        super().pack(call, p)
+
+
 GAIN = {"use": "head_gain", "with": {"heads": HEADS, "gain": 0.5}}
 WARM = {"use": "attn_temperature", "with": {"temperature": 1.3}}
 KEEP = {"use": "h2o", "with": {"heavy": 4, "recent": 3}}
@@ -174,6 +240,34 @@ CASES: list[Case] = [
         _evicting(f"h2o-{gqa}", "h2o", H2O, ("llama",), heavy=4, recent=3, gqa=gqa)
         for gqa in ("first", "max", "mean")
     ),
+    _capped(
+        "tova", "tova", Tova, EVICTABLE, capacity=7, main=True, neighbours=(WARM, GAIN),
+        neighbour_rules=_around(warm_rule, gain_rule), clashes=[("streaming", {"recent": 4}, "kv")],
+    ),
+    _capped("tova-heads", "tova", Tova, ("llama", "qwen2"), capacity=7, shared=False),
+    _capped("tova-fraction", "tova", Tova, ("llama",), capacity=0.4),
+    _capped(
+        "snapkv", "snapkv", SnapKV, EVICTABLE, capacity=9, window=4, pool=3, main=True, once=True,
+        neighbours=(WARM, GAIN), neighbour_rules=_around(warm_rule, gain_rule),
+        clashes=[("streaming", {"recent": 4}, "kv")],
+    ),
+    _capped(
+        "snapkv-max", "snapkv", SnapKV, ("llama", "qwen2"), capacity=8, window=3, pool=5, pooling="max", once=True
+    ),
+    _capped("snapkv-fraction", "snapkv", SnapKV, ("llama",), capacity=0.6, window=2, pool=1, once=True),
+    _packing(
+        "kvquant", "kvquant", KvQuant, EVICTABLE, group=4, residual=3, main=True, neighbours=(WARM, KEEP),
+        neighbour_rules=_around(warm_rule, keep_rule), clashes=[("zipcache", {}, "kv")],
+    ),
+    _packing("kvquant-k2-v8", "kvquant", KvQuant, ("llama", "phi"), k_bits=2, v_bits=8, group=3, residual=0),
+    _packing("kvquant-k4-v16", "kvquant", KvQuant, ("llama",), k_bits=4, v_bits=16, group=5, residual=0.25),
+    _packing("kvquant-singles", "kvquant", KvQuant, ("llama",), k_bits=16, v_bits=2, group=1, residual=1),
+    _zip(
+        "zipcache", EVICTABLE, main=True, neighbours=(WARM, GAIN),
+        neighbour_rules=_around(warm_rule, gain_rule), clashes=[("kvquant", {}, "kv")],
+    ),
+    _zip("zipcache-published", ("llama",), normalise="published", salient=0.4, bits=(8, 4)),
+    _zip("zipcache-exact-tier", ("llama", "phi"), salient=2, bits=(16, 2), interval=5),
     Case(
         "entropy", "entropy", {"trained": 256}, Rule, DENOISERS, {"trained": 128}, main=True, trained=256,
         neighbours=(

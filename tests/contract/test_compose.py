@@ -8,7 +8,7 @@ from trainless.kv import CompressingLayer
 from trainless.patchers import get
 
 from .cases import CASES, GAIN, HEADS, KEEP, MAIN, WARM, Case, named
-from .tools import EXACT, Snapshot, build, dense, outputs, same, text, wide
+from .tools import EXACT, Snapshot, arranged, build, dense, outputs, same, text, wide
 
 ACT = {"beta": 0.3, "alpha": 1.5, "skip_layers": 1, "min_rows": 3}
 ACT_HEADS = {**ACT, "heads": [[0, 3], [1, 0], [1, 1], [1, 3], [2, 1]]}
@@ -222,17 +222,18 @@ def test_running_means_refuse_an_evictor_at_the_same_layer(evictor: str):
 @pytest.mark.parametrize("first", [c for c in MAIN if "llama" in c.families], ids=lambda c: c.label)
 @pytest.mark.parametrize("second", [c for c in MAIN if "llama" in c.families], ids=lambda c: c.label)
 def test_every_pair_composes_or_conflicts_as_its_seams_say(first: Case, second: Case):
-    """No pair is left to chance: both evict, or both are the same, and it conflicts; else it is exact."""
+    """No pair is left to chance: both evict, both pack, or both are the same, and it conflicts; else it is exact."""
     model = build("llama")
-    both_evict = get(first.method).evicts and get(second.method).evicts
+    one, other = get(first.method), get(second.method)
+    clash = (one.evicts and other.evicts) or (one.packs and other.packs)
     trainless.patch(model, first.method, **first.parameters)
-    if first is second or both_evict:
+    if first is second or clash:
         with pytest.raises(trainless.Conflict):
             trainless.patch(model, second.method, **second.parameters)
         return
     trainless.patch(model, second.method, **second.parameters)
     got = outputs(model, "llama")
-    with install(build("llama"), [first.rule(), second.rule()]) as oracle:
+    with install(build("llama"), arranged([first.rule(), second.rule()])) as oracle:
         same(got, outputs(oracle.model, "llama"), EXACT)
 
 

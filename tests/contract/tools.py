@@ -7,9 +7,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from oracle import float64_math, install, install_entropy, models, real_rows, replay
+from oracle import Evictor, float64_math, install, install_entropy, models, real_rows, replay
 from oracle.core import Rule
 from oracle.entropy import install_denoiser
+from oracle.packing import Packed
 from torch import Tensor, nn
 
 from .cases import Case
@@ -68,14 +69,23 @@ def outputs(model: nn.Module, family: str, padded: bool = True, calls: Sequence[
     return [tensor[given["attention_mask"].bool()] if family == "bert" else tensor]
 
 
+def arranged(rules: Sequence[Rule]) -> list[Rule]:
+    """The rules in the order that the oracle wants: what packs, told what evicts beside it, comes first."""
+    evictor = next((r for r in rules if isinstance(r, Evictor) and not isinstance(r, Packed)), None)
+    packers = [r for r in rules if isinstance(r, Packed)]
+    for packer in packers:
+        packer.evictor = evictor
+    return [*packers, *(r for r in rules if r not in packers)]
+
+
 @contextmanager
 def dense(model: nn.Module, family: str, case: Case, more: Sequence[Rule] = ()) -> Iterator[Any]:
     """The stock model under the oracle's reading of the case."""
     if family not in models.DENOISERS:
         rules = [case.rule(), *more]
-        if case.evicts and family in case.layers_of:
+        if family in case.layers_of:
             rules[0].layers = set(case.layers_of[family])
-        with install(model, rules) as oracle:
+        with install(model, arranged(rules)) as oracle:
             yield oracle
         return
     if case.denoised is not None:

@@ -9,12 +9,20 @@ import os
 import pytest
 import torch
 from kernel_cases import edit, make, no_worse, oracle, times_values
+from packed_cases import IDS as PACKED_IDS
+from packed_cases import SHAPES as PACKED_SHAPES
+from packed_cases import Case as PackedCase
+from packed_cases import dense as packed_dense
+from test_block_sparse import PATTERNS, pattern_of, truth_of
 
 from trainless.kernels import attention, visibility
+from trainless.kernels.block_sparse import triton as block_sparse_form
 from trainless.kernels.column_mass import triton as column_mass_form
 from trainless.kernels.common import Terms
 from trainless.kernels.lse import triton as lse_form
 from trainless.kernels.mass_move import triton as mass_move_form
+from trainless.kernels.quant_kv import reference as packed_reference
+from trainless.kernels.quant_kv import triton as packed_form
 from trainless.kernels.window2d import Window2d
 from trainless.kernels.window2d import reference as window2d_reference
 from trainless.kernels.window2d import triton as window2d_form
@@ -98,6 +106,33 @@ def test_mass_move(kind, shape, extras, keep, dtype):
     assert torch.equal(mass_move_form.mass_move(
         *case.qkv, out, lse, source=source, keep=1.0, rows=None, heads=None, **options
     ), out)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+@pytest.mark.parametrize(("kind", "shape", "extras"), CASES)
+def test_block_sparse(kind, shape, extras, name):
+    if name == "spans" and kind not in ("causal", "left", "window"):
+        kind = "causal"
+    dtype = DTYPES[len(kind) % 2]
+    case = make(kind, shape, dtype, extras=extras)
+    pattern, allowed = pattern_of(name, shape)
+    got = block_sparse_form.block_sparse(*case.qkv, pattern, visibility=case.seen(), terms=terms_of(case))
+    assert got.dtype == dtype
+    no_worse(got, truth_of(case, allowed), truth_of(case, allowed, dtype))
+
+
+def test_block_sparse_reads_and_writes_only_its_own():
+    case = make("causal", (2, 4, 2, 70, 70, 24), torch.float32)
+    options = {"visibility": case.seen(), "terms": terms_of(case)}
+    pattern, _ = pattern_of("subset", (2, 4, 2, 70, 70, 24))
+    want = block_sparse_form.block_sparse(*case.qkv, pattern, **options)
+    q, k, v = (t.clone() for t in case.qkv)
+    for tensor in (q, k, v):
+        tensor.transpose(1, 2)[~pattern.keys] = torch.nan
+    got = block_sparse_form.block_sparse(
+        q, k.transpose(2, 3).contiguous().transpose(2, 3), v, pattern, **options
+    )
+    assert torch.equal(got, want) and not got.transpose(1, 2)[~pattern.keys].any()
 
 
 def test_views_and_memory_around_the_result():
@@ -238,3 +273,19 @@ def test_the_operator_of_window2d_is_registered_correctly():
     call = (q, k, v, 0.3, 5, 6, 3, True, True, w.most, w.reach, 1, None, None)
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(torch.ops.trainless.window2d.default, call, test_utils=tests)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", PACKED_SHAPES, ids=PACKED_IDS)
+def test_packed_rows(shape, dtype, monkeypatch):
+    monkeypatch.setattr(packed_form, "SPAN", 40)
+    case = PackedCase(shape, dtype, holes=shape[0] == 2)
+    exact = [packed_reference.dequantise(s, torch.float64) for s in case.segments]
+    key, value = (torch.cat(t, 2) for t in zip(*exact, strict=True))
+    want = packed_dense(case.query.double(), key, value, 0.3, 2.5, valid=case.valid)
+    plain = packed_dense(case.query, key.to(dtype), value.to(dtype), 0.3, 2.5, valid=case.valid)
+    out, p, lse = packed_form.rows(case.query, case.segments, Terms(0.3, softcap=2.5), case.valid, True)
+    assert out.dtype == dtype and p.dtype == lse.dtype == torch.float32
+    no_worse(out, want[0], plain[0])
+    no_worse(p, want[1], plain[1].float(), factor=4.0)
+    torch.testing.assert_close(lse.double(), want[2], rtol=0, atol=2e-5)

@@ -64,7 +64,7 @@ def available() -> dict[str, Choice]:
     cuda = torch.cuda.is_available()
     missing = triton_missing()
     if cuda and missing is None:
-        names = ("lse", "column_mass", "mass_move", "linear", "window2d")
+        names = ("lse", "column_mass", "mass_move", "linear", "window2d", "block_sparse", "quant_kv")
         return {name: Choice("triton") for name in names}
     why = (missing or "triton: no CUDA device",)
     # On a GPU without Triton everything is the blocked form; the fused operator is the CPU's.
@@ -74,4 +74,6 @@ def available() -> dict[str, Choice]:
         "mass_move": Choice("blocked", why),
         "linear": Choice("blocked", why),
         "window2d": Choice("blocked", why),
+        "block_sparse": Choice("blocked", why),
+        "quant_kv": Choice("blocked", why),
     }
