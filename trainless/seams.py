@@ -28,15 +28,12 @@ KINDS = (
     "position",  # positions that keys carry: value -> rotation steps to add to each key (B, Hkv, Lk)
     "keys",  # extra keys and values: value -> ExtraKeys
     "scale",  # factor on the logits: value -> float or tensor broadcastable to (B, H, Lq, 1)
-    # which pairs exist: value -> Pairs, a predicate over indices, or kernels.window2d.Window2d; dynamic: or Tokens
-    "pattern",
+    "pattern",  # which pairs exist: value -> Pairs, a predicate over indices; static: or Window2d; dynamic: or Tokens
     "observe",  # look at the statistics; value is ignored
     "form",  # another operator: value -> output (B, Lq, H, D), or Formed
     "mass",  # move probability between key groups: value -> MassMove
     "gain",  # factor on a head's output: value -> tensor broadcastable to (B, Lq, H, 1)
-    # what the cache keeps and how precisely: policy, an Evict (with chosen=True: value -> bool (B, Lk), what
-    # stays) or a Quantise (value -> bool (B, Hkv or 1, W), which tokens are more precise)
-    "kv",
+    "kv",  # what the cache keeps and how precisely: policy, an Evict or a Quantise
     "around",  # wrap the call of a module: value(proceed, args, kwargs, state) -> result
     "input",  # what a module inside the site is given: value(args, kwargs, tensors) -> (args, kwargs)
     "weights",  # replace tensors: tensors
