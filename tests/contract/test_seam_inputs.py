@@ -10,7 +10,6 @@ from .test_seam_rules import Head, _replacing
 from .tools import CALLS, EXACT, Snapshot, build, outputs, same
 from .toys import registered, toy, with_toys
 
-
 # ---------------------------------------------------------------- input
 
 

@@ -175,6 +175,6 @@ def test_a_window_over_other_tokens_is_an_error():
     model, given = _vit()
     with (
         trainless.patched(model, "toy_of_other"),
-        pytest.raises(trainless.InputError, match="9 tokens.*26 queries"),
+        pytest.raises(trainless.InputError, match=r"9 tokens.*26 queries"),
     ):
         model(**given)

@@ -10,13 +10,12 @@ import torch
 pytest.importorskip("diffusers")
 
 import diffusers
+from contract.toys import toy, with_toys
 from oracle import models
 
 import trainless
 from trainless.hosts.diffusers_steps import Steps
 from trainless.seams import Contribution
-
-from contract.toys import toy, with_toys
 
 SEEN: list[int | None] = []
 

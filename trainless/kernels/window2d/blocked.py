@@ -81,8 +81,9 @@ def window2d(
     # A dilated window is an ordinary one on each of the grids that every n-th row and column make.
     for y in range(min(n, window.grid[0])):
         for x in range(min(n, window.grid[1])):
-            parts = [m[:, :, y::n, x::n] for m in maps]
-            _image(*parts, beside, replace(window, grid=tuple(parts[0].shape[2:4]), dilation=1), scale)
+            q, k, v, o, s = (m[:, :, y::n, x::n] for m in maps)
+            part = replace(window, grid=(q.shape[2], q.shape[3]), dilation=1)
+            _image(q, k, v, o, s, beside, part, scale)
     return out, lse
 
 
