@@ -74,5 +74,5 @@ print("the stock UNet's bits are back:", torch.equal(predict(32), stock))
 # refused: linfusion: weights='FOLDER' holds no .safetensors file
 # 32 x 32 latents: finite True
 # 48 x 48 latents: finite True
-# 4/4 layers, 8 calls, kernels {'linear blocked': 8}
+# 4/4 layers, 8 calls, kernels {'linear/blocked': 8}
 # the stock UNet's bits are back: True

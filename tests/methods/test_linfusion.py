@@ -11,7 +11,9 @@ import torch
 pytest.importorskip("diffusers")
 
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from hosts.test_diffusers_company import _ip_adapter
 from oracle import LinFusion, install_linfusion, models
+from oracle.linfusion import _Linear
 from safetensors.torch import load_file, save_file
 
 import trainless
@@ -57,7 +59,7 @@ def test_equals_the_oracle_on_every_base_model(base, mid, tmp_path):
     near(run(model, 16, 8), want)
     report = patch.report().methods[0]
     assert (report.sites, report.of) == (len(config["modules_list"]),) * 2
-    assert report.fired == report.acted == report.sites and set(report.kernels) == {"linear blocked"}
+    assert report.fired == report.acted == report.sites and set(report.kernels) == {"linear/blocked"}
     assert not report.inert and "needs CUDA" in str(patch.report())
     patch.remove()
     assert torch.equal(run(model, 16, 8), stock)
@@ -219,6 +221,31 @@ def test_a_merged_lora_is_not_overwritten(tmp_path):
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
     model.unfuse_lora()
     trainless.patch(model, "linfusion", weights=folder)
+
+
+def test_an_image_prompt_comes_and_goes(tmp_path):
+    """The reference: processors of the oracle in the self-attention, those of the IP-Adapter beside them."""
+    model, by_hand = small(), small()
+    folder, config, tensors = made_for(model, tmp_path, 4)
+    want = oracle(model, config, tensors)
+    torch.manual_seed(5)
+    adapter = _ip_adapter(model)
+    patch = trainless.patch(model, "linfusion", weights=folder)
+    for unet in (model, by_hand):
+        unet._load_ip_adapter_weights([adapter])
+        unet.to(torch.float64)
+    for number, entry in enumerate(config["modules_list"]):
+        layer = by_hand.get_submodule(entry["module_name"])
+        layer.set_processor(_Linear(LinFusion(config, tensors), number, entry))
+    added = {"added_cond_kwargs": {"image_embeds": [torch.randn(2, 1, 8, dtype=torch.float64)]}}
+    got = run(model, **added)
+    near(got, run(by_hand, **added))
+    assert (got - want).abs().max() > 1e-4
+    model.encoder_hid_proj = None
+    model.config.encoder_hid_dim_type = None
+    model.set_attn_processor({n: AttnProcessor2_0() for n in model.attn_processors})
+    near(run(model), want)
+    patch.remove()
 
 
 def test_processors_come_and_go(tmp_path):

@@ -205,7 +205,7 @@ def _form(call: AttentionCall, statistics: Statistics, state: State) -> Formed:
     tensors = (call.query, call.key, call.value)
     made = choose(*tensors, visibility=seen)
     out = linear_attention(*tensors, visibility=seen, feature="elu", eps=EPS)
-    return Formed(out.transpose(1, 2), f"linear {made.name}", "; ".join(made.reasons))
+    return Formed(out.transpose(1, 2), f"linear/{made.name}", "; ".join(made.reasons))
 
 
 def _seen(call: AttentionCall) -> Visibility:
