@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ def visible_keys(patterns: Sequence[Pattern], lq: int, lk: int, device: torch.de
     if not patterns:
         return torch.full((lq,), lk, device=device)
     if len(patterns) == 1 and isinstance(patterns[0], Window2d):
-        return patterns[0].counts(device)
+        return _counts(patterns[0], device).clone()  # callers add to it
     found, keys = [], torch.arange(lk, device=device)[None]
     for start in range(0, lq, STEP):
         rows = torch.arange(start, min(lq, start + STEP), device=device)[:, None] + lk - lq
@@ -30,6 +31,12 @@ def visible_keys(patterns: Sequence[Pattern], lq: int, lk: int, device: torch.de
             seen = seen & pattern.visible(rows, keys)
         found.append(seen.sum(1))
     return torch.cat(found)
+
+
+@functools.lru_cache(maxsize=8)
+def _counts(window: Window2d, device: torch.device) -> Tensor:
+    """The same window comes from all layers of a model."""
+    return window.counts(device)
 
 
 def window_of(call: AttentionCall, patterns: Sequence[Pattern]) -> tuple[Window2d | None, tuple[str, ...]]:

@@ -363,3 +363,22 @@ def test_models_without_an_image_to_attend_to():
     )  # fmt: skip
     with pytest.raises(trainless.NoMatch, match="video"):
         trainless.patch(video, "clear")
+
+
+def test_an_image_prompt_stands_beside_the_disc():
+    """An IP-Adapter's own attention over other keys is left alone, loaded before the patch or under it."""
+    from hosts.test_diffusers_company import _ip_adapter
+
+    model = models.build("unet", layers=1)
+    torch.manual_seed(5)
+    adapter, given = _ip_adapter(model), models.inputs("unet", height=16, width=16)
+    image = {"added_cond_kwargs": {"image_embeds": [torch.randn(2, 1, 8, dtype=torch.float64)]}}
+    with trainless.patched(model, "clear", **DISC) as patch:
+        model._load_ip_adapter_weights([adapter])
+        model.to(torch.float64)
+        under = model(**given, **image)[0]
+        assert patch.report().methods[0].acted == patch.report().methods[0].sites
+    stock = model(**given, **image)[0]
+    with trainless.patched(model, "clear", **DISC):
+        assert torch.equal(model(**given, **image)[0], under)
+    assert (under - stock).abs().max() > 1e-3
