@@ -27,54 +27,47 @@ from .text import TextEngine, flat
 _NOT_INPUTS = ("labels",)
 
 
-class VisionEngine(TextEngine):
-    """Vision-language models that read images through placeholder tokens in their prompt."""
+class ImagePrompts:
+    """Items as a processor takes them. ``spec``: what the model is called; ``placeholder``: its image token.
 
-    def prepare(self, jobs: Sequence[Job], faults: Faults) -> None:
-        require("PIL", f"running {self.description.type}")
-        self.processor = self.description.processor
-        if not hasattr(self.processor, "image_processor"):
+    Raises Unsupported for a processor that reads no images.
+    """
+
+    def __init__(self, processor: Any, spec: str, placeholder: int | None):
+        require("PIL", f"reading images for {spec}")
+        if not hasattr(processor, "image_processor"):
             raise Unsupported(
-                f"{self.description.spec}: its processor ({type(self.processor).__name__}) reads no images; "
-                "the folder needs the processor files of the checkpoint (preprocessor_config.json and others)"
+                f"{spec}: its processor ({type(processor).__name__}) reads no images; the folder needs the "
+                "processor files of the checkpoint (preprocessor_config.json and others)"
             )
-        marker = getattr(self.processor, "image_token", None)
+        self.processor, self.spec, self.placeholder = processor, spec, placeholder
+        self.tokenizer = processor.tokenizer
+        marker = getattr(processor, "image_token", None)
         self.marker = str(marker) if marker is not None else None
         if self.tokenizer.pad_token is None:
             # Padded places are masked, so which token stands there makes no difference.
             self.tokenizer.pad_token = self.tokenizer.eos_token or self.tokenizer.unk_token
         self._broken: dict[Picture, str | None] = {}
         self._sent: dict[int, str] = {}  # by item: what goes to the processor
-        super().prepare(jobs, faults)
-
-    @property
-    def tokenizer(self) -> Any:
-        return self.description.processor.tokenizer
 
     @property
     def template(self) -> Any:
         """The chat template: the processor's own, or that of its tokenizer."""
-        return getattr(self.processor, "chat_template", None) or getattr(
-            self.tokenizer, "chat_template", None
-        )
+        own = getattr(self.processor, "chat_template", None)
+        return own or getattr(self.tokenizer, "chat_template", None)
 
-    # ------------------------------------------------------------ before weights
-
-    def _usable(self, item: Item, faults: Faults) -> bool:
-        before, name = len(faults.found), self.description.spec
-        if item.negative_prompt is not None:
-            faults.add(item.where, f"{name} writes text and takes no negative_prompt")
-        parameters.check_params(item.params, parameters.TEXT, name, item.where, faults)
+    def check(self, item: Item, faults: Faults) -> None:
+        """Faults of what an item brings: images that are none, messages where there is no chat template."""
         if item.messages is not None and not self.template:
-            faults.add(item.where, f"{name} has no chat template: give prompt, not messages")
+            faults.add(item.where, f"{self.spec} has no chat template: give prompt, not messages")
         for picture in item.images:
             if picture not in self._broken:
                 self._broken[picture] = _broken(picture)
             if self._broken[picture]:
                 faults.add(item.where, f"image {picture.name!r} cannot be decoded ({self._broken[picture]})")
-        return len(faults.found) == before
 
-    def _tokens(self, item: Item, faults: Faults) -> list[int]:
+    def tokens(self, item: Item, faults: Faults) -> list[int]:
+        """The tokens of a checked item; empty when a fault was added."""
         try:
             text = self._sent[id(item)] = self._text(item)
         except Exception as error:  # chat templates raise what they like
@@ -87,7 +80,7 @@ class VisionEngine(TextEngine):
             faults.add(item.where, wrong)
             return []
         try:
-            tokens = self._processed([item])["input_ids"][0].tolist()
+            tokens = self.tensors([item])["input_ids"][0].tolist()
         except InputError:
             raise
         except Exception as error:
@@ -95,10 +88,35 @@ class VisionEngine(TextEngine):
             return []
         if not tokens or not (item.prompt or item.messages or item.images):
             faults.add(item.where, "the prompt is empty")
-        placeholder = getattr(self.description.config, "image_token_id", None)
-        if item.images and isinstance(placeholder, int) and placeholder not in tokens:
+        if item.images and self.placeholder is not None and self.placeholder not in tokens:
             faults.add(item.where, wrong or "the processor gives the images no place in the prompt")
         return list(tokens)
+
+    def group(self, item: Item) -> tuple[bool, bool]:
+        """(without images, begins with its own first token): what a call of the processor has for all rows."""
+        bos = self.tokenizer.bos_token
+        # Templates often write the first token themselves, and it must not be written once more.
+        begun = item.messages is not None and bos is not None and self._sent[id(item)].startswith(bos)
+        return not item.images, begun
+
+    def tensors(self, items: Sequence[Item]) -> dict[str, Any]:
+        """The processor's tensors for items of one group, padded on the left."""
+        bare, begun = self.group(items[0])
+        with _hushed():
+            made = self.processor(
+                text=[self._sent[id(item)] for item in items],
+                images=None if bare else [[picture.open() for picture in item.images] for item in items],
+                return_tensors="pt", padding=True, padding_side="left", truncation=False,
+                **({"add_special_tokens": False} if begun else {}),
+            )  # fmt: skip
+        if "input_ids" not in made:
+            raise InputError(
+                f"{self.spec}: {type(self.processor).__name__} makes no tokens of a prompt; only models whose "
+                "images stand among the tokens of a prompt are run"
+            )
+        found = {name: value for name, value in made.items() if name not in _NOT_INPUTS}
+        found.setdefault("attention_mask", torch.ones_like(found["input_ids"]))
+        return found
 
     def _text(self, item: Item) -> str:
         """What is sent to the processor: the prompt as it is, or the messages through the chat template."""
@@ -145,56 +163,57 @@ class VisionEngine(TextEngine):
             "belongs, or give messages"
         )
 
-    # ------------------------------------------------------------ batches
 
-    def _group(self, item: Item) -> tuple[bool, bool]:
-        """(without images, begins with its own first token): what a call of the processor has for all rows."""
-        bos = self.tokenizer.bos_token
-        # Templates often write the first token themselves, and it must not be written once more.
-        begun = item.messages is not None and bos is not None and self._sent[id(item)].startswith(bos)
-        return not item.images, begun
+class VisionEngine(TextEngine):
+    """Vision-language models that read images through placeholder tokens in their prompt."""
+
+    def prepare(self, jobs: Sequence[Job], faults: Faults) -> None:
+        description = self.description
+        placeholder = getattr(description.config, "image_token_id", None)
+        self.prompts = ImagePrompts(description.processor, description.spec, placeholder)
+        super().prepare(jobs, faults)
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.prompts.tokenizer
+
+    def _usable(self, item: Item, faults: Faults) -> bool:
+        before, name = len(faults.found), self.description.spec
+        if item.negative_prompt is not None:
+            faults.add(item.where, f"{name} writes text and takes no negative_prompt")
+        parameters.check_params(item.params, parameters.TEXT, name, item.where, faults)
+        self.prompts.check(item, faults)
+        return len(faults.found) == before
+
+    def _tokens(self, item: Item, faults: Faults) -> list[int]:
+        return self.prompts.tokens(item, faults)
 
     def order(self, job: Job) -> tuple[Any, ...]:
-        return (self._group(job.item), *super().order(job))
+        return (self.prompts.group(job.item), *super().order(job))
 
     def together(self, a: Job, b: Job) -> bool:
-        return self._group(a.item) == self._group(b.item)
+        return self.prompts.group(a.item) == self.prompts.group(b.item)
 
     def inputs(self, jobs: Sequence[Job]) -> dict[str, Any]:
         assert self.loaded is not None
-        given = self._processed([job.item for job in jobs])
+        given = self.prompts.tensors([job.item for job in jobs])
         for row, mask, job in zip(given["input_ids"], given["attention_mask"], jobs, strict=True):
             if row[mask.bool()].tolist() != job.tokens or bool((mask.diff() < 0).any()):
                 raise InputError(
                     f"{job.item.where}: the processor makes other tokens of this prompt in a batch than "
                     "alone; has an image changed since the run began? Otherwise use --batch-size 1"
                 )
-        device, dtype = self.loaded.device, self.loaded.dtype
-        return {
-            name: value.to(device, dtype if value.is_floating_point() else None)
-            if isinstance(value, torch.Tensor)
-            else value
-            for name, value in given.items()
-        }
+        return moved(given, self.loaded.device, self.loaded.dtype)
 
-    def _processed(self, items: Sequence[Item]) -> dict[str, Any]:
-        """The processor's tensors for items of one group, padded on the left."""
-        bare, begun = self._group(items[0])
-        with _hushed():
-            made = self.processor(
-                text=[self._sent[id(item)] for item in items],
-                images=None if bare else [[picture.open() for picture in item.images] for item in items],
-                return_tensors="pt", padding=True, padding_side="left", truncation=False,
-                **({"add_special_tokens": False} if begun else {}),
-            )  # fmt: skip
-        if "input_ids" not in made:
-            raise InputError(
-                f"{self.description.spec}: {type(self.processor).__name__} makes no tokens of a prompt; batch "
-                "generation runs models whose images stand among the tokens of a prompt"
-            )
-        found = {name: value for name, value in made.items() if name not in _NOT_INPUTS}
-        found.setdefault("attention_mask", torch.ones_like(found["input_ids"]))
-        return found
+
+def moved(given: dict[str, Any], device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Tensors on ``device``, floating ones in ``dtype``; what is no tensor as it is."""
+    return {
+        name: value.to(device, dtype if value.is_floating_point() else None)
+        if isinstance(value, torch.Tensor)
+        else value
+        for name, value in given.items()
+    }
 
 
 def _broken(picture: Picture) -> str | None:
