@@ -61,6 +61,7 @@ class _Run(SoftmaxRun):
             self.kernel = form[0].method
         elif not (self.edited or extra or predicates or wanted or moves or plan.of["pattern"]):
             out = self.delegate(call)
+            self._observe()  # what asks for facts of the call, not for statistics
         else:
             out = self._softmax(layer, extra, predicates, wanted, moves)
         out = self._gain(out)

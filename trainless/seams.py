@@ -34,6 +34,11 @@ KINDS = (
     "weights",  # replace tensors: tensors
 )
 STATISTICS = ("lse", "column_mass")
+# Facts that a host finds out only for those who ask, in ``call.facts``:
+#   images: bool (B, 1|Hkv, Lk), the keys that are image tokens, and image_rows: bool (B, Lq), the rows that are;
+#     both None while the sequence has none. Sites where they cannot be known say why in ``facts["no_images"]``.
+#   residual: (B, Lq, D), the hidden states that enter the layer around the site, before its norm.
+FACTS = ("images", "residual")
 # Kinds of which one site takes a single contribution (mass: one per head).
 EXCLUSIVE = {"position", "form"}
 
@@ -185,10 +190,13 @@ class Contribution:
     policy: Evict | None = None  # kv only
     tensors: Mapping[str, Tensor] | None = None  # weights only: parameter name inside the site -> tensor
     statistics: frozenset[str] = frozenset()  # every statistic `needs` may ask for, for the conflict table
+    asks: frozenset[str] = frozenset()  # facts among FACTS that `value` reads from the call
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise InputError(f"contribution kind {self.kind!r} is unknown; known: {', '.join(KINDS)}")
+        if unknown := self.asks - set(FACTS):
+            raise InputError(f"no host knows the fact {sorted(unknown)[0]!r}; known: {', '.join(FACTS)}")
         if not callable(self.needs) and not self.statistics:
             object.__setattr__(self, "statistics", frozenset(self.needs))
 
@@ -311,7 +319,9 @@ class AttentionPlan:
             kind: tuple(e for e in self.active if e.contribution.kind == kind) for kind in KINDS
         }
         self.inert = not self.active
-        self.stateful = any(e.contribution.stateful for e in self.active)
+        self.asks = frozenset().union(*(e.contribution.asks for e in self.active))
+        # Which keys are image tokens is remembered with the sequence.
+        self.stateful = any(e.contribution.stateful for e in self.active) or "images" in self.asks
         self.evict: Evict | None = next((e.contribution.policy for e in self.of["kv"]), None)
         self.lookahead = tuple(e for e in self.active if e.contribution.lookahead)
         # Only scalings and gains: the user's own attention function can still do the work.

@@ -68,6 +68,11 @@ class SoftmaxRun:
             )
         return value(self.call, self.stats, self._state(entry))
 
+    def _observe(self) -> None:
+        for entry in self.plan.of["observe"]:
+            self._value(entry)
+            self.acted.add(entry.owner)
+
     def _softmax(
         self,
         layer: CompressingLayer | None,
@@ -124,9 +129,7 @@ class SoftmaxRun:
                 out = self._edit_rows(out, lse, visible, move, entry.contribution)
             else:
                 out = self._move(out, lse, visible, move, entry.contribution, options)
-        for entry in self.plan.of["observe"]:
-            self._value(entry)
-            self.acted.add(entry.owner)
+        self._observe()
         if plain and not changed and not self.edited:
             # Only looked at: the user's own kernel gives the output, ours gave the statistics.
             if self.runtime.facts.get("same_bits") and not out.requires_grad:
@@ -191,9 +194,7 @@ class SoftmaxRun:
                 own = None if set(range(h) if mine is None else mine) - set(watched) else scale
                 options = {**self._options(), "row_scale": own}
                 out = self._move(out, lse, visible, move, entry.contribution, options)
-        for entry in self.plan.of["observe"]:
-            self._value(entry)
-            self.acted.add(entry.owner)
+        self._observe()
         if not edits:
             return self.delegate(call)
         return out.to(call.query.dtype).transpose(1, 2).contiguous()
@@ -367,9 +368,7 @@ class SoftmaxRun:
             edit = move.edit if isinstance(move, RowEdit) else move_edit(move)
             heads = entry.contribution.heads
             probabilities = on_heads(probabilities, heads, edit, 0)
-        for entry in self.plan.of["observe"]:
-            self._value(entry)
-            self.acted.add(entry.owner)
+        self._observe()
         if changed:
             out = apply(probabilities, call.value, call.query.dtype)
         elif not self.edited:
