@@ -54,13 +54,15 @@ class _Run(SoftmaxRun):
         predicates = [e for e in plan.of["pattern"] if not e.contribution.dynamic]
         form = plan.of["form"]
         wanted = self._wanted(layer)
+        self._ask_groups()
         moves = plan.of["mass"]
         if form:
             out = self._value(form[0])
             self.acted.add(form[0].owner)
             self.kernel = form[0].method
-        elif not (self.edited or extra or predicates or wanted or moves or plan.of["pattern"]):
+        elif not (self.edited or extra or predicates or wanted or moves or self.groups or plan.of["pattern"]):
             out = self.delegate(call)
+            self._observe()  # what asks for facts of the call, not for statistics
         else:
             out = self._softmax(layer, extra, predicates, wanted, moves)
         out = self._gain(out)
@@ -142,6 +144,14 @@ class _Run(SoftmaxRun):
         if layer is not None and layer.wants_scores():
             wanted.add("column_mass")
         return wanted
+
+    def _ask_groups(self) -> None:
+        """The groups of keys whose mass somebody wants to know in this call."""
+        for entry in self.plan.active:
+            named = entry.contribution.groups
+            found = None if named is None else named(self.call, self._state(entry))
+            if found is not None:
+                self.groups[entry] = found
 
     # ------------------------------------------------------------------ after the softmax
 

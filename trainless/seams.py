@@ -33,7 +33,12 @@ KINDS = (
     "around",  # wrap the call of a module: value(proceed, args, kwargs) -> result
     "weights",  # replace tensors: tensors
 )
-STATISTICS = ("lse", "column_mass")
+STATISTICS = ("lse", "column_mass", "group_mass")
+# Facts that a host finds out only for those who ask, in ``call.facts``:
+#   images: bool (B, 1|Hkv, Lk), the keys that are image tokens, and image_rows: bool (B, Lq), the rows that are;
+#     both None while the sequence has none. Sites where they cannot be known say why in ``facts["no_images"]``.
+#   residual: (B, Lq, D), the hidden states that enter the layer around the site, before its norm.
+FACTS = ("images", "residual")
 # Kinds of which one site takes a single contribution (mass: one per head).
 EXCLUSIVE = {"position", "form"}
 
@@ -115,11 +120,26 @@ class Statistics:
 
     lse (B, H, Lq): log-sum-exp of the logits of each row. column_mass (B, H, Lk): probability that
     each key received, summed over the rows that are not padding. rows (B, Lk): how many of those rows
-    can see each key.
+    can see each key. group_mass (B, H, Lq, G): probability that each row has on each of the groups that the
+    contribution named, 0 in rows it did not ask about.
     """
 
     lse: Tensor | None = None
     column_mass: Tensor | None = None
+    rows: Tensor | None = None
+    group_mass: Tensor | None = None
+
+
+@dataclass
+class Groups:
+    """Disjoint groups of keys whose probability a contribution wants to know.
+
+    of: integers (B, 1|Hkv, Lk), the group (1 to ``count``) that each key belongs to, 0 for none. rows: bool
+    (B, Lq), the rows it wants to know about, None for all: the others cost nothing.
+    """
+
+    of: Tensor
+    count: int
     rows: Tensor | None = None
 
 
@@ -185,12 +205,20 @@ class Contribution:
     policy: Evict | None = None  # kv only
     tensors: Mapping[str, Tensor] | None = None  # weights only: parameter name inside the site -> tensor
     statistics: frozenset[str] = frozenset()  # every statistic `needs` may ask for, for the conflict table
+    asks: frozenset[str] = frozenset()  # facts among FACTS that `value` reads from the call
+    groups: Callable[[AttentionCall, State], Groups | None] | None = (
+        None  # asks for group_mass; None: not now
+    )
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise InputError(f"contribution kind {self.kind!r} is unknown; known: {', '.join(KINDS)}")
+        if unknown := self.asks - set(FACTS):
+            raise InputError(f"no host knows the fact {sorted(unknown)[0]!r}; known: {', '.join(FACTS)}")
         if not callable(self.needs) and not self.statistics:
             object.__setattr__(self, "statistics", frozenset(self.needs))
+        if self.groups is not None:
+            object.__setattr__(self, "statistics", self.statistics | {"group_mass"})
 
     def wanted(self, call: AttentionCall, state: State) -> Collection[str]:
         return self.needs(call, state) if callable(self.needs) else self.needs
@@ -201,8 +229,9 @@ class MassMove:
     """Keep ``keep`` of the probability on ``source``; the rest goes to ``target``, in proportion.
 
     source, target: bool (B, H, Lk); target None means every visible key outside the source. keep: a
-    number, or a tensor broadcastable to (B, H, Lq). rows: bool (B, H|1, Lq), the rows to edit; None
-    means all of them. Rows keep their sum; proportions inside source and inside target are kept.
+    number, or a tensor broadcastable to (B, H, Lq). rows: bool (B, H|1, Lq), the rows to edit, head by head;
+    None means all of them. Rows keep their sum; proportions inside source and inside target are kept. Rows that
+    are named out keep the bits of the user's own kernel where nothing else changes the call.
     """
 
     source: Tensor
@@ -311,7 +340,9 @@ class AttentionPlan:
             kind: tuple(e for e in self.active if e.contribution.kind == kind) for kind in KINDS
         }
         self.inert = not self.active
-        self.stateful = any(e.contribution.stateful for e in self.active)
+        self.asks = frozenset().union(*(e.contribution.asks for e in self.active))
+        # Which keys are image tokens is remembered with the sequence.
+        self.stateful = any(e.contribution.stateful for e in self.active) or "images" in self.asks
         self.evict: Evict | None = next((e.contribution.policy for e in self.of["kv"]), None)
         self.lookahead = tuple(e for e in self.active if e.contribution.lookahead)
         # Only scalings and gains: the user's own attention function can still do the work.

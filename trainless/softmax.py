@@ -22,13 +22,24 @@ from .errors import InputError, Unsupported
 from .hosts.base import Runtime
 from .kernels.column_mass import RowScale, attention_and_mass, column_mass, together_reasons
 from .kernels.common import Terms
+from .kernels.group_mass import group_mass
 from .kernels.lse import attention as attention_lse
-from .kernels.lse import choose, row_attention
+from .kernels.lse import choose, row_attention, row_probabilities
 from .kernels.mass_move import mass_move
 from .kernels.visibility import Visibility, visibility
 from .kv import CompressingLayer
-from .rows import apply, move_edit, on_heads
-from .seams import AttentionCall, AttentionPlan, Contribution, Entry, MassMove, RowEdit, State, Statistics
+from .rows import apply, apply_to, edited_rows, mass_of_groups, move_edit, on_heads
+from .seams import (
+    AttentionCall,
+    AttentionPlan,
+    Contribution,
+    Entry,
+    Groups,
+    MassMove,
+    RowEdit,
+    State,
+    Statistics,
+)
 
 Delegate = Callable[[AttentionCall], Tensor]
 FEW_ROWS = 16  # up to this many query rows the probabilities are computed outright
@@ -45,6 +56,8 @@ class SoftmaxRun:
         self.acted: set[Any] = set()
         self.edited = False  # the output can no longer come from the delegate
         self.stats = Statistics()
+        self.groups: dict[Entry, Groups] = {}  # who wants to know the mass of which groups, and …
+        self.masses: dict[Entry, Tensor] = {}  # … what it is
         self.kernel, self.reasons = "stock", ""
 
     def _state(self, entry: Entry) -> State:
@@ -66,7 +79,15 @@ class SoftmaxRun:
                 f"{entry.method}: head {max(heads)} does not exist at {self.runtime.site.name}, "
                 f"which has {self.call.query.shape[1]} heads"
             )
-        return value(self.call, self.stats, self._state(entry))
+        stats = self.stats
+        if entry in self.masses:
+            stats = replace(stats, group_mass=self.masses[entry])
+        return value(self.call, stats, self._state(entry))
+
+    def _observe(self) -> None:
+        for entry in self.plan.of["observe"]:
+            self._value(entry)
+            self.acted.add(entry.owner)
 
     def _softmax(
         self,
@@ -87,7 +108,7 @@ class SoftmaxRun:
                 return self._decode_kept(layer, wanted)
         dynamic = [e for e in self.plan.of["pattern"] if e.contribution.dynamic]
         edits = None
-        if not (wanted or dynamic):
+        if not (wanted or dynamic or self.groups):
             # Frozen rules need no statistics: ask them first, they may have nothing to edit in this call.
             edits = [(entry, move) for entry in moves if (move := self._value(entry)) is not None]
             if not (edits or predicates or extra or self.edited or self.plan.of["observe"]):
@@ -96,7 +117,11 @@ class SoftmaxRun:
         if call.query.shape[2] <= FEW_ROWS and not extra:
             return self._few_rows(layer, visible, wanted, moves, dynamic, edits)
         plain = not (self.edited or extra)
-        if plain and not dynamic and self._together(visible, wanted, moves):
+        if plain and self.groups and not (wanted or dynamic):
+            edited = self._edit_named_rows(visible, moves)
+            if edited is not None:
+                return edited
+        if plain and not dynamic and not self.groups and self._together(visible, wanted, moves):
             return self._edit_swept(layer, visible, moves)
         out, lse = self._attention(visible)
         self.edited = self.edited or bool(extra)
@@ -115,6 +140,7 @@ class SoftmaxRun:
                 self.edited = True
                 self.acted.add(entry.owner)
         changed = False
+        self._group_mass(visible, self.stats.lse)
         if edits is None:
             edits = [(entry, move) for entry in moves if (move := self._value(entry)) is not None]
         for entry, move in edits:
@@ -124,9 +150,7 @@ class SoftmaxRun:
                 out = self._edit_rows(out, lse, visible, move, entry.contribution)
             else:
                 out = self._move(out, lse, visible, move, entry.contribution, options)
-        for entry in self.plan.of["observe"]:
-            self._value(entry)
-            self.acted.add(entry.owner)
+        self._observe()
         if plain and not changed and not self.edited:
             # Only looked at: the user's own kernel gives the output, ours gave the statistics.
             if self.runtime.facts.get("same_bits") and not out.requires_grad:
@@ -191,12 +215,48 @@ class SoftmaxRun:
                 own = None if set(range(h) if mine is None else mine) - set(watched) else scale
                 options = {**self._options(), "row_scale": own}
                 out = self._move(out, lse, visible, move, entry.contribution, options)
-        for entry in self.plan.of["observe"]:
-            self._value(entry)
-            self.acted.add(entry.owner)
+        self._observe()
         if not edits:
             return self.delegate(call)
         return out.to(call.query.dtype).transpose(1, 2).contiguous()
+
+    def _group_mass(self, visible: Visibility, lse: Tensor | None) -> Tensor | None:
+        """Fill in the masses that are asked for; returns the log-sum-exp of the rows asked about."""
+        total = None
+        for entry, named in self.groups.items():
+            with torch.no_grad():  # gates are chosen by it, not differentiated
+                self.masses[entry], found = group_mass(
+                    self.call.query, self.call.key, groups=named.of, count=named.count, rows=named.rows,
+                    lse=lse, visibility=visible, **self._options(),
+                )  # fmt: skip
+            total = found if total is None else torch.maximum(total, found)
+        return total
+
+    def _edit_named_rows(self, visible: Visibility, moves: tuple[Entry, ...]) -> Tensor | None:
+        """Edits that wait for group masses alone and name their rows: the user's own kernel, then those rows anew.
+
+        None when an edit turns out to be of another kind, or to reach rows that nobody asked about.
+        """
+        call = self.call
+        lse = self._group_mass(visible, None)
+        edits = [(entry, move) for entry in moves if (move := self._value(entry)) is not None]
+        asked = [named.rows for named in self.groups.values()]
+        for _, move in edits:
+            if isinstance(move, RowEdit) or move.rows is None:
+                return None
+            if len(asked) > 1 or (asked[0] is not None and bool((move.rows & ~asked[0][:, None]).any())):
+                return None
+        self._observe()
+        out = self.delegate(call)
+        if not edits:
+            return out
+        self.kernel = "rows of groups"
+        out = out.transpose(1, 2)
+        for entry, move in edits:
+            assert isinstance(move, MassMove) and lse is not None
+            self.acted.add(entry.owner)
+            out = self._move(out, lse, visible, move, entry.contribution, self._options())
+        return out.transpose(1, 2).contiguous()
 
     def _visibility(self, layer: CompressingLayer | None, predicates: list[Entry]) -> Visibility:
         call = self.call
@@ -281,10 +341,7 @@ class SoftmaxRun:
             if layer.record_past:
                 # These rows may be taken back by the next crop, so the layer wants them one by one.
                 rows = min(layer.TAIL, call.query.shape[2])
-                _, probabilities = self._probabilities(
-                    visible, call.query.shape[2] - rows, call.query.shape[2]
-                )
-                tail = probabilities
+                tail = self._row_probabilities(visible, call.query.shape[2] - rows, call.query.shape[2])
             layer.score(mass, tail)
 
     def _heads_watched(self, layer: CompressingLayer | None) -> tuple[int, ...] | None:
@@ -340,7 +397,7 @@ class SoftmaxRun:
         """Decode steps and short turns: every probability is at hand, so edits are made on them directly."""
         call = self.call
         lq = call.query.shape[2]
-        out, probabilities = self._probabilities(visible, 0, lq)
+        probabilities = self._row_probabilities(visible, 0, lq)
         self.kernel = "rows"
         rows = probabilities if call.real is None else probabilities * call.real[:, None, :, None]
         if "column_mass" in wanted:
@@ -356,29 +413,31 @@ class SoftmaxRun:
         for entry in dynamic:
             pairs = self._value(entry)
             if pairs is not None:
-                out, probabilities = self._probabilities(visible.restrict(pairs.visible), 0, lq)
+                probabilities = self._row_probabilities(visible.restrict(pairs.visible), 0, lq)
                 changed = True
                 self.acted.add(entry.owner)
+        for entry, named in self.groups.items():
+            self.masses[entry] = mass_of_groups(probabilities, named)
         if edits is None:
             edits = [(entry, move) for entry in moves if (move := self._value(entry)) is not None]
+        # Rows that every edit leaves out have the bits of the user's own kernel, where it could run at all.
+        named_rows = None if changed or self.edited else edited_rows(edits, probabilities)
         for entry, move in edits:
             changed = True
             self.acted.add(entry.owner)
             edit = move.edit if isinstance(move, RowEdit) else move_edit(move)
             heads = entry.contribution.heads
             probabilities = on_heads(probabilities, heads, edit, 0)
-        for entry in self.plan.of["observe"]:
-            self._value(entry)
-            self.acted.add(entry.owner)
-        if changed:
-            out = apply(probabilities, call.value, call.query.dtype)
-        elif not self.edited:
+        self._observe()
+        if named_rows is not None:
+            return apply_to(self.delegate(call), probabilities, call.value, named_rows)
+        if not (changed or self.edited):
             # Only looked at, or found nothing to edit: the user's own kernel gives the output, bit for bit.
             return self.delegate(call)
-        return out.transpose(1, 2).contiguous()
+        return apply(probabilities, call.value, call.query.dtype).transpose(1, 2).contiguous()
 
-    def _probabilities(self, visible: Visibility, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Output (B, H, rows, D) and probabilities (B, H, rows, Lk) of the rows start..stop."""
+    def _row_probabilities(self, visible: Visibility, start: int, stop: int) -> Tensor:
+        """Probabilities (B, H, rows, Lk) of the rows start..stop."""
         call = self.call
         bias = call.position_bias
         if bias is not None:
@@ -386,10 +445,9 @@ class SoftmaxRun:
         added = visible.bias_at(torch.arange(start, stop, device=visible.device))
         if added is not None:
             bias = added if bias is None else bias + added
-        return row_attention(
-            call.query[:, :, start:stop], call.key, call.value,
-            valid=visible.rows(start, stop), scale=call.scaling, position_bias=bias,
-            softcap=call.softcap, sink_logits=call.sink_logits,
+        return row_probabilities(
+            call.query[:, :, start:stop], call.key, valid=visible.rows(start, stop), scale=call.scaling,
+            position_bias=bias, softcap=call.softcap, sink_logits=call.sink_logits,
         )  # fmt: skip
 
     def _edit_rows(
@@ -401,7 +459,7 @@ class SoftmaxRun:
         parts = []
         for start in range(0, lq, ROW_BLOCK):
             stop = min(lq, start + ROW_BLOCK)
-            _, probabilities = self._probabilities(visible, start, stop)
+            probabilities = self._row_probabilities(visible, start, stop)
             edited = on_heads(probabilities, contribution.heads, move.edit, start)
             parts.append(apply(edited, call.value, call.query.dtype))
         whole = torch.cat(parts, 2)

@@ -13,7 +13,7 @@ For encoders, T5 and ViT: ``with install(model, rule): model(**inputs)``; for di
 ``with install_entropy(model, trained=(h, w)) as oracle``.
 """
 
-from . import models
+from . import models, vlms
 from .act import Act
 from .core import Oracle, Rule, Site, install
 from .entropy import EntropyOracle, factor, install_entropy
@@ -21,22 +21,37 @@ from .evict import Evictor, Kept
 from .float64 import float64_math
 from .h2o import H2O
 from .head_gain import HeadGain
+from .kvquant import KvQuant
+from .packing import Block, Packed
 from .replay import position_ids, real_rows, replay
+from .snapkv import SnapKV
 from .streaming import Streaming
 from .temperature import AttnTemperature
+from .tova import Tova
+from .var import Var
+from .zipcache import ZipCache
+from .zipvl import ZipVL
 
 __all__ = [
     "H2O",
     "Act",
     "AttnTemperature",
+    "Block",
     "EntropyOracle",
     "Evictor",
     "HeadGain",
     "Kept",
+    "KvQuant",
     "Oracle",
+    "Packed",
     "Rule",
     "Site",
+    "SnapKV",
     "Streaming",
+    "Tova",
+    "Var",
+    "ZipCache",
+    "ZipVL",
     "factor",
     "float64_math",
     "install",
@@ -45,4 +60,5 @@ __all__ = [
     "position_ids",
     "real_rows",
     "replay",
+    "vlms",
 ]
