@@ -19,7 +19,7 @@ SIZES = [(24, 16), (32, 16), (16, 40)]  # of the pictures 0.png to 2.png
 
 @pytest.fixture(scope="session")
 def vlms(tmp_path_factory):
-    from tiny_vlms import save_llava, save_qwen2_vl
+    from vlm_folders import save_llava, save_qwen2_vl
 
     folder = tmp_path_factory.mktemp("vlms")
     return {f.__name__[5:]: f(folder / f.__name__[5:]) for f in (save_llava, save_qwen2_vl)}
@@ -27,7 +27,7 @@ def vlms(tmp_path_factory):
 
 @pytest.fixture
 def pictures(tmp_path):
-    from tiny_vlms import save_picture
+    from vlm_folders import save_picture
 
     return [save_picture(tmp_path / f"{i}.png", i, size) for i, size in enumerate(SIZES)]
 
@@ -252,7 +252,7 @@ def test_an_image_that_changes_under_the_run_is_no_result(run, vlms, pictures, m
 
 
 def test_processors_that_put_the_image_in_themselves(run, tmp_path, pictures):
-    from tiny_vlms import save_paligemma
+    from vlm_folders import save_paligemma
 
     folder = save_paligemma(tmp_path / "pali")
     rows = [
@@ -276,7 +276,7 @@ def test_processors_that_put_the_image_in_themselves(run, tmp_path, pictures):
 @pytest.fixture(scope="module")
 def many(tmp_path_factory, vlms):
     """Forty prompts, half of them with images; one is too long."""
-    from tiny_vlms import save_picture
+    from vlm_folders import save_picture
 
     folder = tmp_path_factory.mktemp("many")
     rows = [{"id": i, "prompt": f"{'word ' * (i % 7)}{i}", "n": 1 + i % 2} for i in range(20)]

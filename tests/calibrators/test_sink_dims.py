@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 import sys
 from pathlib import Path
@@ -147,7 +148,7 @@ def test_data_and_bad_input(tmp_path):
     file = write(tmp_path / "texts.jsonl", [{"prompt": f"one {i}"} for i in range(20)])
     made = trainless.calibrate(model, "sink_dims", data=file, limit=10, **options)
     assert made.facts["data"]["texts"] == 10 and made.facts["data"]["source"] == str(file)
-    from tiny_vlms import save_picture
+    from vlm_folders import save_picture
 
     picture = str(save_picture(tmp_path / "a.png", 0))
     for data, said in (
@@ -223,7 +224,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def llava(tmp_path_factory):
-    from tiny_vlms import save_llava
+    from vlm_folders import save_llava
 
     return save_llava(tmp_path_factory.mktemp("models") / "llava")
 
@@ -270,7 +271,7 @@ def loaded(folder, marked, pull):
 
 
 def test_images_confirm_or_refuse(llava, tmp_path):
-    from tiny_vlms import save_picture
+    from vlm_folders import save_picture
 
     files = [str(save_picture(tmp_path / f"{i}.png", i)) for i in range(4)]
     data = [
@@ -308,6 +309,45 @@ def test_images_confirm_or_refuse(llava, tmp_path):
     with pytest.raises(InputError, match=r"data\[0\]: the prompt has 0 placeholders '<image>' and 1 image"):
         run_on = loaded(llava, 0, 0.0)
         trainless.calibrate(run_on[0], "sink_dims", data=bad, processor=run_on[1])
+
+
+def test_the_file_serves_the_method_that_needs_it(llava, tmp_path, monkeypatch, capsys):
+    """From the command line: the method's name finds the measurement, its file the method."""
+    from vlm_folders import save_picture
+
+    from trainless.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    model, processor = loaded(llava, 0, 3.0)
+    model.save_pretrained("llava")
+    processor.save_pretrained("llava")
+    save_picture(tmp_path / "a.png", 0)
+    write(
+        tmp_path / "p.jsonl",
+        [{"id": 1, "prompt": "<image>what?", "image": "a.png"}, {"id": 2, "prompt": "a"}],
+    )
+    generate = ["generate", "llava", "p.jsonl", "-o", "out", "--patch", "var", "--max-new-tokens", "3"]
+    file = ["--set", "var.calibration=sinks.safetensors"]
+
+    def run(arguments):
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        return ended.value.code or 0, " ".join(capsys.readouterr().err.split())
+
+    code, err = run(generate)
+    assert code == 1 and "trainless calibrate sink_dims MODEL" in err
+    assert run(["calibrate", "var", "llava", "-o", "sinks.safetensors", "--data", "p.jsonl"])[0] == 1, (
+        "too few texts"
+    )
+    assert run(["calibrate", "var", "llava", "-o", "sinks.safetensors"])[0] == 0
+    # The command reads the weights as they are; the tiny image is drawn to sinks by nothing but its text.
+    code, err = run([*generate, *file, "--set", "var.tau=0.0", "--set", "var.max_sink_share=0.5"])
+    assert code == 0, err
+    found = {r["id"]: r for r in map(json.loads, (tmp_path / "out" / "part-0000-of-0001.jsonl").open())}
+    assert found[1]["patch"]["var"]["sites"] == "3/6" and found[1]["patch"]["var"]["fired"] > 0
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["recipe_digest"]
+    with trainless.patched(model, "var", calibration="sinks.safetensors") as patch:
+        assert sorted(patch.report().methods[0].parameters["sink_dims"]) == sorted(PLANTED)
 
 
 @pytest.mark.real

