@@ -38,8 +38,8 @@ ORDER = [
     {"__main__"},
 ]
 TOGETHER = {frozenset({"patching", "verify"})}
-# A method sees the vocabulary (how layers are named included) and the kernels, and nothing of the machinery that runs it.
-METHODS_MAY_IMPORT = {"errors", "layers", "seams", "kernels"}
+# A method sees the vocabulary and the kernels, and nothing of the machinery that runs it.
+METHODS_MAY_IMPORT = {"errors", "seams", "layers", "kernels"}
 LEVEL = {unit: level for level, units in enumerate(ORDER) for unit in units}
 
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -58,14 +58,16 @@ class _Run(PackedRun):
         dynamic = [e for e in plan.of["pattern"] if e.contribution.dynamic]
         form = plan.of["form"]
         wanted = self._wanted(layer)
+        self._ask_groups()
         moves = plan.of["mass"]
         if form:
             out = self._form(form[0])
             self.acted.add(form[0].owner)
         elif isinstance(layer, PackedLayer) and layer.packed:
             out = self._packed_softmax(layer, extra, wanted, moves)
-        elif not (self.edited or extra or patterns or wanted or moves or dynamic):
+        elif not (self.edited or extra or patterns or wanted or moves or self.groups or dynamic):
             out = self.delegate(call)
+            self._observe()  # what asks for facts of the call, not for statistics
         else:
             out = self._softmax(layer, extra, patterns, wanted, moves)
         out = self._gain(out)
@@ -189,6 +191,14 @@ class _Run(PackedRun):
         if scored == "column_mass":
             wanted.add(scored)
         return wanted
+
+    def _ask_groups(self) -> None:
+        """The groups of keys whose mass somebody wants to know in this call."""
+        for entry in self.plan.active:
+            named = entry.contribution.groups
+            found = None if named is None else named(self.call, self._state(entry))
+            if found is not None:
+                self.groups[entry] = found
 
     # ------------------------------------------------------------------ instead of the softmax
 

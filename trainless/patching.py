@@ -196,7 +196,7 @@ class Patch:
         part = self._part(site)
         prepare = getattr(part.host, "prepare", None)
         if prepare is not None:
-            prepare(runtime, part.module)
+            prepare(runtime, part.module, vars(part.module)[STATION].journal)
         around = any(e.contribution.kind == "around" for e in runtime.entries)
         if around and "forward" not in {getattr(e, "name", "") for e in runtime.journal.edits}:
             wrap_forward(runtime)

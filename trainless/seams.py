@@ -38,10 +38,13 @@ KINDS = (
     "input",  # what a module inside the site is given: value(args, kwargs, tensors) -> (args, kwargs)
     "weights",  # replace tensors: tensors
 )
-STATISTICS = ("lse", "column_mass", "probe_mass")
+STATISTICS = ("lse", "column_mass", "probe_mass", "group_mass")
 # Facts that a host finds out only for those who ask, in ``call.facts``:
 #   step: the number of the denoising step within its run, from 0; None where no timestep says it.
-FACTS = ("step",)
+#   images: bool (B, 1|Hkv, Lk), the keys that are image tokens, and image_rows: bool (B, Lq), the rows that are;
+#     both None while the sequence has none. Sites where they cannot be known say why in ``facts["no_images"]``.
+#   residual: (B, Lq, D), the hidden states that enter the layer around the site, before its norm.
+FACTS = ("step", "images", "residual")
 # Kinds of which one site takes a single contribution (mass: one per head).
 EXCLUSIVE = {"position", "form"}
 # Kinds that act on modules and not on the attention itself.
@@ -126,7 +129,8 @@ class Statistics:
     lse (B, H, Lq): log-sum-exp of the logits of each row. column_mass (B, H, Lk): probability that
     each key received, summed over the rows that are not padding. rows (B, Lk): how many of those rows
     can see each key. probe_mass, probe_rows: the same two over the rows that the contribution chose
-    (``Contribution.probes``); zero where it chose none.
+    (``Contribution.probes``); zero where it chose none. group_mass (B, H, Lq, G): probability that each row
+    has on each of the groups that the contribution named, 0 in rows it did not ask about.
     """
 
     lse: Tensor | None = None
@@ -134,6 +138,20 @@ class Statistics:
     rows: Tensor | None = None
     probe_mass: Tensor | None = None
     probe_rows: Tensor | None = None
+    group_mass: Tensor | None = None
+
+
+@dataclass
+class Groups:
+    """Disjoint groups of keys whose probability a contribution wants to know.
+
+    of: integers (B, 1|Hkv, Lk), the group (1 to ``count``) that each key belongs to, 0 for none. rows: bool
+    (B, Lq), the rows it wants to know about, None for all: the others cost nothing.
+    """
+
+    of: Tensor
+    count: int
+    rows: Tensor | None = None
 
 
 class State:
@@ -221,6 +239,8 @@ class Contribution:
     module: str = ""  # input only: name of a module inside the site
     statistics: frozenset[str] = frozenset()  # every statistic `needs` may ask for, for the conflict table
     asks: frozenset[str] = frozenset()  # facts among FACTS that `value` reads from the call
+    # asks for group_mass; None: not in this call
+    groups: Callable[[AttentionCall, State], Groups | None] | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -233,6 +253,8 @@ class Contribution:
             raise InputError(f"no host knows the fact {sorted(unknown)[0]!r}; known: {', '.join(FACTS)}")
         if not callable(self.needs) and not self.statistics:
             object.__setattr__(self, "statistics", frozenset(self.needs))
+        if self.groups is not None:
+            object.__setattr__(self, "statistics", self.statistics | {"group_mass"})
         if (self.probes is None) == ("probe_mass" in self.statistics):
             raise InputError(
                 'a contribution that needs "probe_mass" says by `probes` of which rows, and only it'
@@ -247,8 +269,9 @@ class MassMove:
     """Keep ``keep`` of the probability on ``source``; the rest goes to ``target``, in proportion.
 
     source, target: bool (B, H, Lk); target None means every visible key outside the source. keep: a
-    number, or a tensor broadcastable to (B, H, Lq). rows: bool (B, H|1, Lq), the rows to edit; None
-    means all of them. Rows keep their sum; proportions inside source and inside target are kept.
+    number, or a tensor broadcastable to (B, H, Lq). rows: bool (B, H|1, Lq), the rows to edit, head by head;
+    None means all of them. Rows keep their sum; proportions inside source and inside target are kept. Rows that
+    are named out keep the bits of the user's own kernel where nothing else changes the call.
     """
 
     source: Tensor
@@ -445,7 +468,9 @@ class AttentionPlan:
             kind: tuple(e for e in self.active if e.contribution.kind == kind) for kind in KINDS
         }
         self.inert = not self.active
-        self.stateful = any(e.contribution.stateful for e in self.active)
+        self.asks = frozenset().union(*(e.contribution.asks for e in self.active))
+        # Which keys are image tokens is remembered with the sequence.
+        self.stateful = any(e.contribution.stateful for e in self.active) or "images" in self.asks
         # At most one of each: two would be a conflict.
         self.evictor = next((e for e in self.of["kv"] if isinstance(e.contribution.policy, Evict)), None)
         self.quantiser = next((e for e in self.of["kv"] if isinstance(e.contribution.policy, Quantise)), None)
@@ -525,6 +550,8 @@ def _clash(a: Entry, b: Entry) -> str | None:
             return f"seam {one.kind} reads the keys in their order, and seam kv drops some; give them different layers"
         if isinstance(other.policy, Quantise) and one.kind in {"position", "pattern"}:
             return f"seam {one.kind} needs every key as it is, and seam kv packs them; give them different layers"
+        if isinstance(other.policy, Quantise) and one.groups is not None:
+            return f"seam {one.kind} names groups of keys, and seam kv packs them; give them different layers"
         if one.kind == "pattern" and one.dynamic and other.statistics:
             return f"seam pattern is chosen from statistics that seam {other.kind} reads as well"
     return None

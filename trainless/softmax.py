@@ -24,8 +24,9 @@ from .extra import merge_extra
 from .hosts.base import Runtime
 from .kernels.column_mass import RowScale, attention_and_mass, column_mass, together_reasons
 from .kernels.common import Terms
+from .kernels.group_mass import group_mass
 from .kernels.lse import attention as attention_lse
-from .kernels.lse import choose, row_attention
+from .kernels.lse import choose, row_attention, row_probabilities
 from .kernels.mass_move import mass_move
 from .kernels.visibility import Visibility, visibility
 from .kernels.window2d import Window2d, window2d
@@ -33,12 +34,13 @@ from .kernels.window2d import choose as choose_window
 from .kv import CompressingLayer
 from .patterns import Pattern, extra_of_image, window_of
 from .probed import Probed
-from .rows import apply, move_edit, on_heads
+from .rows import apply, apply_to, edited_rows, mass_of_groups, move_edit, on_heads
 from .seams import (
     AttentionCall,
     AttentionPlan,
     Contribution,
     Entry,
+    Groups,
     MassMove,
     RowEdit,
     State,
@@ -64,6 +66,8 @@ class SoftmaxRun:
         self.stats = Statistics()
         self.probed = Probed()
         self.asking: set[Entry] = set()  # those that need a statistic of this call
+        self.groups: dict[Entry, Groups] = {}  # who wants to know the mass of which groups, and …
+        self.masses: dict[Entry, Tensor] = {}  # … what it is
         self.kernel, self.reasons = "stock", ""
         self.why_not: tuple[str, ...] = ()  # why a pattern's own kernel does not run
 
@@ -89,7 +93,14 @@ class SoftmaxRun:
                 f"which has {self.call.query.shape[1]} heads"
             )
         stats = replace(self.stats, **self.probed.of(entry)) if self.probed.found else self.stats
+        if entry in self.masses:
+            stats = replace(stats, group_mass=self.masses[entry])
         return value(self.call, stats, self._state(entry))
+
+    def _observe(self) -> None:
+        for entry in self.plan.of["observe"]:
+            self._value(entry)
+            self.acted.add(entry.owner)
 
     def _softmax(
         self,
@@ -110,7 +121,7 @@ class SoftmaxRun:
             if not (patterns or dynamic or self.plan.of["observe"] or "lse" in wanted):
                 return self._decode_kept(layer, wanted)
         edits = None
-        if not (wanted or dynamic):
+        if not (wanted or dynamic or self.groups):
             # Frozen rules need no statistics: ask them first, they may have nothing to edit in this call.
             edits = [(entry, move) for entry in moves if (move := self._value(entry)) is not None]
             if not (edits or patterns or extra or self.edited or self.plan.of["observe"]):
@@ -124,7 +135,11 @@ class SoftmaxRun:
         if call.query.shape[2] <= FEW_ROWS and not extra:
             return self._few_rows(layer, visible, wanted, moves, dynamic, edits)
         plain = not (self.edited or extra)
-        if plain and not dynamic and self._together(visible, wanted, moves):
+        if plain and self.groups and not (wanted or dynamic):
+            edited = self._edit_named_rows(visible, moves)
+            if edited is not None:
+                return edited
+        if plain and not dynamic and not self.groups and self._together(visible, wanted, moves):
             return self._edit_swept(layer, visible, moves)
         out, lse = None, None
         if not plain or wanted - {"probe_mass"}:
@@ -150,6 +165,7 @@ class SoftmaxRun:
                 out, lse = self._attention(visible, extra)
                 self.stats = Statistics(lse=lse)
         changed = False
+        self._group_mass(visible, self.stats.lse)
         if edits is None:
             edits = [(entry, move) for entry in moves if (move := self._value(entry)) is not None]
         if subset is not None and not (edits or extra):
@@ -164,9 +180,7 @@ class SoftmaxRun:
                 out = self._edit_rows(out, lse, visible, move, entry.contribution)
             else:
                 out = self._move(out, lse, visible, move, entry.contribution, options)
-        for entry in self.plan.of["observe"]:
-            self._value(entry)
-            self.acted.add(entry.owner)
+        self._observe()
         if out is None:
             return self.delegate(call)
         if plain and not changed and not self.edited:
@@ -255,12 +269,48 @@ class SoftmaxRun:
                 own = None if set(range(h) if mine is None else mine) - set(watched) else scale
                 options = {**self._options(), "row_scale": own}
                 out = self._move(out, lse, visible, move, entry.contribution, options)
-        for entry in self.plan.of["observe"]:
-            self._value(entry)
-            self.acted.add(entry.owner)
+        self._observe()
         if not edits:
             return self.delegate(call)
         return out.to(call.query.dtype).transpose(1, 2).contiguous()
+
+    def _group_mass(self, visible: Visibility, lse: Tensor | None) -> Tensor | None:
+        """Fill in the masses that are asked for; returns the log-sum-exp of the rows asked about."""
+        total = None
+        for entry, named in self.groups.items():
+            with torch.no_grad():  # gates are chosen by it, not differentiated
+                self.masses[entry], found = group_mass(
+                    self.call.query, self.call.key, groups=named.of, count=named.count, rows=named.rows,
+                    lse=lse, visibility=visible, **self._options(),
+                )  # fmt: skip
+            total = found if total is None else torch.maximum(total, found)
+        return total
+
+    def _edit_named_rows(self, visible: Visibility, moves: tuple[Entry, ...]) -> Tensor | None:
+        """Edits that wait for group masses alone and name their rows: the user's own kernel, then those rows anew.
+
+        None when an edit turns out to be of another kind, or to reach rows that nobody asked about.
+        """
+        call = self.call
+        lse = self._group_mass(visible, None)
+        edits = [(entry, move) for entry in moves if (move := self._value(entry)) is not None]
+        asked = [named.rows for named in self.groups.values()]
+        for _, move in edits:
+            if isinstance(move, RowEdit) or move.rows is None:
+                return None
+            if len(asked) > 1 or (asked[0] is not None and bool((move.rows & ~asked[0][:, None]).any())):
+                return None
+        self._observe()
+        out = self.delegate(call)
+        if not edits:
+            return out
+        self.kernel = "rows of groups"
+        out = out.transpose(1, 2)
+        for entry, move in edits:
+            assert isinstance(move, MassMove) and lse is not None
+            self.acted.add(entry.owner)
+            out = self._move(out, lse, visible, move, entry.contribution, self._options())
+        return out.transpose(1, 2).contiguous()
 
     def _visibility(self, layer: CompressingLayer | None, patterns: list[Pattern]) -> Visibility:
         call = self.call
@@ -344,7 +394,7 @@ class SoftmaxRun:
     def _tail(self, layer: CompressingLayer, visible: Visibility) -> Tensor:
         """The last rows of probabilities, where the layer wants them one by one."""
         lq = self.call.query.shape[2]
-        return self._probabilities(visible, max(0, lq - layer.rows_apart()), lq)[1]
+        return self._row_probabilities(visible, max(0, lq - layer.rows_apart()), lq)
 
     def _probe(
         self,
@@ -432,7 +482,7 @@ class SoftmaxRun:
         """Decode steps and short turns: every probability is at hand, so edits are made on them directly."""
         call = self.call
         lq = call.query.shape[2]
-        out, probabilities = self._probabilities(visible, 0, lq)
+        probabilities = self._row_probabilities(visible, 0, lq)
         self.kernel = "rows"
         rows = probabilities if call.real is None else probabilities * call.real[:, None, :, None]
         if "column_mass" in wanted:
@@ -454,30 +504,32 @@ class SoftmaxRun:
             self.acted.add(entry.owner)
             if isinstance(chosen, Tokens):
                 visible = only(visible, chosen.keep)
-                probabilities = without(self._probabilities(visible, 0, lq)[1], chosen.keep)
+                probabilities = without(self._row_probabilities(visible, 0, lq), chosen.keep)
             else:
                 visible = visible.restrict(chosen.visible)
-                probabilities = self._probabilities(visible, 0, lq)[1]
+                probabilities = self._row_probabilities(visible, 0, lq)
+        for entry, named in self.groups.items():
+            self.masses[entry] = mass_of_groups(probabilities, named)
         if edits is None:
             edits = [(entry, move) for entry in moves if (move := self._value(entry)) is not None]
+        # Rows that every edit leaves out have the bits of the user's own kernel, where it could run at all.
+        named_rows = None if changed or self.edited else edited_rows(edits, probabilities)
         for entry, move in edits:
             changed = True
             self.acted.add(entry.owner)
             edit = move.edit if isinstance(move, RowEdit) else move_edit(move)
             heads = entry.contribution.heads
             probabilities = on_heads(probabilities, heads, edit, 0)
-        for entry in self.plan.of["observe"]:
-            self._value(entry)
-            self.acted.add(entry.owner)
-        if changed:
-            out = apply(probabilities, call.value, call.query.dtype)
-        elif not self.edited:
+        self._observe()
+        if named_rows is not None:
+            return apply_to(self.delegate(call), probabilities, call.value, named_rows)
+        if not (changed or self.edited):
             # Only looked at, or found nothing to edit: the user's own kernel gives the output, bit for bit.
             return self.delegate(call)
-        return out.transpose(1, 2).contiguous()
+        return apply(probabilities, call.value, call.query.dtype).transpose(1, 2).contiguous()
 
-    def _probabilities(self, visible: Visibility, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Output (B, H, rows, D) and probabilities (B, H, rows, Lk) of the rows start..stop."""
+    def _row_probabilities(self, visible: Visibility, start: int, stop: int) -> Tensor:
+        """Probabilities (B, H, rows, Lk) of the rows start..stop."""
         call = self.call
         bias = call.position_bias
         if bias is not None:
@@ -485,10 +537,9 @@ class SoftmaxRun:
         added = visible.bias_at(torch.arange(start, stop, device=visible.device))
         if added is not None:
             bias = added if bias is None else bias + added
-        return row_attention(
-            call.query[:, :, start:stop], call.key, call.value,
-            valid=visible.rows(start, stop), scale=call.scaling, position_bias=bias,
-            softcap=call.softcap, sink_logits=call.sink_logits,
+        return row_probabilities(
+            call.query[:, :, start:stop], call.key, valid=visible.rows(start, stop), scale=call.scaling,
+            position_bias=bias, softcap=call.softcap, sink_logits=call.sink_logits,
         )  # fmt: skip
 
     def _edit_rows(
@@ -500,7 +551,7 @@ class SoftmaxRun:
         parts = []
         for start in range(0, lq, ROW_BLOCK):
             stop = min(lq, start + ROW_BLOCK)
-            _, probabilities = self._probabilities(visible, start, stop)
+            probabilities = self._row_probabilities(visible, start, stop)
             edited = on_heads(probabilities, contribution.heads, move.edit, start)
             parts.append(apply(edited, call.value, call.query.dtype))
         whole = torch.cat(parts, 2)

@@ -67,6 +67,10 @@ class Runtime:
         self.rotate: Callable[[Tensor, Tensor], Tensor] | None = None  # turns keys by so many positions
         self.hooked = False  # the host's own use: whether its hook is in place
         self.holders: dict[Contribution, nn.Module] = {}  # what holds the tensors of input contributions
+        self.asked: dict[
+            str, Any
+        ] = {}  # the host's own use: facts that somebody here asks for, and who knows
+        self.residual: Tensor | None = None  # what entered the layer around this site, where asked for
 
     def add(self, entries: Sequence[Entry]) -> None:
         self.entries.extend(entries)

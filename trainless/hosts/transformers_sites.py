@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ..errors import Unsupported
 from ..seams import Site
+from .transformers_images import missing_images, pretrained
 
 CROSS = (
     "crossattention",
@@ -27,9 +29,7 @@ def find(model: nn.Module, family: str, prefix: str = "", parts: frozenset[str] 
 
     Raises Unsupported, naming the family, when the model has attention and none of it dispatches.
     """
-    ancestors: dict[str, nn.Module] = {
-        n: m for n, m in model.named_modules() if isinstance(m, PreTrainedModel)
-    }
+    ancestors = pretrained(model)
     found: list[Found] = [
         (name, module, _parts(name, module, ancestors) | parts, _role(name, module))
         for name, module in model.named_modules()
@@ -37,7 +37,7 @@ def find(model: nn.Module, family: str, prefix: str = "", parts: frozenset[str] 
     ]
     if not found:
         _refuse(model, family)
-    return _numbered(found, prefix)
+    return _numbered(ancestors, found, prefix)
 
 
 def _refuse(model: nn.Module, family: str) -> None:
@@ -72,7 +72,7 @@ def _role(name: str, module: nn.Module) -> str:
     return "self"
 
 
-def _parts(name: str, module: nn.Module, ancestors: dict[str, nn.Module]) -> frozenset[str]:
+def _parts(name: str, module: nn.Module, ancestors: Mapping[str, PreTrainedModel]) -> frozenset[str]:
     """Which parts of the model a module belongs to, from its nearest pretrained ancestor and its path."""
     path = name.lower().split(".")
     around = [n for n in ancestors if n in ("", name) or name.startswith(f"{n}.")]
@@ -88,7 +88,7 @@ def _parts(name: str, module: nn.Module, ancestors: dict[str, nn.Module]) -> fro
     return frozenset({"vision" if vision else "text", "encoder" if encoder else "decoder"})
 
 
-def _numbered(found: list[Found], prefix: str) -> list[Site]:
+def _numbered(ancestors: Mapping[str, PreTrainedModel], found: list[Found], prefix: str) -> list[Site]:
     groups: dict[tuple[frozenset[str], str], int] = {}
     numbers: list[int] = []
     for _, module, parts, role in found:
@@ -105,7 +105,8 @@ def _numbered(found: list[Found], prefix: str) -> list[Site]:
             Site(
                 name=prefix + name, module=module, host="transformers", role=role, parts=parts, layer=layer,
                 layers=count, causal=bool(getattr(module, "is_causal", False)), heads=heads, kv_heads=kv_heads,
-                head_dim=width, facts=_site_facts(module, layer),
+                head_dim=width,
+                facts={**_site_facts(module, layer), "no_images": missing_images(ancestors, name, parts)},
             )
         )  # fmt: skip
     return sites
@@ -148,6 +149,7 @@ def _site_facts(module: nn.Module, layer: int) -> dict[str, Any]:
             getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
         )
     facts["sliding_window"] = sliding
+    facts["hidden_size"] = getattr(config, "hidden_size", None)
     facts["max_positions"] = getattr(config, "max_position_embeddings", None)
     if hasattr(module, "has_relative_attention_bias"):
         facts["position_bias"] = True

@@ -1,4 +1,4 @@
-"""Kernels: attention with log-sum-exp, column mass, moving probability, windows, sparse and linear attention, packing.
+"""Kernels: attention with log-sum-exp, mass of keys and groups, moving it, windows, sparse and linear forms, packing.
 
 One folder per operation: ``reference.py`` fixes the meaning in dense torch, ``blocked.py`` serves any
 device with memory linear in the number of tokens, ``triton.py`` serves CUDA, ``api.py`` checks the
@@ -10,6 +10,7 @@ from __future__ import annotations
 from .block_sparse import block_sparse
 from .column_mass import chosen_mass, column_mass
 from .dispatch import Choice, available
+from .group_mass import group_mass
 from .linear import linear_attention
 from .lse import attention, row_attention
 from .mass_move import mass_move
@@ -26,6 +27,7 @@ __all__ = [
     "block_sparse",
     "chosen_mass",
     "column_mass",
+    "group_mass",
     "linear_attention",
     "mass_move",
     "packed_attention",
