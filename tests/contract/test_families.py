@@ -129,6 +129,48 @@ def test_t5_generates_under_a_patch_as_the_oracle_does():
     same(found.logits, want.logits, 2e-6)
 
 
+def _biased(family: str):
+    """A vision transformer that adds its position bias to the attention mask."""
+    from transformers import BeitConfig, BeitModel, SwinConfig, SwinModel
+
+    torch.manual_seed(0)
+    if family == "swin":
+        more = {"embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4}
+        model = SwinModel(SwinConfig(image_size=32, patch_size=2, **more))
+    else:
+        more = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}
+        model = BeitModel(BeitConfig(image_size=32, patch_size=8, use_relative_position_bias=True, **more))
+    model = model.double().eval().requires_grad_(False)
+    for name, p in model.named_parameters():
+        if "bias" in name and "position" in name:
+            p.normal_(0, 2)
+    return model
+
+
+@pytest.mark.parametrize("family", ["swin", "beit"])
+def test_a_position_bias_inside_the_mask_is_divided_too(family: str):
+    model = _biased(family)
+    given = {"pixel_values": torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)).double()}
+    twin = _biased(family)
+    for name, module in twin.named_modules():
+        if hasattr(module, "scaling"):
+            module.scaling = module.scaling / 0.5
+        for key, p in module.named_parameters(name, recurse=False):
+            if "position" in key and "bias" in key:
+                p.div_(0.5)
+    want = twin(**given).last_hidden_state
+    free = model(**given).last_hidden_state
+    with trainless.patched(model, "attn_temperature", temperature=0.5):
+        found = model(**given).last_hidden_state
+    same([found], [want], EXACT)
+    assert differs([found], [free], 1e-6)
+    # Beside an edit of the output, on the long way.
+    gain = {"use": "head_gain", "with": {"gain": 0.5}}
+    trainless.patch(twin, [gain])
+    trainless.patch(model, [{"use": "attn_temperature", "with": {"temperature": 0.5}}, gain])
+    same([model(**given).last_hidden_state], [twin(**given).last_hidden_state], EXACT)
+
+
 def test_where_part_narrows_to_the_encoder():
     from oracle import AttnTemperature
 
