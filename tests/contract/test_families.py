@@ -171,6 +171,29 @@ def test_a_position_bias_inside_the_mask_is_divided_too(family: str):
     same([model(**given).last_hidden_state], [twin(**given).last_hidden_state], EXACT)
 
 
+def test_modules_that_ask_which_implementation_they_run_under_are_refused():
+    """Under our name they would compute something else, at an identity as well."""
+    from transformers import DeepseekV32Config, DeepseekV32ForCausalLM, GPT2Config, GPT2LMHeadModel
+
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 67, "n_positions": 64}
+    trainless.patch(GPT2LMHeadModel(GPT2Config(**sizes)), "attn_temperature", temperature=0.5)
+    upcasting = GPT2LMHeadModel(GPT2Config(**sizes, reorder_and_upcast_attn=True))
+    more = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}
+    more |= {
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+    }
+    more |= {"n_routed_experts": 2, "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1}
+    more |= {"first_k_dense_replace": 2, "index_topk": 8, "index_n_heads": 2, "index_head_dim": 16}
+    sparse = DeepseekV32ForCausalLM(DeepseekV32Config(vocab_size=67, num_key_value_heads=4, **more))
+    for model in (upcasting, sparse):
+        with pytest.raises(trainless.NoMatch, match="computes something else for each name"):
+            trainless.patch(model, "attn_temperature", temperature=1.0)
+
+
 def test_where_part_narrows_to_the_encoder():
     from oracle import AttnTemperature
 
