@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .errors import Unsupported
 from .hosts.base import Lease, Runtime
+from .kernels.visibility import bias_times
 from .kv import CompressingLayer, PackedLayer
 from .packed import PackedRun
 from .patterns import Pattern, visible_keys
@@ -162,6 +163,7 @@ class _Run(PackedRun):
         # c·tanh(s·x/c) times f is (f·c)·tanh((f·s)·x/(f·c)): scaling all three scales the whole logit.
         self.call = replace(
             call,
+            mask=bias_times(call.mask, factor, *call.shape[3:]),
             scaling=call.scaling * factor,
             position_bias=bias,
             softcap=None if call.softcap is None else call.softcap * factor,

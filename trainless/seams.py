@@ -10,9 +10,9 @@ Shapes: B batch, H query heads, Hkv key/value heads, Lq queries and Lk keys of t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import prod
 from typing import Any
 
 import torch
@@ -373,9 +373,9 @@ def check_budget(name: str, budget: Any) -> None:
     if isinstance(budget, bool) or not isinstance(budget, (int, float)):
         raise InputError(f"{name}={budget!r}: give tokens as an int, or a fraction as a float in (0, 1]")
     if isinstance(budget, float) and not 0.0 < budget <= 1.0:
+        instead = f"; for tokens write {name}={max(0, int(budget))}" if math.isfinite(budget) else ""
         raise InputError(
-            f"{name}={budget!r}: a float is a fraction of the prompt and must lie in (0, 1]; "
-            f"for tokens write {name}={max(0, int(budget))}"
+            f"{name}={budget!r}: a float is a fraction of the prompt and must lie in (0, 1]{instead}"
         )
     if isinstance(budget, int) and budget < 0:
         raise InputError(f"{name}={budget!r}: a number of tokens cannot be negative")
@@ -481,7 +481,7 @@ class AttentionPlan:
         # One number on the logits of every call: hosts may pass it to the user's own attention themselves.
         scales = [e.contribution.constant for e in self.active if e.contribution.kind == "scale"]
         known = [c for c in scales if c is not None]
-        self.constant: float | None = prod(known) if known and len(known) == len(self.active) else None
+        self.constant: float | None = math.prod(known) if known and len(known) == len(self.active) else None
         # Nothing to ask for and nothing to remember either: such a call takes the short way.
         self.direct = self.delegable and not any(
             e.contribution.needs or e.contribution.statistics for e in self.active

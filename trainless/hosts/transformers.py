@@ -23,7 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..attention import attend
 from ..errors import Unsupported
 from ..journal import MARKER, AttributeEdit, HookEdit, Journal
-from ..kernels.visibility import visibility
+from ..kernels.visibility import bias_times, visibility
 from ..kv import CompressingLayer
 from ..seams import AttentionCall, Site
 from . import transformers_images as images
@@ -111,6 +111,7 @@ def _routed(
         runtime.passed()
         runtime.acted("stock")
         scaling = (query.shape[-1] ** -0.5 if scaling is None else scaling) * constant
+        attention_mask = bias_times(attention_mask, constant, query.shape[2], key.shape[2])
         return _user_function(module)(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -65,6 +67,28 @@ def dispatches(cls: type) -> bool:
     return _dispatching[cls]
 
 
+COMPARED = re.compile(r"self\.config\._attn_implementation\s*(==|!=|in\b|not in\b)")
+
+
+def _refusal(module: nn.Module) -> str | None:
+    """Why no patch can stand here: the module computes something else for each implementation's name."""
+    # GPT-2 looks at the name only to upcast, where it is configured to.
+    if getattr(module, "reorder_and_upcast_attn", True) and _compares(type(module)):
+        return (
+            f"{type(module).__name__} computes something else for each name of an attention implementation, "
+            "so it would not be the same under ours"
+        )
+    return None
+
+
+@functools.cache
+def _compares(cls: type) -> bool:
+    try:
+        return COMPARED.search(inspect.getsource(cls)) is not None
+    except (OSError, TypeError):
+        return False
+
+
 def _role(name: str, module: nn.Module) -> str:
     path = name.lower().split(".")[-3:]
     if getattr(module, "is_cross_attention", False) or any(c in part for part in path for c in CROSS):
@@ -107,6 +131,7 @@ def _numbered(ancestors: Mapping[str, PreTrainedModel], found: list[Found], pref
                 layers=count, causal=bool(getattr(module, "is_causal", False)), heads=heads, kv_heads=kv_heads,
                 head_dim=width,
                 facts={**_site_facts(module, layer), "no_images": missing_images(ancestors, name, parts)},
+                refusal=_refusal(module),
             )
         )  # fmt: skip
     return sites
