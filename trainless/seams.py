@@ -33,7 +33,7 @@ KINDS = (
     "form",  # another operator: value -> output (B, Lq, H, D), or Formed
     "mass",  # move probability between key groups: value -> MassMove
     "gain",  # factor on a head's output: value -> tensor broadcastable to (B, Lq, H, 1)
-    "kv",  # what the cache keeps and how precisely: policy, an Evict or a Quantise
+    "kv",  # what the cache keeps and how precisely: policy, an Evict or a Quantise; value: what it chooses
     "around",  # wrap the call of a module: value(proceed, args, kwargs, state) -> result
     "input",  # what a module inside the site is given: value(args, kwargs, tensors) -> (args, kwargs)
     "weights",  # replace tensors: tensors
