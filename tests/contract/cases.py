@@ -6,10 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from oracle import H2O, Act, AttnTemperature, HeadGain, Rule, Streaming, models
+import torch
+from oracle import H2O, Act, AttnTemperature, HeadGain, Rule, Streaming, Var, models, vlms
 
 CAUSAL, ENCODERS, DENOISERS = models.CAUSAL, models.ENCODERS, models.DENOISERS
 FULL = models.FULL_ATTENTION
+VLMS = ("qwen2_5_vl", "llava", "gemma3", "idefics3", "paligemma")
 # gemma2 has a full layer between two sliding ones; in mistral all slide.
 EVICTABLE = (*FULL, "gemma2")
 
@@ -93,6 +95,20 @@ def _evicting(label: str, method: str, rule: Any, families: Sequence[str], **mor
     )  # fmt: skip
 
 
+def _var(label: str, families: Sequence[str], **more: Any) -> Case:
+    extra = {
+        k: more.pop(k) for k in ("main", "neighbours", "neighbour_rules", "clashes", "layers") if k in more
+    }
+    given = {
+        "sink_dims": list(vlms.DIMS), "min_nonsink": 0.3, "min_visual": 0.1, "max_sink_share": 0.3, "layers": "1:",
+        **more,
+    }  # fmt: skip
+    return Case(
+        label, "var", given, lambda: Var(torch.zeros(1, 0), **given), families, {**given, "move": 0.0},
+        {**given, "tau": 1e6}, **{"layers": (1, 2), "chunks": "refused", **extra},
+    )  # fmt: skip
+
+
 GAIN = {"use": "head_gain", "with": {"heads": HEADS, "gain": 0.5}}
 WARM = {"use": "attn_temperature", "with": {"temperature": 1.3}}
 KEEP = {"use": "h2o", "with": {"heavy": 4, "recent": 3}}
@@ -150,6 +166,11 @@ CASES: list[Case] = [
         _evicting(f"h2o-{gqa}", "h2o", H2O, ("llama",), heavy=4, recent=3, gqa=gqa)
         for gqa in ("first", "max", "mean")
     ),
+    _var(
+        "var", VLMS, main=True, neighbours=(GAIN, KEEP), neighbour_rules=_around(gain_rule, keep_rule),
+        clashes=[("act", {}, "mass")],
+    ),
+    _var("var-all-moved", ("gemma3", "llava"), move=1.0, min_nonsink=0.0),
     Case(
         "entropy", "entropy", {"trained": 256}, Rule, DENOISERS, {"trained": 128}, main=True, trained=256,
         neighbours=(
