@@ -50,14 +50,15 @@ COMPILE = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from trainless.kernels.column_mass.triton import _column_mass
+from trainless.kernels.group_mass.triton import _group_mass
 from trainless.kernels.lse.triton import _attention
 from trainless.kernels.mass_move.triton import _mass_move
 
 pointers = {"q": "bf16", "k": "bf16", "v": "bf16", "old": "bf16", "new": "bf16", "bias": "bf16", "sinks": "bf16",
             "lse": "fp32", "keep": "fp32", "keys": "u8", "mask": "u8", "source": "u8",
-            "index": "i64", "filled": "i64", "chosen": "i64"}
+            "mass": "fp32", "given": "fp32", "groups": "i32", "index": "i64", "filled": "i64", "chosen": "i64"}
 flags = dict(CAUSAL=True, WINDOW=FULL, CAP=FULL, KEYS=True, MASK=int(FULL), BIAS=FULL, SINKS=FULL, EXACT=False,
-             BM=64, BN=64, BS=16, BD=64)
+             GIVEN=FULL, COUNT=2, BG=2, BM=64, BN=64, BS=16, BD=64)
 for kernel in KERNELS:
     types, constants = {}, {}
     for name in kernel.arg_names:
@@ -80,7 +81,7 @@ for kernel in KERNELS:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kernels", "full", "capability"),
-    [("_column_mass, _attention", True, 80), ("_mass_move,", False, 90)],
+    [("_column_mass, _attention", True, 80), ("_mass_move, _group_mass", False, 90)],
 )
 def test_kernels_compile_for_a_gpu(kernels, full, capability, tmp_path):
     """To machine code, within the shared memory that every such GPU has; no GPU is needed for that."""
@@ -98,7 +99,7 @@ def test_importing_the_kernels_does_not_import_triton(tmp_path):
     # torch may do so itself; what counts is that ours adds nothing.
     code = (
         "import sys, torch, torch.library; before = {m for m in sys.modules if m.split('.')[0] == 'triton'}; "
-        "import trainless.kernels.lse, trainless.kernels.column_mass, trainless.kernels.mass_move; "
+        "import trainless.kernels.lse, trainless.kernels.group_mass, trainless.kernels.mass_move; "
         "after = {m for m in sys.modules if m.split('.')[0] == 'triton'}; "
         "assert not any(m.endswith('.triton') for m in sys.modules if m.startswith('trainless.kernels')); "
         "print(len(before), len(after))"

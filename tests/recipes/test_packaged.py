@@ -16,8 +16,8 @@ from trainless.recipes.packaged import read
 from trainless.recipes.text import Source, parse
 
 FAMILIES = {"llama", "mistral", "qwen2", "qwen3", "gemma", "phi", "bert", "t5", "vit"}
-FAMILIES |= {"sd15", "sd21", "sdxl", "sd3", "flux"}
-METHODS = {"attn_temperature", "act", "head_gain", "streaming", "h2o", "entropy"}
+FAMILIES |= {"sd15", "sd21", "sdxl", "sd3", "flux", "llava", "qwen2_vl", "internvl"}
+METHODS = {"attn_temperature", "act", "head_gain", "streaming", "h2o", "entropy", "var"}
 
 
 def data_of(name: str) -> dict:
