@@ -19,7 +19,7 @@ LONGEST = 500
 ORDER = [
     {"errors"},
     {"seams", "journal", "layers", "tables"},
-    {"kernels", "hosts.base", "report", "rows", "verification"},
+    {"kernels", "hosts.base", "report", "verification"},
     {"kv", "patchers", "rows"},
     {"softmax"},
     {"attention", "recipes"},
