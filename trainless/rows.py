@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from .kernels.lse import widened_product
 from .seams import Entry, Groups, MassMove, RowEdit
 
 
@@ -52,8 +53,9 @@ def apply(probabilities: Tensor, value: Tensor, dtype: torch.dtype) -> Tensor:
     """probabilities (B, H, rows, Lk) times value (B, Hkv, Lk, D), grouped, cast once."""
     b, h, rows, lk = probabilities.shape
     hkv = value.shape[1]
-    grouped = probabilities.reshape(b, hkv, (h // hkv) * rows, lk)
-    return (grouped @ value.to(probabilities.dtype)).reshape(b, h, rows, value.shape[-1]).to(dtype)
+    grouped = probabilities.reshape(b * hkv, (h // hkv) * rows, lk)
+    out = widened_product(grouped, value.reshape(b * hkv, lk, value.shape[-1]))
+    return out.view(b, h, rows, value.shape[-1]).to(dtype)
 
 
 def mass_of_groups(probabilities: Tensor, named: Groups) -> Tensor:

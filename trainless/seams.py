@@ -540,7 +540,7 @@ def _clash(a: Entry, b: Entry) -> str | None:
                 "seam kv: both choose among the tokens of a layer, each by statistics of its own; use `where`"
             )
     if x.kind == y.kind == "mass" and _heads_meet(x, y):
-        return "seam mass takes one contribution per head; give them different heads"
+        return "seam mass takes one contribution per head; give them different heads, or layers with `where`"
     if x.kind == y.kind == "weights" and set(x.tensors or ()) & set(y.tensors or ()):
         return "seam weights: both replace the same tensors"
     for one, other in ((x, y), (y, x)):

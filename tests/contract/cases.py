@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from methods.publications import contract_weights
 from oracle import (
     H2O,
@@ -18,8 +19,10 @@ from oracle import (
     SnapKV,
     Streaming,
     Tova,
+    Var,
     ZipCache,
     models,
+    vlms,
 )
 from oracle.entropy import DenoiserOracle
 
@@ -27,6 +30,7 @@ from trainless.patchers.zipcache import ZipCache as ZipCacheMethod
 
 CAUSAL, ENCODERS, DENOISERS = models.CAUSAL, models.ENCODERS, models.DENOISERS
 FULL = models.FULL_ATTENTION
+VLMS = ("qwen2_5_vl", "llava", "gemma3", "idefics3", "paligemma")
 # gemma2 has a full layer between two sliding ones; in mistral all slide.
 EVICTABLE = (*FULL, "gemma2")
 
@@ -183,6 +187,20 @@ class ProbedZipCache(ZipCache):
         super().pack(call, p)
 
 
+def _var(label: str, families: Sequence[str], **more: Any) -> Case:
+    extra = {
+        k: more.pop(k) for k in ("main", "neighbours", "neighbour_rules", "clashes", "layers") if k in more
+    }
+    given = {
+        "sink_dims": list(vlms.DIMS), "min_nonsink": 0.3, "min_visual": 0.1, "max_sink_share": 0.3, "layers": "1:",
+        **more,
+    }  # fmt: skip
+    return Case(
+        label, "var", given, lambda: Var(torch.zeros(1, 0), **given), families, {**given, "move": 0.0},
+        {**given, "tau": 1e6}, **{"layers": (1, 2), "chunks": "refused", **extra},
+    )  # fmt: skip
+
+
 GAIN = {"use": "head_gain", "with": {"heads": HEADS, "gain": 0.5}}
 WARM = {"use": "attn_temperature", "with": {"temperature": 1.3}}
 KEEP = {"use": "h2o", "with": {"heavy": 4, "recent": 3}}
@@ -268,6 +286,11 @@ CASES: list[Case] = [
     ),
     _zip("zipcache-published", ("llama",), normalise="published", salient=0.4, bits=(8, 4)),
     _zip("zipcache-exact-tier", ("llama", "phi"), salient=2, bits=(16, 2), interval=5),
+    _var(
+        "var", VLMS, main=True, neighbours=(GAIN, KEEP), neighbour_rules=_around(gain_rule, keep_rule),
+        clashes=[("act", {}, "mass")],
+    ),
+    _var("var-all-moved", ("gemma3", "llava"), move=1.0, min_nonsink=0.0),
     Case(
         "entropy", "entropy", {"trained": 256}, Rule, DENOISERS, {"trained": 128}, main=True, trained=256,
         neighbours=(

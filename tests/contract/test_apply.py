@@ -6,14 +6,14 @@ from oracle import models
 
 import trainless
 
-from .cases import CASES, DENOISERS, LANGUAGE, Case, named, pairs
+from .cases import CASES, DENOISERS, LANGUAGE, VLMS, Case, named, pairs
 from .tools import CALLS, build, differs, outputs, same
 
-ALL = (*models.CAUSAL, *models.ENCODERS, *models.DENOISERS)
+ALL = (*models.CAUSAL, *models.ENCODERS, *models.DENOISERS, *VLMS)
 
 
 def _calls(family: str) -> int:
-    return len(CALLS) if family in models.CAUSAL else 1
+    return len(CALLS) if family in (*models.CAUSAL, *VLMS) else 1
 
 
 def _expected_sites(case: Case, family: str, model: torch.nn.Module) -> tuple[int, int]:

@@ -19,6 +19,7 @@ from trainless.kernels import attention, visibility
 from trainless.kernels.block_sparse import triton as block_sparse_form
 from trainless.kernels.column_mass import triton as column_mass_form
 from trainless.kernels.common import Terms
+from trainless.kernels.group_mass import triton as group_mass_form
 from trainless.kernels.lse import triton as lse_form
 from trainless.kernels.mass_move import triton as mass_move_form
 from trainless.kernels.quant_kv import reference as packed_reference
@@ -133,6 +134,32 @@ def test_block_sparse_reads_and_writes_only_its_own():
         q, k.transpose(2, 3).contiguous().transpose(2, 3), v, pattern, **options
     )
     assert torch.equal(got, want) and not got.transpose(1, 2)[~pattern.keys].any()
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("kind", "shape", "extras"), CASES)
+def test_group_mass(kind, shape, extras, dtype):
+    case = make(kind, shape, dtype, extras=extras)
+    _, a, _, lse = oracle(case)
+    _, plain, _, plain_lse = oracle(case.to(torch.float32), torch.float32)
+    b, _, hkv, lq, lk, _ = shape
+    rows = torch.rand(b, lq) < 0.6
+    groups = torch.randint(0, 4, (b, hkv, lk))
+    asked = rows[:, None, :, None]
+
+    def summed(p):
+        of = groups.repeat_interleave(p.shape[1] // hkv, 1)
+        return torch.stack([p.masked_fill((of != g)[:, :, None], 0).sum(-1) for g in (1, 2, 3)], -1) * asked
+
+    for given in (None, plain_lse):
+        options = {"groups": groups, "count": 3, "rows": rows, "lse": given}
+        got, found = group_mass_form.group_mass(
+            case.query, case.key, visibility=case.seen(), terms=terms_of(case), **options
+        )
+        if given is None:
+            no_worse(got, summed(a), summed(plain))
+        torch.testing.assert_close(got.double(), summed(a), rtol=1e-4, atol=1e-5)
+        sees = torch.isfinite(lse) & rows[:, None]
+        assert torch.equal(torch.isfinite(found), sees)
+        torch.testing.assert_close(found[sees].double(), lse[sees], rtol=1e-5, atol=1e-5)
 
 
 def test_views_and_memory_around_the_result():
@@ -201,6 +228,9 @@ def test_the_operators_are_registered_correctly(kind, extras):
     source = torch.rand(2, 2, 20) < 0.3
     arguments = (*case.qkv, out, lse, source, torch.full((2, 2, 20), 0.4), heads, 0.3, *mask, sinks)
     check(torch.ops.trainless.mass_move.default, arguments, test_utils=tests)
+    groups, rows = torch.randint(0, 3, (2, 1, 20), dtype=torch.int32), torch.rand(2, 20) < 0.5
+    arguments = (case.query, case.key, groups, 2, rows, None, 0.3, *mask, sinks)
+    check(torch.ops.trainless.group_mass.default, arguments, test_utils=tests)
 
 
 def test_a_compiler_sees_one_operator_each():

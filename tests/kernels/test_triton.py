@@ -51,6 +51,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from trainless.kernels.block_sparse.triton import _block_sparse
 from trainless.kernels.column_mass.triton import _column_mass
+from trainless.kernels.group_mass.triton import _group_mass
 from trainless.kernels.linear.triton import _apply, _causal, _reduce
 from trainless.kernels.lse.triton import _attention
 from trainless.kernels.mass_move.triton import _mass_move
@@ -59,9 +60,11 @@ from trainless.kernels.window2d.triton import _window2d
 pointers = {"q": "bf16", "k": "bf16", "v": "bf16", "old": "bf16", "new": "bf16", "bias": "bf16", "sinks": "bf16",
             "ek": "bf16", "ev": "bf16", "lse": "fp32", "keep": "fp32", "keys": "u8", "mask": "u8", "source": "u8",
             "index": "i64", "filled": "i64", "chosen": "i64", "state": "fp32", "total": "fp32",
-            "rows_of": "i64", "cols_of": "i64", "limits": "i64", "spans": "i64"}
+            "rows_of": "i64", "cols_of": "i64", "limits": "i64", "spans": "i64",
+            "mass": "fp32", "given": "fp32", "groups": "i32"}
 flags = dict(CAUSAL=True, WINDOW=FULL, CAP=FULL, KEYS=True, MASK=int(FULL), BIAS=FULL, SINKS=FULL, EXACT=False,
-             MODE=0, BM=64, BN=64, BS=16, BD=64, DISC=FULL, TY=8, TX=8, FEATURE=2 * FULL, BV=64)
+             MODE=0, BM=64, BN=64, BS=16, BD=64, DISC=FULL, TY=8, TX=8, FEATURE=2 * FULL, BV=64, GIVEN=FULL,
+             COUNT=2, BG=2)
 for kernel in KERNELS:
     types, constants = {}, {}
     for name in kernel.arg_names:
@@ -86,7 +89,7 @@ for kernel in KERNELS:
     ("kernels", "full", "capability"),
     [
         ("_column_mass, _attention, _window2d", True, 80),
-        ("_mass_move, _block_sparse", False, 90),
+        ("_mass_move, _block_sparse, _group_mass", False, 90),
         ("_reduce, _apply", True, 80),
         ("_causal,", False, 90),
     ],
@@ -108,7 +111,8 @@ def test_importing_the_kernels_does_not_import_triton(tmp_path):
     code = (
         "import sys, torch, torch.library; before = {m for m in sys.modules if m.split('.')[0] == 'triton'}; "
         "import trainless.kernels.lse, trainless.kernels.column_mass, trainless.kernels.mass_move, "
-        "trainless.kernels.window2d, trainless.kernels.linear, trainless.kernels.block_sparse; "
+        "trainless.kernels.group_mass, trainless.kernels.window2d, trainless.kernels.linear, "
+        "trainless.kernels.block_sparse; "
         "after = {m for m in sys.modules if m.split('.')[0] == 'triton'}; "
         "assert not any(m.endswith('.triton') for m in sys.modules if m.startswith('trainless.kernels')); "
         "print(len(before), len(after))"

@@ -16,9 +16,9 @@ from trainless.recipes.packaged import read
 from trainless.recipes.text import Source, parse
 
 FAMILIES = {"llama", "mistral", "qwen2", "qwen3", "gemma", "phi", "bert", "t5", "vit"}
-FAMILIES |= {"sd15", "sd21", "sdxl", "sd3", "flux", "pixart"}
+FAMILIES |= {"sd15", "sd21", "sdxl", "sd3", "flux", "pixart", "llava", "qwen2_vl", "internvl"}
 METHODS = {"attn_temperature", "act", "head_gain", "streaming", "h2o", "entropy"}
-METHODS |= {"linfusion", "clear"}
+METHODS |= {"linfusion", "clear", "var", "kvquant", "zipcache", "tova", "snapkv", "zipvl"}
 
 
 def data_of(name: str) -> dict:

@@ -145,12 +145,22 @@ class Var(Method):
         images: Tensor | None = call.facts["images"]
         if images is None:
             if call.fresh:
-                self._say_no_image()
+                self._say(
+                    "this prompt has no image, so nothing is changed in its sequence, later turns included"
+                )
             return None
         if call.fresh:
             found = self._sinks(call, images[:, 0])
+            if not self._found and bool(found.any()):
+                self._found.append(True)
             state.set("sinks", found[:, None], keys=2)
             state.set("visual", (found & images[:, 0]).any(1))
+        elif not self._found:
+            self._say(
+                "no token of the prompt was a sink at any layer, not even its first, so nothing is changed; "
+                f"sink_dims={self.sink_dims} may be those of another model, or tau too high: see "
+                "`trainless calibrate sink_dims`"
+            )
         sinks, visual = state.get("sinks"), state.get("visual")
         if sinks is None or visual is None:
             return None  # the first image came in a later turn
@@ -206,17 +216,18 @@ class Var(Method):
     # ------------------------------------------------------------------ what is said once
 
     @functools.cached_property
-    def _said(self) -> list[bool]:
+    def _found(self) -> list[bool]:
+        """Not empty once any layer has found a sink."""
         return []
 
-    def _say_no_image(self) -> None:
-        if not self._said:
-            self._said.append(True)
-            warnings.warn(
-                "var: this prompt has no image, so nothing is changed in its sequence, later turns included; "
-                "said once",
-                stacklevel=2,
-            )
+    @functools.cached_property
+    def _said(self) -> set[str]:
+        return set()
+
+    def _say(self, what: str) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            warnings.warn(f"var: {what}; said once", stacklevel=2)
 
 
 def _on_query_heads(keys: Tensor, call: AttentionCall) -> Tensor:

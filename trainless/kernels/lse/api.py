@@ -12,6 +12,8 @@ from ..dispatch import Choice, triton_reasons
 from ..visibility import Visibility
 from . import blocked
 
+ONE_BY_ONE = 1 << 20  # elements from which on a half-precision operand is widened matrix by matrix
+
 
 def choose(query: Tensor, key: Tensor, value: Tensor, *, visibility: Visibility, terms: Terms) -> Choice:
     """Which form ``attention`` runs for this call."""
@@ -77,8 +79,8 @@ def row_attention(
     b, h, lq, _ = query.shape
     hkv, lk, width = value.shape[1:]
     weights = row_probabilities(query, key, valid=valid, **terms)
-    values = value.reshape(b * hkv, lk, width).to(weights.dtype)
-    out = torch.bmm(weights.reshape(b * hkv, (h // hkv) * lq, lk), values).to(query.dtype)
+    rows = weights.reshape(b * hkv, (h // hkv) * lq, lk)
+    out = widened_product(rows, value.reshape(b * hkv, lk, width)).to(query.dtype)
     return out.view(b, h, lq, width), weights
 
 
@@ -103,10 +105,7 @@ def row_probabilities(
     n, wide = b * hkv, torch.float64 if query.dtype == torch.float64 else torch.float32
     # (group, row) pairs of one key head are the rows of one small product.
     q = query.reshape(n, (h // hkv) * lq, d)
-    # Logits rounded to half precision would be off by several per cent; and on the CPU small products in
-    # half precision take several times as long as widening the operands first.
-    keys = key.reshape(n, lk, d).transpose(1, 2).to(wide)
-    z = torch.bmm(q.to(wide), keys) * scale
+    z = widened_product(q.to(wide), key.reshape(n, lk, d).transpose(1, 2)) * scale
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
     if position_bias is not None:
@@ -124,3 +123,19 @@ def row_probabilities(
     if valid is not None:
         weights = weights.nan_to_num(0.0)  # rows without a valid key
     return weights.view(b, h, lq, lk)
+
+
+def widened_product(left: Tensor, right: Tensor) -> Tensor:
+    """``left`` (n, rows, k) times ``right`` (n, k, m) in the dtype of ``left``.
+
+    Logits rounded to half precision would be off by several per cent; and on the CPU small products in half
+    precision take several times as long as widening the operand first. A large one is widened one matrix at a
+    time into the same memory: asking for as much as all of it takes would cost more than the product.
+    """
+    if right.dtype == left.dtype:
+        return torch.bmm(left, right)
+    graph = torch.is_grad_enabled() and (left.requires_grad or right.requires_grad)
+    if graph or right.device.type != "cpu" or right.numel() < ONE_BY_ONE:
+        return torch.bmm(left, right.to(left.dtype))
+    wide = torch.empty_like(right[0], dtype=left.dtype)
+    return torch.stack([torch.mm(a, wide.copy_(b)) for a, b in zip(left, right, strict=True)])
