@@ -18,10 +18,12 @@ LONGEST = 500
 # the engine below the hosts need it. `patch` and `verify` are two halves of one thing.
 ORDER = [
     {"errors"},
+    {"precision"},
     {"seams", "journal", "layers", "tables"},
     {"kernels", "hosts.base", "report", "rows", "verification"},
     {"kv", "patchers", "rows", "probed", "subset", "extra"},
     {"softmax"},
+    {"packed"},
     {"attention", "recipes"},
     {"hosts"},
     {"calibration", "probing"},

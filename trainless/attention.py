@@ -15,9 +15,10 @@ from torch import Tensor
 
 from .errors import Unsupported
 from .hosts.base import Lease, Runtime
-from .kv import CompressingLayer
+from .kv import CompressingLayer, PackedLayer
+from .packed import PackedRun
 from .seams import AttentionCall
-from .softmax import Delegate, SoftmaxRun
+from .softmax import Delegate
 
 
 def attend(runtime: Runtime, call: AttentionCall, delegate: Delegate) -> Tensor:
@@ -35,7 +36,7 @@ def attend(runtime: Runtime, call: AttentionCall, delegate: Delegate) -> Tensor:
     return run.output()
 
 
-class _Run(SoftmaxRun):
+class _Run(PackedRun):
     """One call on its way through the plan."""
 
     # ------------------------------------------------------------------ the order of things
@@ -44,7 +45,7 @@ class _Run(SoftmaxRun):
         call, plan = self.call, self.plan
         layer = call.layer if isinstance(call.layer, CompressingLayer) else None
         if layer is not None:
-            if layer.lease.active:
+            if layer.active:
                 layer.note(call.real)
             self.edited = layer.evicted
         self._position()
@@ -59,15 +60,19 @@ class _Run(SoftmaxRun):
             out = self._value(form[0])
             self.acted.add(form[0].owner)
             self.kernel = form[0].method
+        elif isinstance(layer, PackedLayer) and layer.packed:
+            out = self._packed_softmax(layer, extra, wanted, moves)
         elif not (self.edited or extra or predicates or wanted or moves or plan.of["pattern"]):
             out = self.delegate(call)
         else:
             out = self._softmax(layer, extra, predicates, wanted, moves)
         out = self._gain(out)
-        if layer is not None and self._chooses(layer):
-            layer.choose(self._value(plan.of["kv"][0]))
-        if layer is not None and layer.settle():
-            self.acted.update(e.owner for e in plan.of["kv"])
+        if layer is not None and plan.evictor is not None and self._chooses(layer):
+            layer.choose(self._value(plan.evictor))
+        if isinstance(layer, PackedLayer):
+            self.acted.update(layer.settle(self._tiers(layer)))
+        elif layer is not None:
+            self.acted.update(layer.settle())
         self._account(layer)
         return out
 
@@ -149,7 +154,8 @@ class _Run(SoftmaxRun):
             state = self._state(entry)
             asked = set(entry.contribution.wanted(self.call, state))
             if "probe_mass" in asked:
-                cached = entry.contribution.kind != "kv" or scored == "probe_mass" or self._chooses(layer)
+                told = scored == "probe_mass" or self._chooses(layer)
+                cached = entry is not self.plan.evictor or told
                 if not (cached and self.probed.ask(entry, self.call, state)):
                     asked.remove("probe_mass")
             if asked:
@@ -176,6 +182,14 @@ class _Run(SoftmaxRun):
                 factor.to(out.dtype) if isinstance(factor, Tensor) else factor
             )
         return out
+
+    def _tiers(self, layer: PackedLayer) -> Tensor | None:
+        """Which of the waiting tokens the method wants in the high tier; None where it has no say now."""
+        entry = self.plan.quantiser
+        if entry is None or not layer.rule.chosen or not layer.due:
+            return None
+        high: Tensor | None = self._value(entry)
+        return high
 
     # ------------------------------------------------------------------ bookkeeping
 

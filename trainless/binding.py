@@ -139,7 +139,7 @@ def _default_parts(sites: list[Site], method: Method, part: str | None, parts: l
 
 
 def _kv_refusal(method: Method, site: Site) -> str | None:
-    if not method.evicts:
+    if not (method.evicts or method.packs):
         return None
     if site.facts.get("sliding_window"):
         return "a sliding-window layer keeps its own window"

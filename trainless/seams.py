@@ -18,6 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from .errors import Conflict, InputError
+from .precision import BITS as BITS
+from .precision import Quantise as Quantise
+from .precision import check_bits as check_bits
 
 # What a contribution may be, in the order in which the engine applies them.
 KINDS = (
@@ -29,7 +32,9 @@ KINDS = (
     "form",  # another operator: value -> output (B, Lq, H, D)
     "mass",  # move probability between key groups: value -> MassMove
     "gain",  # factor on a head's output: value -> tensor broadcastable to (B, Lq, H, 1)
-    "kv",  # what the cache keeps: policy, an Evict (with chosen=True: value -> bool (B, Lk), what stays)
+    # what the cache keeps and how precisely: policy, an Evict (with chosen=True: value -> bool (B, Lk), what
+    # stays) or a Quantise (value -> bool (B, Hkv or 1, W), which tokens are more precise)
+    "kv",
     "around",  # wrap the call of a module: value(proceed, args, kwargs) -> result
     "weights",  # replace tensors: tensors
 )
@@ -197,7 +202,7 @@ class Contribution:
     probes: Probes | None = None
     dynamic: bool = False  # pattern only: chosen from statistics, in the calls in which it needs some
     admits: frozenset[str] = frozenset({"gain"})  # form only: kinds it can live with
-    policy: Evict | None = None  # kv only
+    policy: Evict | Quantise | None = None  # kv only
     tensors: Mapping[str, Tensor] | None = None  # weights only: parameter name inside the site -> tensor
     statistics: frozenset[str] = frozenset()  # every statistic `needs` may ask for, for the conflict table
 
@@ -380,7 +385,9 @@ class AttentionPlan:
         }
         self.inert = not self.active
         self.stateful = any(e.contribution.stateful for e in self.active)
-        self.evict: Evict | None = next((e.contribution.policy for e in self.of["kv"]), None)
+        # At most one of each: two would be a conflict.
+        self.evictor = next((e for e in self.of["kv"] if isinstance(e.contribution.policy, Evict)), None)
+        self.quantiser = next((e for e in self.of["kv"] if isinstance(e.contribution.policy, Quantise)), None)
         self.lookahead = tuple(e for e in self.active if e.contribution.lookahead)
         # Only scalings and gains: the user's own attention function can still do the work.
         editing = {"position", "keys", "pattern", "observe", "form", "mass", "kv"}
@@ -393,7 +400,19 @@ class AttentionPlan:
     @property
     def needs_layer(self) -> bool:
         """Whether this plan keeps something on the sequence's cache layer."""
-        return self.stateful or self.evict is not None
+        return self.stateful or bool(self.of["kv"])
+
+    @property
+    def evict(self) -> Evict | None:
+        """The rule for what the cache keeps."""
+        policy = self.evictor.contribution.policy if self.evictor else None
+        return policy if isinstance(policy, Evict) else None
+
+    @property
+    def quantise(self) -> Quantise | None:
+        """The rule for how precisely the cache keeps it."""
+        policy = self.quantiser.contribution.policy if self.quantiser else None
+        return policy if isinstance(policy, Quantise) else None
 
 
 def conflicts(site: Site, entries: Sequence[Entry]) -> list[str]:
@@ -422,8 +441,9 @@ def _clash(a: Entry, b: Entry) -> str | None:
         return f"the same method is already there (seam {x.kind}); remove the first patch or narrow one with `where`"
     if x.kind == y.kind and x.kind in EXCLUSIVE:
         return f"seam {x.kind} takes one contribution; use `where` to give them different layers"
-    if x.kind == y.kind == "kv":
-        return "seam kv takes one eviction rule; use `where` to give them different layers"
+    if x.kind == y.kind == "kv" and type(x.policy) is type(y.policy):
+        what = "rule of precision" if isinstance(x.policy, Quantise) else "eviction rule"
+        return f"seam kv takes one {what}; use `where` to give them different layers"
     if x.kind == y.kind == "mass" and _heads_meet(x, y):
         return "seam mass takes one contribution per head; give them different heads"
     if x.kind == y.kind == "weights" and set(x.tensors or ()) & set(y.tensors or ()):
@@ -433,6 +453,10 @@ def _clash(a: Entry, b: Entry) -> str | None:
             return f"seam form replaces softmax attention, which seam {other.kind} needs"
         if one.in_order and other.kind == "kv":
             return f"seam {one.kind} reads the keys in their order, and seam kv drops some; give them different layers"
+        # A dynamic pattern is for the calls that it asks about; on a layer that packs, those before it does.
+        every = one.kind == "position" or (one.kind == "pattern" and not one.dynamic)
+        if isinstance(other.policy, Quantise) and every:
+            return f"seam {one.kind} needs every key as it is, and seam kv packs them; give them different layers"
         if one.kind == "pattern" and one.dynamic and other.statistics:
             return f"seam pattern is chosen from statistics that seam {other.kind} reads as well"
     return None

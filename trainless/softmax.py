@@ -336,7 +336,7 @@ class SoftmaxRun:
             self.probed.take(probabilities, visible)
         if layer is None or layer.scored_by() != "probe_mass":
             return
-        found = self.probed.of(self.plan.of["kv"][0])
+        found = self.probed.of(self.plan.evictor) if self.plan.evictor is not None else None
         if not found:
             return
         tail = None

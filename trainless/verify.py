@@ -310,7 +310,7 @@ def _given(binding: Binding) -> list[Contribution]:
 
 
 def _rules(binding: Binding) -> Sequence[Evict]:
-    return [c.policy for c in _given(binding) if c.policy is not None]
+    return [c.policy for c in _given(binding) if isinstance(c.policy, Evict)]
 
 
 def _uninformed(binding: Binding) -> Binding:

@@ -6,8 +6,22 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from oracle import H2O, Act, AttnTemperature, HeadGain, Rule, SnapKV, Streaming, Tova, ZipVL, models
+from oracle import (
+    H2O,
+    Act,
+    AttnTemperature,
+    HeadGain,
+    KvQuant,
+    Rule,
+    SnapKV,
+    Streaming,
+    Tova,
+    ZipCache,
+    ZipVL,
+    models,
+)
 
+from trainless.patchers.zipcache import ZipCache as ZipCacheMethod
 from trainless.patchers.zipvl import ZipVL as ZipVLMethod
 
 CAUSAL, ENCODERS, DENOISERS = models.CAUSAL, models.ENCODERS, models.DENOISERS
@@ -120,14 +134,53 @@ class SeededZipVL(ZipVL):
         return super().select(call, p, row, number, chunk, last)
 
 
-def _zip(label: str, families: Sequence[str], **more: Any) -> Case:
+def _zipvl(label: str, families: Sequence[str], **more: Any) -> Case:
     extra = {k: more.pop(k) for k in ("main", "neighbours", "neighbour_rules", "clashes") if k in more}
     given = {"tau": 0.7, "probes": (2, 3), "interval": 3, "min_tokens": 6, **more}
+    drops = given.get("mode") == "discard"
+    # Watched and left alone: every row at the end is a probe, so every token is important.
+    wide = {**given, "probes": (1.0, 0), "interval": 1000, **({} if drops else {"bits": (16, 2)})}
     return Case(
-        label, "zipvl", given, lambda: SeededZipVL(**given), families, {**given, "tau": 1.0},
-        {**given, "probes": (1.0, 0), "interval": 1000}, layers_of={"gemma2": (1,)}, evicts=True, pattern=True,
-        chunks="refused", assisted="refused", **extra,
+        label, "zipvl", given, lambda: SeededZipVL(**given), families, {**given, "tau": 1.0, "bits": (16, 16)},
+        wide, layers_of={"gemma2": (1,)}, evicts=drops, pattern=True, chunks="refused", assisted="refused", **extra,
     )  # fmt: skip
+
+
+def _packing(label: str, method: str, rule: Any, families: Sequence[str], **more: Any) -> Case:
+    names = ("main", "neighbours", "neighbour_rules", "clashes", "chunks", "assisted", "identity", "wide")
+    extra = {k: more.pop(k) for k in names if k in more}
+    exact = extra.pop("identity", {**more, "k_bits": 16, "v_bits": 16})
+    wide = extra.pop("wide", {**more, "residual": 60})
+    return Case(
+        label, method, more, lambda: rule(**more), families, exact, wide, layers_of={"gemma2": (1,)}, **extra
+    )
+
+
+def _zip(label: str, families: Sequence[str], **more: Any) -> Case:
+    extra = {k: more.pop(k) for k in ("main", "neighbours", "neighbour_rules", "clashes") if k in more}
+    given = {"interval": 3, "probes": (2, 0.3), **more}
+
+    def rule() -> Rule:
+        """The oracle is told the probe rows of the first call, which depend on the length of the row alone."""
+        return ProbedZipCache(ZipCacheMethod(**given), **{k: v for k, v in given.items() if k != "probes"})
+
+    return Case(
+        label, "zipcache", given, rule, families, {**given, "bits": (16, 16)}, None,
+        layers_of={"gemma2": (1,)}, chunks="refused", assisted="refused", **extra,
+    )  # fmt: skip
+
+
+class ProbedZipCache(ZipCache):
+    """The oracle with the rows that the method draws: they are its input, not what is checked."""
+
+    def __init__(self, method: ZipCacheMethod, **more: Any) -> None:
+        super().__init__(**more)
+        self.method = method
+
+    def pack(self, call: Any, p: Any) -> None:
+        lengths = [self.length(call, row) for row in range(call.key.shape[0])]
+        self.probes = [[self.method.probed(n).tolist() for n in lengths]]
+        super().pack(call, p)
 
 
 GAIN = {"use": "head_gain", "with": {"heads": HEADS, "gain": 0.5}}
@@ -202,10 +255,28 @@ CASES: list[Case] = [
         "snapkv-max", "snapkv", SnapKV, ("llama", "qwen2"), capacity=8, window=3, pool=5, pooling="max", once=True
     ),
     _capped("snapkv-fraction", "snapkv", SnapKV, ("llama",), capacity=0.6, window=2, pool=1, once=True),
-    _zip(
-        "zipvl-discard", EVICTABLE, mode="discard", main=True, neighbours=(WARM, GAIN),
+    _zipvl(
+        "zipvl", EVICTABLE, main=True, neighbours=(WARM, GAIN), neighbour_rules=_around(warm_rule, gain_rule),
+        clashes=[("kvquant", {}, "kv")],
+    ),
+    _zipvl("zipvl-everything", ("llama",), tau=1.0, bits=(8, 2)),
+    _zipvl(
+        "zipvl-discard", EVICTABLE, mode="discard", neighbours=(WARM, GAIN),
         neighbour_rules=_around(warm_rule, gain_rule), clashes=[("streaming", {"recent": 4}, "kv")],
     ),
+    _packing(
+        "kvquant", "kvquant", KvQuant, EVICTABLE, group=4, residual=3, main=True, neighbours=(WARM, KEEP),
+        neighbour_rules=_around(warm_rule, keep_rule), clashes=[("zipcache", {}, "kv")],
+    ),
+    _packing("kvquant-k2-v8", "kvquant", KvQuant, ("llama", "phi"), k_bits=2, v_bits=8, group=3, residual=0),
+    _packing("kvquant-k16-v2", "kvquant", KvQuant, ("llama",), k_bits=16, v_bits=2, group=5, residual=0.25),
+    _packing("kvquant-singles", "kvquant", KvQuant, ("llama",), k_bits=8, v_bits=16, group=1, residual=1),
+    _zip(
+        "zipcache", EVICTABLE, main=True, neighbours=(WARM, GAIN),
+        neighbour_rules=_around(warm_rule, gain_rule), clashes=[("kvquant", {}, "kv")],
+    ),
+    _zip("zipcache-published", ("llama",), normalise="published", salient=0.4, bits=(8, 4)),
+    _zip("zipcache-exact-tier", ("llama", "phi"), salient=2, bits=(16, 2), interval=5),
     Case(
         "entropy", "entropy", {"trained": 256}, Rule, DENOISERS, {"trained": 128}, main=True, trained=256,
         neighbours=(

@@ -35,6 +35,7 @@ HARMLESS = {
     "attention_mask",
     "encoder_hidden_states",
     "encoder_attention_mask",
+    "logits_to_keep",
 }
 
 
@@ -101,6 +102,10 @@ class Rule:
 
     def state(self, call: Call) -> dict[str, Any]:
         return self._state.setdefault(call.site.name, {})
+
+    def attach(self, model: nn.Module) -> list[Any]:
+        """Hooks on the model for what a call does not carry; removed when the run ends."""
+        return []
 
     def begin(self, call: Call) -> None:
         """Forget the previous sequences of this site."""
@@ -276,11 +281,14 @@ AttentionMaskInterface.register(NAME, _mask)
 
 
 @contextmanager
-def install(model: nn.Module, rule: Rule | Sequence[Rule] = ()) -> Iterator[Oracle]:
+def install(
+    model: nn.Module, rule: Rule | Sequence[Rule] = (), within: nn.Module | None = None
+) -> Iterator[Oracle]:
     """Run ``model`` (stock, float64) through the oracle with ``rule``, one or several; restored on exit.
 
-    Give the model a ``DynamicCache()`` made without a config, which keeps everything even in layers
-    with a sliding window; ``replay`` does.
+    ``within``: the part whose attention goes through it (None: all); the rest stays stock. Give the model
+    a ``DynamicCache()`` made without a config, which keeps everything even in layers with a sliding
+    window; ``replay`` does.
     """
     rules = [rule] if isinstance(rule, Rule) else list(rule)
     if any(p.dtype != torch.float64 for p in model.parameters() if p.is_floating_point()):
@@ -288,10 +296,13 @@ def install(model: nn.Module, rule: Rule | Sequence[Rule] = ()) -> Iterator[Orac
     oracle = Oracle(model, rules)
     for module in model.modules():
         _oracles[module] = oracle
+    hooks = [hook for one in rules for hook in one.attach(model if within is None else within)]
     try:
-        with attention_set(model, NAME):
+        with attention_set(model if within is None else within, NAME):
             yield oracle
     finally:
+        for hook in hooks:
+            hook.remove()
         for module in model.modules():
             _oracles.pop(module, None)
 

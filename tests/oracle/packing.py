@@ -186,6 +186,16 @@ class Packed(Evictor):
             for column in block.columns.get(head, [])
         }
 
+    def code_bytes(self, layer: int, row: int, width: int) -> float:
+        """Bytes of the packed codes of one row, heads of ``width`` channels; minima, steps and sizes are not
+        counted."""
+        return sum(
+            len(columns) * width * (block.k_bits + block.v_bits) / 8
+            for block in self.blocks[layer]
+            if block.row == row
+            for columns in block.columns.values()
+        )
+
 
 # Probe rows: per call and batch row the real-token indices of the rows that score (None: the last one), the
 # same for all layers or by layer number.

@@ -220,6 +220,8 @@ def test_zipcache_chunks_and_their_shares():
     replay(model, rule, ids, None, [10, 1, 1, 1, 5, 1, 1])
     blocks = [(b.call, b.k_bits, len(b.columns[0])) for b in rule.blocks[0]]
     assert blocks == [(0, 4, 5), (0, 2, 5), (3, 4, 1), (3, 2, 2), (4, 4, 2), (4, 2, 3)]
+    # 8 tokens at 4 bits and 10 at 2, two heads of 8 channels, keys and values
+    assert rule.code_bytes(0, 0, 8) == (8 * 4 + 10 * 2) * 2 * 8 * 2 / 8
     rule = ZipCache(0.5, (4, 2), interval=2, flush="blocks", count="regular")
     replay(model, rule, ids, None, [9, 5, 1])
     blocks = [(b.call, b.k_bits, len(b.columns[0])) for b in rule.blocks[0]]

@@ -1,4 +1,4 @@
-"""Kernels: attention with log-sum-exp, column mass, moving probability between keys, sparse attention.
+"""Kernels: attention with log-sum-exp, column mass, moving probability, sparse attention, packed keys and values.
 
 One folder per operation: ``reference.py`` fixes the meaning in dense torch, ``blocked.py`` serves any
 device with memory linear in the number of tokens, ``triton.py`` serves CUDA, ``api.py`` checks the
@@ -12,6 +12,7 @@ from .column_mass import chosen_mass, column_mass
 from .dispatch import Choice, available
 from .lse import attention, row_attention
 from .mass_move import mass_move
+from .quant_kv import packed_attention, packed_rows
 from .visibility import Visibility, visibility
 
 __all__ = [
@@ -23,6 +24,8 @@ __all__ = [
     "chosen_mass",
     "column_mass",
     "mass_move",
+    "packed_attention",
+    "packed_rows",
     "row_attention",
     "visibility",
 ]

@@ -64,7 +64,8 @@ def available() -> dict[str, Choice]:
     cuda = torch.cuda.is_available()
     missing = triton_missing()
     if cuda and missing is None:
-        return {name: Choice("triton") for name in ("lse", "column_mass", "mass_move", "block_sparse")}
+        names = ("lse", "column_mass", "mass_move", "block_sparse", "quant_kv")
+        return {name: Choice("triton") for name in names}
     why = (missing or "triton: no CUDA device",)
     # On a GPU without Triton everything is the blocked form; the fused operator is the CPU's.
     return {
@@ -72,4 +73,5 @@ def available() -> dict[str, Choice]:
         "column_mass": Choice("blocked", why),
         "mass_move": Choice("blocked", why),
         "block_sparse": Choice("blocked", why),
+        "quant_kv": Choice("blocked", why),
     }

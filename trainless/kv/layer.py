@@ -218,11 +218,15 @@ class CompressingLayer(Slots):
         valid = self.valid()
         if valid is None and mask is None:
             return None, causal or rows > 1
-        held = self.positions.shape[2] - rows
-        device = self.keys.device
         if rows == 1:
             heads = self.positions >= 0
             return heads[:, :, None, :], False
+        held = self.positions.shape[2] - rows
+        return self._with_new(self.positions[:, :1, :held] >= 0, mask, rows), False
+
+    def _with_new(self, held: Tensor, mask: Any, rows: int) -> Tensor:
+        """(B, 1|Hkv, rows, held + rows): what is ``held`` (B, 1|Hkv, n) exists or not, new tokens as ``mask`` says."""
+        device = self.keys.device
         if mask is not None and not isinstance(mask, Tensor):
             own = torch.arange(rows, device=device)
             mask = evaluate(mask, own, self.seen - rows, self.seen, device)
@@ -235,10 +239,9 @@ class CompressingLayer(Slots):
             new = torch.ones(rows, rows, dtype=torch.bool, device=device).tril()[None, None]
         elif new.dtype != torch.bool:
             new = new > torch.finfo(new.dtype).min / 2
-        b = self._batch()
-        old = self.positions[:, :1, None, :held] >= 0
-        whole = torch.cat([old.expand(b, 1, rows, held), new.expand(b, -1, rows, rows)], 3)
-        return whole, False
+        b, heads = self._batch(), max(held.shape[1], new.shape[1])
+        old = held[:, :, None].expand(b, -1, rows, -1).repeat_interleave(heads // held.shape[1], 1)
+        return torch.cat([old, new.expand(b, heads, rows, rows)], 3)
 
     def shifts(self) -> Tensor | None:
         """(B, Hkv, S): how far each key must move so that kept tokens look contiguous; None for nowhere.
@@ -257,15 +260,30 @@ class CompressingLayer(Slots):
         gone = (ages - counts) - (positions - rank)
         return gone.masked_fill(positions < 0, 0)
 
-    def settle(self) -> bool:
-        """Evict what the rule says, now that the call is over; True when something was dropped or scored."""
+    @property
+    def leases(self) -> set[Lease]:
+        """Whose rules this layer follows."""
+        return {self.lease}
+
+    @property
+    def active(self) -> bool:
+        """Whether a patch still cares for this layer."""
+        return self.lease.active
+
+    @property
+    def packed(self) -> bool:
+        """Whether the attention is given less than all that is held."""
+        return False
+
+    def settle(self) -> set[Lease]:
+        """Evict what the rule says, now that the call is over; returns the leases that changed something."""
         if not self.lease.active or self.lease.deferring or self.record_past:
-            return False
+            return set()
         apart = self.states.pop(APART, None)
         if apart is not None:
             self._add_scores(self._grouped(apart.tensors["mass"][:, :, None])[:, :, 0])
         self._commit()
-        return self._evict()
+        return {self.lease} if self._evict() else set()
 
     def kept(self) -> list[list[list[int]]]:
         """Positions kept, ascending, per row and key/value head."""
@@ -321,10 +339,10 @@ class CompressingLayer(Slots):
         self.firsts = [tokens_of(self.policy.sinks, n) for n in self.lengths]
 
     def _evict(self) -> bool:
-        if self.policy.chosen:
-            return self._keep_chosen()
         if not self.budgets:
             self._freeze()
+        if self.policy.chosen:
+            return self._keep_chosen()
         if self.policy.once and self.done:
             self.free = None  # the slot is taken, and the next token needs another
             return False
@@ -362,13 +380,18 @@ class CompressingLayer(Slots):
                 return False
             self._locate(stored.sum(1).tolist())
         assert self.positions is not None
-        self.positions = self.positions.masked_fill(~keep[:, None], -1)
-        self.counts = (self.positions[:, 0] >= 0).sum(1).tolist()
-        order = self.positions.argsort(dim=2, stable=True)
-        self._take(order[:, :, order.shape[2] - max(self.counts) :])
-        self._blank()
-        self.free = None
+        left = keep[:, None] & (self.positions >= 0)
+        self._keep_only(left, left[:, 0].sum(1).tolist())
         return True
+
+    def _keep_only(self, keep: Tensor, after: list[int]) -> None:
+        """Drop what is not in ``keep`` (B, Hkv, S), of which each row has ``after`` per head."""
+        assert self.positions is not None
+        self.positions = self.positions.masked_fill(~keep, -1)
+        order = self.positions.argsort(dim=2, stable=True)
+        self._take(order[:, :, order.shape[2] - max(after) :])
+        self.counts, self.free = after, None
+        self._blank()
 
     def _blank(self) -> None:
         """Nothing of a dropped token may linger: its values would still be multiplied by zero."""
@@ -433,8 +456,8 @@ class CompressingLayer(Slots):
             self.counts = [c - o for c, o in zip(self.counts, over, strict=True)]
         self.free = None  # rows differ, or nothing was dropped: look for (or make) a slot next time
 
-    def _select(self) -> None:
-        """After a prefill or a turn: keep the protected tokens and the best of the rest, in order."""
+    def _best(self) -> tuple[Tensor, Tensor, list[int]]:
+        """(slots to keep (B, Hkv, W), which of these are too many for their row, tokens left per row)."""
         assert self.positions is not None
         worth = self._worth().masked_fill(self._protected(), float("inf"))
         worth = worth.masked_fill(self.positions < 0, float("-inf"))
@@ -443,7 +466,12 @@ class CompressingLayer(Slots):
         length = worth.shape[2]
         # Newest first, then a stable sort by worth: among equals the newer one stays.
         best = length - 1 - worth.flip(2).sort(dim=2, descending=True, stable=True).indices[:, :, :width]
-        surplus = self._surplus(best, after)
+        return best, self._surplus(best, after), after
+
+    def _select(self) -> None:
+        """After a prefill or a turn: keep the protected tokens and the best of the rest, in order."""
+        best, surplus, after = self._best()
+        assert self.positions is not None
         kept = torch.gather(self.positions, 2, best).masked_fill(surplus, -1)
         self.positions = self.positions.scatter(2, best, kept)
         order = kept.argsort(dim=2, stable=True)

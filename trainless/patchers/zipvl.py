@@ -1,15 +1,15 @@
-"""ZipVL: as few tokens as a layer's attention needs take part in its prefill; the others are dropped.
+"""ZipVL: as few tokens as a layer's attention needs take part in its prefill; the others get few bits, or go.
 
 What     a_j = sum over probe rows i and all heads of A_ij; n_j probe rows see token j. p is the fewest tokens whose
          largest a_j make up ``tau`` of the whole sum; T holds the p tokens with the largest a_j / n_j, and the
          probe rows at the end. One T per layer. At prefill the queries of T attend to the keys of T, and every
-         other token gets nothing from this layer's attention: its residual stream passes by. Then the cache
-         keeps T. Later tokens attend to all that is kept; whenever ``interval`` of them have come, the newest
-         row scores that chunk in the same way.
+         other token gets nothing from this layer's attention: its residual stream passes by. Then the cache holds T
+         at bits[0] and the others at bits[1] ("quantise"), or T alone ("discard"). Later tokens attend to all that
+         is held; whenever ``interval`` of them have come, the newest row scores that chunk in the same way.
 Source   "ZipVL: Efficient Large Vision-Language Models with Dynamic Token Sparsification and KV Cache
          Compression"; no code of its authors was found. Its second version discards, its first one quantises.
-Seams    pattern (dynamic: a subset of the tokens); kv (what stays is chosen by the method); statistics over
-         chosen rows.
+Seams    pattern (dynamic: a subset of the tokens); kv (quantise, or evict: either way the method chooses the
+         tokens), on statistics over chosen rows.
 Exact    tau=1 with mode="discard", or with bits=(16, 16), bitwise; a prompt below min_tokens is left alone, bitwise.
 Costs    the probe rows against all keys, then attention among T: r of the tokens cost r² of the dense call. The
          logits of a prompt token outside T are those of a model without this attention: perplexity over them means
@@ -35,14 +35,17 @@ from ..seams import (
     Budget,
     Contribution,
     Evict,
+    Quantise,
     Site,
     State,
     Statistics,
     Tokens,
+    check_bits,
     check_budget,
     tokens_of,
 )
 from ._eviction import last_rows
+from ._packing import width_refusal
 from .base import Method, option, register
 
 # What ``waiting`` says of a stored token: its chunk was settled, it came with this call, it came earlier.
@@ -55,16 +58,18 @@ PROBE_MASS = frozenset({"probe_mass"})
 class ZipVL(Method):
     """Prefill among the tokens that make up ``tau`` of the attention, and compress the cache accordingly.
 
-    probes: (last, random) rows, each tokens or a fraction of the row's own prompt. Raises InputError when a
-    parameter makes no sense.
+    probes: (last, random) rows, each tokens or a fraction of the row's own prompt. bits: of important and of other
+    tokens, for mode="quantise". Raises InputError for a tau of 0, for widths that codes do not have and for
+    numbers that are no budgets.
     """
 
     name: ClassVar[str] = "zipvl"
     summary: ClassVar[str] = "let only the tokens that make up most of a layer's attention take part"
     source: ClassVar[str] = "ZipVL: Dynamic Token Sparsification and KV Cache Compression"
     parts: ClassVar[frozenset[str]] = frozenset({"text"})
-    identity: ClassVar[dict[str, Any]] = {"tau": 1.0, "mode": "discard"}
+    identity: ClassVar[dict[str, Any]] = {"tau": 1.0, "bits": (16, 16)}
     evicts: ClassVar[bool] = True
+    packs: ClassVar[bool] = True
 
     tau: float = option(
         0.975,
@@ -73,32 +78,50 @@ class ZipVL(Method):
         low=0.0,
         high=1.0,
     )
+    bits: tuple[int, int] = option(
+        (4, 2), help="bits per number of important and of other tokens", origin="published"
+    )
     probes: tuple[Budget, Budget] = option((64, 64), help="last and random rows that choose", origin="ours")
     interval: int = option(100, help="new tokens that are compressed together", origin="published", low=1)
     min_tokens: int = option(512, help="shorter prompts are left alone", origin="ours", low=0)
-    mode: Literal["discard"] = option(
-        "discard", help='what becomes of the other tokens: "discard" drops them', origin="published"
+    mode: Literal["quantise", "discard"] = option(
+        "quantise",
+        help='what becomes of the other tokens: "quantise" holds them at bits[1], "discard" drops them',
+        origin="published",
     )
     seed: int = option(0, help="seed of the random rows", origin="ours")
 
     def check(self) -> None:
         if not self.tau > 0:
             raise InputError(f"tau={self.tau!r}: a share above 0 is needed; 1.0 keeps everything")
+        for name, bits in zip(("bits: important", "bits: others"), self.bits, strict=True):
+            check_bits(name, bits)
         for name, budget in zip(("probes: last", "probes: random"), self.probes, strict=True):
             check_budget(name, budget)
 
+    def _rule(self) -> Quantise:
+        return Quantise(self.bits, self.bits, interval=self.interval, start=self.min_tokens, chosen=True)
+
+    def refuses(self, site: Site) -> str | None:
+        return width_refusal(self._rule(), site) if self.mode == "quantise" else None
+
     def contribute(self, site: Site) -> Sequence[Contribution]:
         whole = self.tau >= 1.0
-        return [
-            Contribution(
-                "pattern", self._taking_part, needs=self._at_prefill, probes=self._rows, statistics=PROBE_MASS,
-                dynamic=True, lookahead=True, inert=whole,
-            ),
-            Contribution(
+        pattern = Contribution(
+            "pattern", self._taking_part, needs=self._at_prefill, probes=self._rows, statistics=PROBE_MASS,
+            dynamic=True, lookahead=True, inert=whole,
+        )  # fmt: skip
+        if self.mode == "discard":
+            cache = Contribution(
                 "kv", self._staying, policy=Evict(chosen=True), needs=self._when_due, probes=last_rows(1),
                 statistics=PROBE_MASS, inert=whole,
-            ),
-        ]  # fmt: skip
+            )  # fmt: skip
+        else:
+            cache = Contribution(
+                "kv", self._precise, policy=self._rule(), needs=self._when_packing, probes=last_rows(1),
+                statistics=PROBE_MASS, lookahead=True, inert=self._rule().exact,
+            )  # fmt: skip
+        return [pattern, cache]
 
     # ------------------------------------------------------------------ the prefill
 
@@ -144,7 +167,27 @@ class ZipVL(Method):
         state.set("important", keep[:, None], keys=2)
         return Tokens(keep)
 
-    # ------------------------------------------------------------------ the cache
+    # ------------------------------------------------------------------ the cache, quantised
+
+    def _when_packing(self, call: AttentionCall, state: State) -> frozenset[str]:
+        due = not call.fresh and self.tau < 1.0 and getattr(call.layer, "due", False)
+        return PROBE_MASS if due else frozenset()
+
+    def _precise(self, call: AttentionCall, stats: Statistics, state: State) -> Tensor | None:
+        """bool (B, Hkv or 1, W): which of the tokens that wait are important; None for all of them."""
+        if call.fresh:
+            return state.take("important")
+        if stats.probe_mass is None or stats.probe_rows is None:
+            return None
+        packing: Tensor = call.layer.packing()
+        b, hkv, width = packing.shape
+        mass, seen = stats.probe_mass[..., -width:].sum(1), stats.probe_rows[:, -width:]
+        each = packing.flatten(0, 1)  # heads differ only where another method evicts
+        found = most(mass.repeat_interleave(hkv, 0), seen.repeat_interleave(hkv, 0), each, self.tau)
+        newest = packing & (packing.long().flip(2).cumsum(2).flip(2) == 1)
+        return found.view(b, hkv, width) | newest
+
+    # ------------------------------------------------------------------ the cache, discarding
 
     def _staying(self, call: AttentionCall, stats: Statistics, state: State) -> Tensor | None:
         """bool (B, S): the stored tokens that stay after this call; None when no chunk is settled in it."""
@@ -166,7 +209,7 @@ class ZipVL(Method):
             now = torch.tensor(due, device=waiting.device)[:, None]
             arrived, there = waiting[:, 0], stats.probe_rows > 0
             chunk = (arrived != SETTLED) & there & now
-            number = torch.arange(lk, device=waiting.device).expand(b, lk)
+            number = torch.arange(arrived.shape[1], device=waiting.device).expand(b, -1)
             newest = number.masked_fill(~((arrived == NEW) & there), -1).amax(1, keepdim=True)
             stays = most(stats.probe_mass.sum(1), stats.probe_rows, chunk, self.tau) | (number == newest)
             keep = ~chunk | stays
