@@ -269,8 +269,8 @@ CASES: list[Case] = [
         neighbour_rules=_around(warm_rule, keep_rule), clashes=[("zipcache", {}, "kv")],
     ),
     _packing("kvquant-k2-v8", "kvquant", KvQuant, ("llama", "phi"), k_bits=2, v_bits=8, group=3, residual=0),
-    _packing("kvquant-k16-v2", "kvquant", KvQuant, ("llama",), k_bits=16, v_bits=2, group=5, residual=0.25),
-    _packing("kvquant-singles", "kvquant", KvQuant, ("llama",), k_bits=8, v_bits=16, group=1, residual=1),
+    _packing("kvquant-k4-v16", "kvquant", KvQuant, ("llama",), k_bits=4, v_bits=16, group=5, residual=0.25),
+    _packing("kvquant-singles", "kvquant", KvQuant, ("llama",), k_bits=16, v_bits=2, group=1, residual=1),
     _zip(
         "zipcache", EVICTABLE, main=True, neighbours=(WARM, GAIN),
         neighbour_rules=_around(warm_rule, gain_rule), clashes=[("kvquant", {}, "kv")],

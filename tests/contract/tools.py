@@ -72,7 +72,7 @@ def dense(model: nn.Module, family: str, case: Case, more: Sequence[Rule] = ()) 
     """The stock model under the oracle's reading of the case."""
     if family not in models.DENOISERS:
         rules = [case.rule(), *more]
-        if case.evicts and family in case.layers_of:
+        if family in case.layers_of:
             rules[0].layers = set(case.layers_of[family])
         with install(model, rules) as oracle:
             yield oracle

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import Unsupported
 from ..hosts.base import Lease
-from ..kernels.quant_kv import Segment, dequantise, raw
+from ..kernels.quant_kv import RAW, Segment, channel_root, dequantise, raw
 from ..seams import Evict, Quantise, tokens_of
 from .layer import CompressingLayer
 from .store import Store
@@ -246,19 +246,15 @@ class PackedLayer(CompressingLayer):
             start += run.slots
         new = number[:, :, packed:]
         high = chosen if self.high is None else chosen & self.high
+        keys, values = self.keys.detach(), self.values.detach()
+        # Without groups a chunk has one divisor per channel, whatever tier its tokens go to.
+        root = None if self.rule.group else channel_root(values, chosen)[:, :, None]
         for tier, mine in enumerate((high, chosen & ~high)):
             bits = self.rule.k_bits[tier], self.rule.v_bits[tier]
             self.store.add(
-                tier,
-                bits,
-                self.rule.group,
-                self.keys.detach(),
-                self.values.detach(),
-                self.tail,
-                mine,
-                ids,
-                new,
-            )
+                tier, bits, self.rule.group, keys, values, self.tail, mine, ids, new,
+                root if bits[1] < RAW else None,
+            )  # fmt: skip
         left = self._keep_tail((self.tail >= 0) & ~chosen)
         self._follow(torch.cat([*ids, new.gather(2, left)], 2))
         self.high = None
