@@ -37,7 +37,10 @@ def find(model: nn.Module, family: str, prefix: str = "", parts: frozenset[str] 
     ]
     if not found:
         _refuse(model, family)
-    return _numbered(found, prefix)
+    sites = _numbered(found, prefix)
+    for site in sites:
+        site.facts["caches"] = _caches(site, ancestors, prefix)  # type: ignore[index]
+    return sites
 
 
 def _refuse(model: nn.Module, family: str) -> None:
@@ -63,6 +66,26 @@ def dispatches(cls: type) -> bool:
             "ALL_ATTENTION_FUNCTIONS" in source and "self.config._attn_implementation" in source
         )
     return _dispatching[cls]
+
+
+def _caches(site: Site, ancestors: dict[str, nn.Module], prefix: str) -> bool:
+    """Whether generating keeps this site's keys: decoders do, and prefix language models (PaliGemma), which read
+    their prompt without causality and then go on token by token."""
+    if site.causal or site.role != "self":
+        return site.causal
+    name = site.name.removeprefix(prefix)
+    around = [m for n, m in ancestors.items() if n == "" or name.startswith(f"{n}.")]
+    generating = any(
+        isinstance(m, PreTrainedModel)
+        and m.can_generate()
+        and not getattr(m.config, "is_encoder_decoder", False)
+        for m in around
+    )
+    return (
+        generating
+        and "text" in site.parts
+        and "past_key_values" in inspect.signature(site.module.forward).parameters
+    )
 
 
 def _role(name: str, module: nn.Module) -> str:
