@@ -139,7 +139,7 @@ def _zipvl(label: str, families: Sequence[str], **more: Any) -> Case:
     given = {"tau": 0.7, "probes": (2, 3), "interval": 3, "min_tokens": 6, **more}
     drops = given.get("mode") == "discard"
     # Watched and left alone: every row at the end is a probe, so every token is important.
-    wide = {**given, "probes": (1.0, 0), "interval": 1000, **({} if drops else {"bits": (16, 2)})}
+    wide = {**given, "probes": (1.0, 0), "interval": 1000} if drops else None
     return Case(
         label, "zipvl", given, lambda: SeededZipVL(**given), families, {**given, "tau": 1.0, "bits": (16, 16)},
         wide, layers_of={"gemma2": (1,)}, evicts=drops, pattern=True, chunks="refused", assisted="refused", **extra,
