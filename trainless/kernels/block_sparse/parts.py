@@ -92,8 +92,8 @@ def block_parts(
             if stand:
                 j0 = (i + shift) * size
                 j1 = min(lk, j0 + size)
-                of_all = range(hkv) if shared else [head // (h // hkv) for head in heads]
-                k, v = take(key, list(of_all))[:, :, j0:j1], take(value, list(of_all))[:, :, j0:j1]
+                of_all = list(range(hkv)) if shared else [head // (h // hkv) for head in heads]
+                k, v = take(key[:, :, j0:j1], of_all), take(value[:, :, j0:j1], of_all)
                 parts.append((k, v, Visibility(i1 - i0, j1 - j0, query.device, causal=True)))
             sinks = None if terms.sink_logits is None else terms.sink_logits[heads]
             part = _together(q, parts, terms.scale, sinks)
