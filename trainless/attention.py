@@ -70,7 +70,8 @@ class _Run(PackedRun):
         if layer is not None and plan.evictor is not None and self._chooses(layer):
             layer.choose(self._value(plan.evictor))
         if isinstance(layer, PackedLayer):
-            self.acted.update(layer.settle(self._tiers(layer)))
+            self.acted.update(layer.evict())
+            self.acted.update(layer.finish(self._tiers(layer)))
         elif layer is not None:
             self.acted.update(layer.settle())
         self._account(layer)

@@ -46,6 +46,7 @@ class Quantise:
     interval: int = 1
     start: int = 0
     chosen: bool = False
+    high: int | float = 1.0  # tokens of a chunk (or their share) that are expected to go high, for estimates
 
     @property
     def exact(self) -> bool:
@@ -59,3 +60,21 @@ class Quantise:
         if over < least:
             return 0
         return over // self.group * self.group if self.group else over
+
+    def nbytes(self, held: int, residual: int, width: int, itemsize: int) -> int:
+        """Bytes of one head after a prefill of which ``held`` tokens are kept: codes, parameters, those that wait.
+
+        width: channels of a key, and of a value; itemsize: bytes of a number of the model's own dtype.
+        """
+        packed = self.packs(held, residual, True)
+        high = min(packed, int(self.high * packed + 1e-9) if isinstance(self.high, float) else self.high)
+        total = (held - packed) * 2 * width * itemsize
+        for n, k_bits, v_bits in zip((high, packed - high), self.k_bits, self.v_bits, strict=True):
+            groups = -(-n // self.group) if self.group else min(n, 1)
+            numbers = (2 * groups * width if k_bits < 16 else 0) + (
+                groups * width + 2 * n if v_bits < 16 else 0
+            )
+            for bits in (k_bits, v_bits):
+                total += n * width * itemsize if bits == 16 else n * width * bits // 8
+            total += numbers * itemsize
+        return total

@@ -444,6 +444,11 @@ def _clash(a: Entry, b: Entry) -> str | None:
     if x.kind == y.kind == "kv" and type(x.policy) is type(y.policy):
         what = "rule of precision" if isinstance(x.policy, Quantise) else "eviction rule"
         return f"seam kv takes one {what}; use `where` to give them different layers"
+    if isinstance(x.policy, Evict | Quantise) and isinstance(y.policy, Evict | Quantise):
+        if x.policy.chosen and y.policy.chosen:
+            return (
+                "seam kv: both choose among the tokens of a layer, each by statistics of its own; use `where`"
+            )
     if x.kind == y.kind == "mass" and _heads_meet(x, y):
         return "seam mass takes one contribution per head; give them different heads"
     if x.kind == y.kind == "weights" and set(x.tensors or ()) & set(y.tensors or ()):
@@ -457,7 +462,8 @@ def _clash(a: Entry, b: Entry) -> str | None:
         every = one.kind == "position" or (one.kind == "pattern" and not one.dynamic)
         if isinstance(other.policy, Quantise) and every:
             return f"seam {one.kind} needs every key as it is, and seam kv packs them; give them different layers"
-        if one.kind == "pattern" and one.dynamic and other.statistics:
+        scored = isinstance(other.policy, Evict) and other.policy.score is not None
+        if one.kind == "pattern" and one.dynamic and (other.statistics or scored):
             return f"seam pattern is chosen from statistics that seam {other.kind} reads as well"
     return None
 

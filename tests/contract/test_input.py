@@ -40,7 +40,7 @@ WRONG = [
     ("zipvl", {"tau": 0.0}, trainless.InputError, "tau"),
     ("zipvl", {"tau": 1.5}, trainless.InputError, "tau"),
     ("zipvl", {"bits": (4, 3)}, trainless.InputError, "bits"),
-    ("zipvl", {"probes": (64, 1.5)}, trainless.InputError, "random"),
+    ("zipvl", {"probes": (64, 1.5)}, trainless.InputError, "probes"),
     ("zipvl", {"interval": 0}, trainless.InputError, "interval"),
     ("zipvl", {"mode": "forget"}, trainless.InputError, "discard"),
     ("entropy", {}, trainless.NoMatch, "diffusers"),

@@ -7,8 +7,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from oracle import float64_math, install, install_entropy, models, real_rows, replay
+from oracle import Evictor, float64_math, install, install_entropy, models, real_rows, replay
 from oracle.core import Rule
+from oracle.packing import Packed
 from torch import Tensor, nn
 
 from .cases import Case
@@ -67,6 +68,17 @@ def outputs(model: nn.Module, family: str, padded: bool = True, calls: Sequence[
     return [tensor[given["attention_mask"].bool()] if family == "bert" else tensor]
 
 
+def arranged(rules: Sequence[Rule]) -> list[Rule]:
+    """The rules in the order that the oracle wants: what packs, told what evicts beside it, comes before that."""
+    evictor = next((r for r in rules if isinstance(r, Evictor) and not isinstance(r, Packed)), None)
+    packers = [r for r in rules if isinstance(r, Packed)]
+    for packer in packers:
+        packer.evictor = evictor
+    # A rule that chooses tokens looks at logits that those before it have changed.
+    plain = [r for r in rules if not isinstance(r, Evictor)]
+    return [*plain, *packers, *(r for r in rules if r not in packers and r not in plain)]
+
+
 @contextmanager
 def dense(model: nn.Module, family: str, case: Case, more: Sequence[Rule] = ()) -> Iterator[Any]:
     """The stock model under the oracle's reading of the case."""
@@ -74,7 +86,7 @@ def dense(model: nn.Module, family: str, case: Case, more: Sequence[Rule] = ()) 
         rules = [case.rule(), *more]
         if family in case.layers_of:
             rules[0].layers = set(case.layers_of[family])
-        with install(model, rules) as oracle:
+        with install(model, arranged(rules)) as oracle:
             yield oracle
         return
     trained = (case.trained, case.trained) if case.trained else None

@@ -9,6 +9,10 @@ import os
 import pytest
 import torch
 from kernel_cases import edit, make, no_worse, oracle, times_values
+from packed_cases import IDS as PACKED_IDS
+from packed_cases import SHAPES as PACKED_SHAPES
+from packed_cases import Case as PackedCase
+from packed_cases import dense as packed_dense
 from test_block_sparse import PATTERNS, pattern_of, truth_of
 
 from trainless.kernels import attention, visibility
@@ -17,6 +21,8 @@ from trainless.kernels.column_mass import triton as column_mass_form
 from trainless.kernels.common import Terms
 from trainless.kernels.lse import triton as lse_form
 from trainless.kernels.mass_move import triton as mass_move_form
+from trainless.kernels.quant_kv import reference as packed_reference
+from trainless.kernels.quant_kv import triton as packed_form
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run through test_triton.py"
 
@@ -227,3 +233,19 @@ def test_addresses_are_wide(monkeypatch):
     got = lse_form.attention(q, q, q, visibility=seen, terms=terms)
     want = lse_form.attention(small, small, small, visibility=seen, terms=terms)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", PACKED_SHAPES, ids=PACKED_IDS)
+def test_packed_rows(shape, dtype, monkeypatch):
+    monkeypatch.setattr(packed_form, "SPAN", 40)
+    case = PackedCase(shape, dtype, holes=shape[0] == 2)
+    exact = [packed_reference.dequantise(s, torch.float64) for s in case.segments]
+    key, value = (torch.cat(t, 2) for t in zip(*exact, strict=True))
+    want = packed_dense(case.query.double(), key, value, 0.3, 2.5, valid=case.valid)
+    plain = packed_dense(case.query, key.to(dtype), value.to(dtype), 0.3, 2.5, valid=case.valid)
+    out, p, lse = packed_form.rows(case.query, case.segments, Terms(0.3, softcap=2.5), case.valid, True)
+    assert out.dtype == dtype and p.dtype == lse.dtype == torch.float32
+    no_worse(out, want[0], plain[0])
+    no_worse(p, want[1], plain[1].float(), factor=4.0)
+    torch.testing.assert_close(lse.double(), want[2], rtol=0, atol=2e-5)

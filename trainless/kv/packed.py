@@ -38,7 +38,10 @@ class PackedLayer(CompressingLayer):
         self.store = Store()
         self.tail: Tensor | None = None  # (B, Hkv, W): positions of the tokens that wait
         self.layout: Tensor | None = None  # (B, seen): which of all tokens fed are not padding, if any are
-        self.high: Tensor | None = None  # (B, Hkv, W): which of the waiting tokens go to the high tier
+        self.high: Tensor | None = (
+            None  # (B, Hkv, W), while packing: which waiting tokens go to the high tier
+        )
+        self.loose = False  # whether something was dropped that still takes a slot
         self.began = False  # whether the first prefill is over
 
     # ------------------------------------------------------------------ what there is
@@ -163,16 +166,22 @@ class PackedLayer(CompressingLayer):
         number = torch.tensor(numbers, device=waits.device)[..., None]
         return waits & (waits.long().cumsum(2) <= number)
 
-    def settle(self, high: Tensor | None = None) -> set[Lease]:
-        """Evict, then pack, now that the call is over; ``high`` (B, Hkv or 1, W): tokens for the high tier."""
+    def settle(self) -> set[Lease]:
+        """Evict, then pack, now that the call is over."""
+        return super().settle() | self.finish(None)
+
+    def evict(self) -> set[Lease]:
+        """The first half of ``settle``: what goes is marked, and no slot changes its place yet."""
+        return super().settle()
+
+    def finish(self, high: Tensor | None) -> set[Lease]:
+        """The second half: pack what is due; ``high`` (B, Hkv or 1, W): tokens for the high tier (None: all)."""
+        if self.record_past or self.packer.deferring or self.lease.deferring:
+            return set()
         if high is not None:
             self.high = high.expand(self._batch(), self.keys.shape[1], -1).to(self.keys.device)
-        acted = super().settle()
-        if self.record_past or self.packer.deferring or self.lease.deferring:
-            return acted
-        if self.packer.active and self._pack():
-            acted = acted | {self.packer}
-        return acted
+        self._tidy()
+        return {self.packer} if self.packer.active and self._pack() else set()
 
     def activate_past_recording(self) -> None:
         """From now on pack, too, only at crop()."""
@@ -196,8 +205,10 @@ class PackedLayer(CompressingLayer):
             if not self.record_past:
                 super().crop(tokens_to_remove)  # says what to do
             self._drop_last(count)
-        if self.is_initialized and self.seen and self.packer.active:
-            self._pack()
+        if self.is_initialized and self.seen:
+            self._tidy()
+            if self.packer.active:
+                self._pack()
 
     # ------------------------------------------------------------------ packing
 
@@ -219,8 +230,14 @@ class PackedLayer(CompressingLayer):
         lengths = self.lengths or [max(row) for row in waiting]
         found = []
         for row, length in zip(waiting, lengths, strict=True):
-            residual, some = tokens_of(self.rule.residual, length), length >= self.rule.start
-            found.append([self.rule.packs(w, residual, not self.began) if some else 0 for w in row])
+            residual = tokens_of(self.rule.residual, length)
+            numbers = [self.rule.packs(w, residual, not self.began) for w in row]
+            if length < self.rule.start:
+                numbers = [0] * hkv
+            elif not self.rule.group and any(numbers):
+                # The heads of a row have their chunks at the same time, also where eviction left some fewer tokens.
+                numbers = [max(0, w - residual) for w in row]
+            found.append(numbers)
         return found
 
     @torch.no_grad()
@@ -303,25 +320,44 @@ class PackedLayer(CompressingLayer):
     def _compact(self) -> None:
         """Holes stay until there are SLACK of them."""
 
+    def _grouped(self, mass: Tensor) -> Tensor:
+        positions = self.positions
+        if not self.policy.shared or positions is None:
+            return super()._grouped(mass)
+        # Tiers may put a token into different slots in different heads: they are averaged by token.
+        mine = mass.unflatten(1, (self.keys.shape[1], -1)).mean(2)
+        order = positions.argsort(dim=2, stable=True)[:, :, None].expand_as(mine)
+        found = mine.gather(3, order).mean(1, keepdim=True).expand_as(mine)
+        return torch.empty_like(mine).scatter_(3, order, found)
+
     def _select(self) -> None:
         best, surplus, after = self._best()
         positions = self.positions
         assert positions is not None
-        keep = torch.zeros_like(positions, dtype=torch.bool).scatter_(2, best, ~surplus) & (positions >= 0)
-        self._keep_only(keep, after)
+        keep = torch.zeros_like(positions, dtype=torch.bool).scatter_(2, best, ~surplus)
+        self.positions, self.counts, self.loose = positions.masked_fill(~keep, -1), after, True
 
-    def _keep_only(self, keep: Tensor, after: list[int]) -> None:
+    def _take(self, index: Tensor) -> None:
+        """What is not to be kept has no position any more: ``_tidy`` moves the rest together."""
+        self.loose = True
+
+    def _blank(self) -> None:
+        """Empty slots hold finite numbers and are masked; ``_tidy`` clears them."""
+
+    def _tidy(self) -> None:
+        """Move slots together once more than SLACK of them are empty."""
         positions = self.positions
-        assert positions is not None
-        self.positions, self.counts = positions.masked_fill(~keep, -1), after
-        if self.slots - max(after) <= SLACK and self.store.runs:
+        if not self.loose or positions is None:
             return
-        packed = self.store.slots
+        self.loose = False
+        if self.store.runs and self.slots - max(self.counts) <= SLACK:
+            return
+        keep, packed = positions >= 0, self.store.slots
         index = self.store.drop(keep[:, :, :packed])
         self._follow(torch.cat([index, self._keep_tail(keep[:, :, packed:]) + packed], 2))
 
     def _tensors(self, change: Any) -> None:
-        for name in ("real", "scores", "pending", "tail", "layout", "high"):
+        for name in ("real", "scores", "pending", "tail", "layout"):
             tensor = getattr(self, name)
             if tensor is not None:
                 setattr(self, name, change(tensor, 0))
@@ -335,7 +371,6 @@ class PackedLayer(CompressingLayer):
     def _drop_last(self, count: int) -> None:
         super()._drop_last(count)
         self.layout = None if self.layout is None else self.layout[:, :-count]
-        self.high = None if self.high is None else self.high[:, :, :-count]
 
     # ------------------------------------------------------------------ without a patch
 

@@ -174,7 +174,7 @@ class Store:
             if width:
                 runs.append(run)
                 index.append(order + start)
-            start += run.slots if width == run.slots else mine.shape[2]
+            start += mine.shape[2]
         self.runs = runs
         return torch.cat(index, 2) if index else keep.new_zeros(*keep.shape[:2], 0, dtype=torch.long)
 

@@ -140,7 +140,7 @@ def quantise(
             step, least = step.masked_fill(~seen, 0), least.masked_fill(~seen, 0)
         found.value = pack(_codes(x, _wide(step), _wide(least), v_bits, seen), v_bits)
         found.value_step, found.value_min = step[..., 0].contiguous(), least[..., 0].contiguous()
-        found.value_root = root.contiguous()
+        found.value_root = root.clone(memory_format=torch.contiguous_format)  # the next tier has its own
     elif seen is not None:
         found.value = value.masked_fill(~seen, 0)
     return found

@@ -28,8 +28,8 @@ SPAN = 1024  # slots per program
 def _packed(
     q, key, key_step, key_min, value, value_step, value_min, value_root, valid, logits, out, lse,
     r, d, kw, vw, size, groups, slots, span, spans, scale, softcap,
-    KBITS: tl.constexpr, VBITS: tl.constexpr, KPER: tl.constexpr, VPER: tl.constexpr, VALID: tl.constexpr, CAP: tl.constexpr,
-    BR: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    KBITS: tl.constexpr, VBITS: tl.constexpr, KPER: tl.constexpr, VPER: tl.constexpr, VALID: tl.constexpr,
+    CAP: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     lane = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1).to(tl.int64)
