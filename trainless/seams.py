@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import torch
@@ -32,9 +33,7 @@ KINDS = (
     "form",  # another operator: value -> output (B, Lq, H, D)
     "mass",  # move probability between key groups: value -> MassMove
     "gain",  # factor on a head's output: value -> tensor broadcastable to (B, Lq, H, 1)
-    # what the cache keeps and how precisely: policy, an Evict (with chosen=True: value -> bool (B, Lk), what
-    # stays) or a Quantise (value -> bool (B, Hkv or 1, W), which tokens are more precise)
-    "kv",
+    "kv",  # what the cache keeps and how precisely: policy, an Evict or a Quantise; value: what it chooses
     "around",  # wrap the call of a module: value(proceed, args, kwargs) -> result
     "weights",  # replace tensors: tensors
 )
@@ -183,16 +182,18 @@ class Contribution:
     """What one method does at one site.
 
     ``needs`` names the statistics that ``value`` reads, either as a set or as a function of
-    ``(call, state)`` when that differs between prefill and decode. ``heads`` limits it to some query
-    heads (None: all). ``inert`` says that it is known now to change nothing: the engine then runs the
-    stock kernel. ``stateful`` asks for a State that outlives the call. ``lookahead`` says that a row's
-    result depends on later rows of the same call, so a prefill cut into chunks would differ.
+    ``(call, state)`` when that differs between prefill and decode. ``constant`` stands in for ``value``
+    where it is one number, known now. ``heads`` limits it to some query heads (None: all). ``inert``
+    says that it is known now to change nothing: the engine then runs the stock kernel. ``stateful`` asks
+    for a State that outlives the call. ``lookahead`` says that a row's result depends on later rows of
+    the same call, so a prefill cut into chunks would differ.
     ``probes`` chooses the rows of the statistic "probe_mass", at a cost that grows with their number only;
     on a kv contribution it chooses the rows that the cache layer is told about.
     """
 
     kind: str
     value: Value | None = None
+    constant: float | None = None
     needs: Collection[str] | Callable[[AttentionCall, State], Collection[str]] = ()
     heads: tuple[int, ...] | None = None
     inert: bool = False
@@ -392,6 +393,10 @@ class AttentionPlan:
         # Only scalings and gains: the user's own attention function can still do the work.
         editing = {"position", "keys", "pattern", "observe", "form", "mass", "kv"}
         self.delegable = not any(self.of[kind] for kind in editing)
+        # One number on the logits of every call: hosts may pass it to the user's own attention themselves.
+        scales = [e.contribution.constant for e in self.active if e.contribution.kind == "scale"]
+        known = [c for c in scales if c is not None]
+        self.constant: float | None = prod(known) if known and len(known) == len(self.active) else None
         # Nothing to ask for and nothing to remember either: such a call takes the short way.
         self.direct = self.delegable and not any(
             e.contribution.needs or e.contribution.statistics for e in self.active

@@ -9,6 +9,7 @@ chose is read from that config at every call, so that ``set_attn_implementation`
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -39,6 +40,10 @@ HARMLESS = {
     "output_router_logits",
 }  # fmt: skip
 PACKED = {"cu_seq_lens_q", "cu_seq_lens_k"}
+# What the user's own function may be handed as it came when all that changes is the factor on the logits.
+PASSED_ON = (HARMLESS - PACKED) | {"is_causal", "sliding_window"}
+# A forward that names one of these may be asked for cross-attention in one call and not in the next.
+OTHER_KEYS = {"key_value_states", "encoder_hidden_states"}
 
 
 class ConfigView:
@@ -97,6 +102,15 @@ def _routed(
         return _user_function(module)(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
+    constant = runtime.plan.constant
+    if constant is not None and _only_scaled(kwargs):
+        # Decoding makes thousands of these calls a second, so nothing is built for them.
+        runtime.passed()
+        runtime.acted("stock")
+        scaling = (query.shape[-1] ** -0.5 if scaling is None else scaling) * constant
+        return _user_function(module)(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+        )
     call = _call(module, runtime, query, key, value, attention_mask, scaling, dropout, kwargs)
 
     def delegate(call: AttentionCall) -> Tensor:
@@ -124,6 +138,11 @@ def _routed(
     facts.pop("weights", None)
     out = attend(runtime, call, delegate)
     return out, facts.pop("weights", None)
+
+
+def _only_scaled(kwargs: dict[str, Any]) -> bool:
+    """Whether nothing among the arguments but ``scaling`` changes the logits."""
+    return all(given is None or name in PASSED_ON for name, given in kwargs.items())
 
 
 _uncompiled = torch.compiler.disable(_routed)
@@ -274,12 +293,12 @@ class TransformersHost:
     def prepare(self, runtime: Runtime, model: nn.Module) -> None:
         """What the contributions at a site need beyond the call itself; called when some have been added.
 
-        The hook that finds the cache layer, unless everything here is known to change nothing (then the
-        stock path has nothing extra to do); the rotation of the model's rotary embedding.
+        The hook that finds the cache layer and tells self- from cross-attention, unless no call depends on
+        either; the rotation of the model's rotary embedding.
         """
         if any(e.contribution.kind == "position" for e in runtime.entries):
             runtime.rotate = rotation(runtime.site, model)
-        if runtime.hooked or all(e.contribution.inert for e in runtime.entries):
+        if runtime.hooked or not self._calls_differ(runtime):
             return
         runtime.hooked = True
         module, journal, name = runtime.site.module, runtime.journal, runtime.site.name
@@ -291,6 +310,15 @@ class TransformersHost:
                 f"forward hook on {name}",
             )
         )
+
+    @staticmethod
+    def _calls_differ(runtime: Runtime) -> bool:
+        """Whether what is contributed here depends on the call: on its cache layer, or on whose keys it brings."""
+        changing = [e.contribution for e in runtime.entries if not e.contribution.inert]
+        if all(c.constant is not None and c.kind == "scale" for c in changing):
+            named = inspect.signature(type(runtime.site.module).forward).parameters
+            return bool(changing) and bool(OTHER_KEYS & set(named))
+        return True
 
     def install_model(self, model: nn.Module, journal: Journal, runtimes: Sequence[Runtime]) -> None:
         for name, module in model.named_modules():

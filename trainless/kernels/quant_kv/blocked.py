@@ -166,10 +166,7 @@ def _logits(q: Tensor, segment: Segment, z: Tensor) -> None:
             part = torch.matmul(folded[:, :, g0:g1], tile.mT)
         into = z[..., g0 * size : g1 * size].unflatten(3, (g1 - g0, size))[..., s0:s1]
         part = part.transpose(2, 3)
-        if least is None:
-            into.copy_(part)
-        else:
-            torch.add(part, least[..., g0:g1, None], out=into)
+        into.copy_(part if least is None else part + least[..., g0:g1, None])
 
 
 def _differences(folded: Tensor, bits: int) -> Tensor:
