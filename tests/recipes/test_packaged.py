@@ -17,7 +17,7 @@ from trainless.recipes.text import Source, parse
 
 FAMILIES = {"llama", "mistral", "qwen2", "qwen3", "gemma", "phi", "bert", "t5", "vit"}
 FAMILIES |= {"sd15", "sd21", "sdxl", "sd3", "flux"}
-METHODS = {"attn_temperature", "act", "head_gain", "streaming", "h2o", "entropy"}
+METHODS = {"attn_temperature", "act", "head_gain", "streaming", "h2o", "entropy", "tova", "snapkv", "zipvl"}
 
 
 def data_of(name: str) -> dict:
