@@ -147,7 +147,7 @@ def _kv_refusal(method: Method, site: Site) -> str | None:
         return "its position bias needs every key at its place"
     if site.facts.get("shares_kv"):
         return "its keys and values are shared with other layers"
-    if not site.causal:
+    if not (site.causal or site.facts.get("caches")):
         return "not causal: there is no cache to compress"
     return None
 

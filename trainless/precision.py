@@ -24,7 +24,8 @@ class Quantise:
     Tokens wait in the model's own dtype. When, after a call, at least ``interval`` of a row's waiting tokens are
     more than its ``residual`` (tokens, or a fraction of the row's own prompt), these become a packed chunk: the
     oldest, and whole groups where ``group`` is given. Without groups a first prefill is packed whatever
-    ``interval`` says. A row with fewer than ``start`` tokens packs none. Pads are dropped and influence nothing.
+    ``interval`` says. A row whose prompt has fewer than ``start`` tokens never packs any. Pads are dropped and
+    influence nothing.
 
     k_bits, v_bits: bits per number, of BITS, for the (high, low) tier. chosen: the contribution's ``value``
     says which tokens go high: bool (B, Hkv or 1, W) over the W columns of ``call.key``, which are the tokens

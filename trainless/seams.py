@@ -548,11 +548,14 @@ def _clash(a: Entry, b: Entry) -> str | None:
             return f"seam form replaces softmax attention, which seam {other.kind} needs; use `where` to part them"
         if one.in_order and other.kind == "kv":
             return f"seam {one.kind} reads the keys in their order, and seam kv drops some; give them different layers"
-        if isinstance(other.policy, Quantise) and one.kind in {"position", "pattern"}:
+        # A dynamic pattern is for the calls that it asks about; on a layer that packs, those before it does.
+        every = one.kind == "position" or (one.kind == "pattern" and not one.dynamic)
+        if isinstance(other.policy, Quantise) and every:
             return f"seam {one.kind} needs every key as it is, and seam kv packs them; give them different layers"
         if isinstance(other.policy, Quantise) and one.groups is not None:
             return f"seam {one.kind} names groups of keys, and seam kv packs them; give them different layers"
-        if one.kind == "pattern" and one.dynamic and other.statistics:
+        scored = isinstance(other.policy, Evict) and other.policy.score is not None
+        if one.kind == "pattern" and one.dynamic and (other.statistics or scored):
             return f"seam pattern is chosen from statistics that seam {other.kind} reads as well"
     return None
 

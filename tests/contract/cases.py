@@ -21,12 +21,14 @@ from oracle import (
     Tova,
     Var,
     ZipCache,
+    ZipVL,
     models,
     vlms,
 )
 from oracle.entropy import DenoiserOracle
 
 from trainless.patchers.zipcache import ZipCache as ZipCacheMethod
+from trainless.patchers.zipvl import ZipVL as ZipVLMethod
 
 CAUSAL, ENCODERS, DENOISERS = models.CAUSAL, models.ENCODERS, models.DENOISERS
 FULL = models.FULL_ATTENTION
@@ -59,6 +61,7 @@ class Case:
     neighbour_rules: Callable[[], list[Rule]] = list
     clashes: Sequence[tuple[str, Mapping[str, Any], str]] = ()  # (method, parameters, seam)
     evicts: bool = False
+    pattern: bool = False  # its prefill leaves tokens out, and what the cache keeps has no budget
     once: bool = False  # evicts after the first prefill alone, and grows from there
     chunks: str = "same"
     assisted: str = "same"  # or "refused", when drafts are rejected in part
@@ -147,6 +150,30 @@ def _capped(label: str, method: str, rule: Any, families: Sequence[str], **more:
     return Case(
         label, method, more, lambda: rule(**more), families, {**more, "capacity": 1 << 30},
         {**more, "capacity": 60}, layers_of={"gemma2": (1,)}, evicts=True, **extra,
+    )  # fmt: skip
+
+
+class SeededZipVL(ZipVL):
+    """The oracle, which is told the probe rows, with the rows that the method draws for a prompt of that length."""
+
+    def __init__(self, probes: tuple[Any, Any], **given: Any):
+        self.drawn = ZipVLMethod(probes=probes)._chosen
+        super().__init__(last=probes[0], **given)
+
+    def select(self, call: Any, p: Any, row: int, number: int, chunk: list[int], last: int) -> set[int]:
+        self.probes = None if number else [{row: self.drawn(len(chunk)).tolist()}]
+        return super().select(call, p, row, number, chunk, last)
+
+
+def _zipvl(label: str, families: Sequence[str], **more: Any) -> Case:
+    extra = {k: more.pop(k) for k in ("main", "neighbours", "neighbour_rules", "clashes") if k in more}
+    given = {"tau": 0.7, "probes": (2, 3), "interval": 3, "min_tokens": 6, **more}
+    drops = given.get("mode") == "discard"
+    # Watched and left alone: every row at the end is a probe, so every token is important.
+    wide = {**given, "probes": (1.0, 0), "interval": 1000} if drops else None
+    return Case(
+        label, "zipvl", given, lambda: SeededZipVL(**given), families, {**given, "tau": 1.0, "bits": (16, 16)},
+        wide, layers_of={"gemma2": (1,)}, evicts=drops, pattern=True, chunks="refused", assisted="refused", **extra,
     )  # fmt: skip
 
 
@@ -273,6 +300,15 @@ CASES: list[Case] = [
         "snapkv-max", "snapkv", SnapKV, ("llama", "qwen2"), capacity=8, window=3, pool=5, pooling="max", once=True
     ),
     _capped("snapkv-fraction", "snapkv", SnapKV, ("llama",), capacity=0.6, window=2, pool=1, once=True),
+    _zipvl(
+        "zipvl", EVICTABLE, main=True, neighbours=(WARM, GAIN), neighbour_rules=_around(warm_rule, gain_rule),
+        clashes=[("kvquant", {}, "kv")],
+    ),
+    _zipvl("zipvl-everything", ("llama",), tau=1.0, bits=(2, 4)),
+    _zipvl(
+        "zipvl-discard", EVICTABLE, mode="discard", neighbours=(WARM, GAIN),
+        neighbour_rules=_around(warm_rule, gain_rule), clashes=[("streaming", {"recent": 4}, "kv")],
+    ),
     _packing(
         "kvquant", "kvquant", KvQuant, EVICTABLE, group=4, residual=3, main=True, neighbours=(WARM, KEEP),
         neighbour_rules=_around(warm_rule, keep_rule), clashes=[("zipcache", {}, "kv")],
@@ -311,6 +347,7 @@ LANGUAGE = [c for c in CASES if set(c.families) & {*CAUSAL, *ENCODERS}]
 MAIN = [c for c in CASES if c.main]
 MAIN_CAUSAL = [c for c in MAIN if set(c.families) & set(CAUSAL)]
 EVICTORS = [c for c in CASES if c.evicts]
+BUDGETED = [c for c in EVICTORS if not c.pattern]
 
 
 def pairs(kinds: Sequence[str], cases: Sequence[Case] = ()) -> list[Any]:

@@ -143,14 +143,15 @@ def test_recorded_kept_sets_replayed_densely_give_the_same(case: Case, family: s
     with trainless.patched(model, case.method, **case.parameters):
         logits, sets, _ = recorded(model, ids, mask)
     assert sorted(sets) == list(case.acted_layers(family))
-    rule = Kept(sets, str(case.parameters.get("positions", "real")))
-    want = replay(model, rule, ids, mask, CALLS)
-    rows = mask.bool().split(CALLS, 1)
-    same(
-        [a[r] for a, r in zip(logits, rows, strict=True)],
-        [a[r] for a, r in zip(want, rows, strict=True)],
-        EXACT,
-    )
+    if not case.pattern:  # else the prefill is not dense either
+        rule = Kept(sets, str(case.parameters.get("positions", "real")))
+        want = replay(model, rule, ids, mask, CALLS)
+        rows = mask.bool().split(CALLS, 1)
+        same(
+            [a[r] for a, r in zip(logits, rows, strict=True)],
+            [a[r] for a, r in zip(want, rows, strict=True)],
+            EXACT,
+        )
     with dense(model, family, case) as oracle:
         replay(model, None, ids, mask, CALLS)
         rule = oracle.rules[0]

@@ -98,12 +98,14 @@ def outputs(model: nn.Module, family: str, padded: bool = True, calls: Sequence[
 
 
 def arranged(rules: Sequence[Rule]) -> list[Rule]:
-    """The rules in the order that the oracle wants: what packs, told what evicts beside it, comes first."""
+    """The rules in the order that the oracle wants: what packs, told what evicts beside it, comes before that."""
     evictor = next((r for r in rules if isinstance(r, Evictor) and not isinstance(r, Packed)), None)
     packers = [r for r in rules if isinstance(r, Packed)]
     for packer in packers:
         packer.evictor = evictor
-    return [*packers, *(r for r in rules if r not in packers)]
+    # A rule that chooses tokens looks at logits that those before it have changed.
+    plain = [r for r in rules if not isinstance(r, Evictor)]
+    return [*plain, *packers, *(r for r in rules if r not in packers and r not in plain)]
 
 
 @contextmanager

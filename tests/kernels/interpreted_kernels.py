@@ -134,6 +134,8 @@ def test_block_sparse_reads_and_writes_only_its_own():
         q, k.transpose(2, 3).contiguous().transpose(2, 3), v, pattern, **options
     )
     assert torch.equal(got, want) and not got.transpose(1, 2)[~pattern.keys].any()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("kind", "shape", "extras"), CASES)
 def test_group_mass(kind, shape, extras, dtype):

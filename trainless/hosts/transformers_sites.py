@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import re
 from collections.abc import Mapping
@@ -39,7 +38,10 @@ def find(model: nn.Module, family: str, prefix: str = "", parts: frozenset[str] 
     ]
     if not found:
         _refuse(model, family)
-    return _numbered(ancestors, found, prefix)
+    sites = _numbered(ancestors, found, prefix)
+    for site in sites:
+        site.facts["caches"] = _caches(site, ancestors, prefix)  # type: ignore[index]
+    return sites
 
 
 def _refuse(model: nn.Module, family: str) -> None:
@@ -67,6 +69,7 @@ def dispatches(cls: type) -> bool:
     return _dispatching[cls]
 
 
+_comparing: dict[type, bool] = {}
 COMPARED = re.compile(r"self\.config\._attn_implementation\s*(==|!=|in\b|not in\b)")
 
 
@@ -81,12 +84,33 @@ def _refusal(module: nn.Module) -> str | None:
     return None
 
 
-@functools.cache
 def _compares(cls: type) -> bool:
-    try:
-        return COMPARED.search(inspect.getsource(cls)) is not None
-    except (OSError, TypeError):
-        return False
+    if cls not in _comparing:
+        try:
+            _comparing[cls] = COMPARED.search(inspect.getsource(cls)) is not None
+        except (OSError, TypeError):
+            _comparing[cls] = False
+    return _comparing[cls]
+
+
+def _caches(site: Site, ancestors: Mapping[str, PreTrainedModel], prefix: str) -> bool:
+    """Whether generating keeps this site's keys: decoders do, and prefix language models (PaliGemma), which read
+    their prompt without causality and then go on token by token."""
+    if site.causal or site.role != "self":
+        return site.causal
+    name = site.name.removeprefix(prefix)
+    around = [m for n, m in ancestors.items() if n == "" or name.startswith(f"{n}.")]
+    generating = any(
+        isinstance(m, PreTrainedModel)
+        and m.can_generate()
+        and not getattr(m.config, "is_encoder_decoder", False)
+        for m in around
+    )
+    return (
+        generating
+        and "text" in site.parts
+        and "past_key_values" in inspect.signature(site.module.forward).parameters
+    )
 
 
 def _role(name: str, module: nn.Module) -> str:

@@ -339,10 +339,10 @@ class CompressingLayer(Slots):
         self.firsts = [tokens_of(self.policy.sinks, n) for n in self.lengths]
 
     def _evict(self) -> bool:
-        if self.policy.chosen:
-            return self._keep_chosen()
         if not self.budgets:
             self._freeze()
+        if self.policy.chosen:
+            return self._keep_chosen()
         if self.policy.once and self.done:
             self.free = None  # the slot is taken, and the next token needs another
             return False
@@ -380,13 +380,18 @@ class CompressingLayer(Slots):
                 return False
             self._locate(stored.sum(1).tolist())
         assert self.positions is not None
-        self.positions = self.positions.masked_fill(~keep[:, None], -1)
-        self.counts = (self.positions[:, 0] >= 0).sum(1).tolist()
-        order = self.positions.argsort(dim=2, stable=True)
-        self._take(order[:, :, order.shape[2] - max(self.counts) :])
-        self._blank()
-        self.free = None
+        left = keep[:, None] & (self.positions >= 0)
+        self._keep_only(left, left[:, 0].sum(1).tolist())
         return True
+
+    def _keep_only(self, keep: Tensor, after: list[int]) -> None:
+        """Drop what is not in ``keep`` (B, Hkv, S), of which each row has ``after`` per head."""
+        assert self.positions is not None
+        self.positions = self.positions.masked_fill(~keep, -1)
+        order = self.positions.argsort(dim=2, stable=True)
+        self._take(order[:, :, order.shape[2] - max(after) :])
+        self.counts, self.free = after, None
+        self._blank()
 
     def _blank(self) -> None:
         """Nothing of a dropped token may linger: its values would still be multiplied by zero."""

@@ -228,12 +228,11 @@ class PackedLayer(CompressingLayer):
         else:
             waiting = self._waits().sum(2).tolist()
         lengths = self.lengths or [max(row) for row in waiting]
-        ages = self.ages or lengths
         found = []
-        for row, length, age in zip(waiting, lengths, ages, strict=True):
+        for row, length in zip(waiting, lengths, strict=True):
             residual = tokens_of(self.rule.residual, length)
             numbers = [self.rule.packs(w, residual, not self.began) for w in row]
-            if age < self.rule.start:
+            if length < self.rule.start:
                 numbers = [0] * hkv
             elif not self.rule.group and any(numbers):
                 # The heads of a row have their chunks at the same time, also where eviction left some fewer tokens.

@@ -2,7 +2,9 @@
 
 A token subset becomes a shorter call per row of the batch: its kept queries and keys are still in order, so a
 causal mask stays causal and the fused operator applies; r of the tokens cost r² of the dense call. Listed blocks
-and spans become one call per block of queries, over the keys that any of its rows may see.
+and spans become calls per block of queries, over the keys that its rows may see. A mask nearly doubles what a small
+call costs, so where causality and the pattern are all there is, keys that every row sees come without one, those
+at an edge apart from them, and the log-sum-exp of the parts puts them together (``parts.py``).
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from ..common import Terms, head_groups, pick_heads, statistics_dtype, take
 from ..dense import Picked
 from ..lse.api import attention
 from ..visibility import Visibility
+from .parts import block_parts, simple, span_parts
 from .patterns import Blocks, Pattern, Spans, Subset
 
 # Query rows of one call over a span: few, or the calls look at many keys that most of their rows do not see.
@@ -31,7 +34,8 @@ def block_sparse(
     if 0 in (b, h, lq, key.shape[2]):
         return out
     if isinstance(pattern, Spans):
-        _spans(out, query, key, value, pattern, visibility, terms)
+        form = span_parts if simple(query, key, visibility, terms) else _spans
+        form(out, query, key, value, pattern, visibility, terms)
         return out
     for batch in range(b):
         one = slice(batch, batch + 1)
@@ -42,6 +46,8 @@ def block_sparse(
         rest = (batch, visibility.row_of_batch(batch), replace(terms, position_bias=bias))
         if isinstance(pattern, Subset):
             _subset(*part, pattern, *rest)
+        elif simple(query, key, visibility, terms) and (key.shape[2] - lq) % pattern.size == 0:
+            block_parts(*part, pattern, *rest)
         else:
             _blocks(*part, pattern, *rest)
     return out
