@@ -18,10 +18,10 @@ LONGEST = 500
 # the engine below the hosts need it. `patch` and `verify` are two halves of one thing.
 ORDER = [
     {"errors"},
-    {"precision"},
     {"seams", "journal", "layers", "tables"},
     {"kernels", "hosts.base", "report", "verification", "weights"},
     {"kv", "patchers", "patterns", "rows", "probed", "subset", "extra"},
+    {"run"},
     {"softmax"},
     {"packed"},
     {"attention", "recipes"},

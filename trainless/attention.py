@@ -19,8 +19,8 @@ from .kernels.visibility import bias_times
 from .kv import CompressingLayer, PackedLayer
 from .packed import PackedRun
 from .patterns import Pattern, visible_keys
+from .run import Delegate
 from .seams import AttentionCall, Entry, Formed
-from .softmax import Delegate
 
 
 def attend(runtime: Runtime, call: AttentionCall, delegate: Delegate) -> Tensor:
