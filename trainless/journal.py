@@ -175,13 +175,13 @@ class Journal:
         self.edits.append(edit)
         return edit
 
-    def undo(self) -> list[str]:
-        """Undo every edit that is still ours; return where the others are (they are left alone)."""
+    def undo(self, since: int = 0) -> list[str]:
+        """Undo the edits from number ``since`` on that are still ours; return where the others are, left alone."""
         foreign = []
-        for edit in reversed(self.edits):
+        for edit in reversed(self.edits[since:]):
             if edit.is_ours():
                 edit.undo()
             else:
                 foreign.append(edit.where)
-        self.edits.clear()
+        del self.edits[since:]
         return foreign

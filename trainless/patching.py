@@ -65,8 +65,12 @@ class Patch:
     def _commit(self) -> None:
         """Put everything in place; on any exception take back what was done and let it through."""
         check_tensors(self._given())
+        counts: list[tuple[Journal, int]] = []
+        marks: list[tuple[Runtime, Any]] = []  # at sites of other patches, which stay as they are
         try:
             self._build_stations()
+            counts = [(station.journal, len(station.journal.edits)) for station in self._stations()]
+            marks = [(r, r.mark()) for station in self._stations() for r in station.runtimes]
             for station in self._stations():
                 station.patches.append(self)
             for site, entries in entries_by_module(self.bindings).values():
@@ -80,6 +84,10 @@ class Patch:
             self._refresh()
         except BaseException:
             self._take_off()
+            for runtime, before in marks:
+                runtime.back_to(before)
+            for journal, count in counts:
+                journal.undo(count)
             raise
         _reset_compiler()
 

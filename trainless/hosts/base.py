@@ -101,6 +101,14 @@ class Runtime:
             return {}
         return {name: getattr(holder, name.replace(".", "_")) for name in contribution.tensors or ()}
 
+    def mark(self) -> tuple[int, bool, dict[str, Any]]:
+        """How the host has equipped this site so far; ``back_to`` takes back what came since."""
+        return len(self.journal.edits), self.hooked, dict(self.asked)
+
+    def back_to(self, mark: tuple[int, bool, dict[str, Any]]) -> None:
+        count, self.hooked, self.asked = mark
+        self.journal.undo(count)
+
     def passed(self) -> None:
         """Count a call for every active patch here."""
         for tally in self.live:
