@@ -57,7 +57,7 @@ class Quantise:
         """How many of ``waiting`` tokens to pack now; fresh: after the row's first prefill."""
         over = waiting - residual
         least = 1 if fresh and not self.group else max(1, self.interval)
-        if over < least:
+        if over < least or self.exact:
             return 0
         return over // self.group * self.group if self.group else over
 

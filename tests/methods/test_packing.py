@@ -255,3 +255,9 @@ def test_random_probe_rows_depend_on_the_length_alone():
     assert torch.equal(rows, ZipCache(probes=(0.1, 0.2)).probed(50))
     assert not torch.equal(rows, ZipCache(probes=(0.1, 0.2), seed=1).probed(50))
     assert ZipCache(probes=(4, 3)).probed(3).tolist() == [0, 1, 2]
+
+
+def test_verify_takes_a_probe_that_is_long_enough():
+    patch = trainless.patch(build(torch.float32), "kvquant")
+    found = patch.verify()
+    assert found and all(check.status == "ok" for check in found.checks), str(found)
