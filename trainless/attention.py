@@ -15,10 +15,12 @@ from torch import Tensor
 
 from .errors import Unsupported
 from .hosts.base import Lease, Runtime
+from .kernels.visibility import bias_times
 from .kv import CompressingLayer, PackedLayer
 from .packed import PackedRun
-from .seams import AttentionCall
-from .softmax import Delegate
+from .patterns import Pattern, visible_keys
+from .run import Delegate
+from .seams import AttentionCall, Entry, Formed
 
 
 def attend(runtime: Runtime, call: AttentionCall, delegate: Delegate) -> Tensor:
@@ -50,22 +52,25 @@ class _Run(PackedRun):
             self.edited = layer.evicted
         self._position()
         extra = self._extra_keys()
+        # Asked for before the scale, which may depend on how many keys a row is left with.
+        patterns = self._static_patterns(extra)
         self._scale()
         call = self.call
-        predicates = [e for e in plan.of["pattern"] if not e.contribution.dynamic]
+        dynamic = [e for e in plan.of["pattern"] if e.contribution.dynamic]
         form = plan.of["form"]
         wanted = self._wanted(layer)
+        self._ask_groups()
         moves = plan.of["mass"]
         if form:
-            out = self._value(form[0])
+            out = self._form(form[0])
             self.acted.add(form[0].owner)
-            self.kernel = form[0].method
         elif isinstance(layer, PackedLayer) and layer.packed:
             out = self._packed_softmax(layer, extra, wanted, moves)
-        elif not (self.edited or extra or predicates or wanted or moves or plan.of["pattern"]):
+        elif not (self.edited or extra or patterns or wanted or moves or self.groups or dynamic):
             out = self.delegate(call)
+            self._observe()  # what asks for facts of the call, not for statistics
         else:
-            out = self._softmax(layer, extra, predicates, wanted, moves)
+            out = self._softmax(layer, extra, patterns, wanted, moves)
         out = self._gain(out)
         if layer is not None and plan.evictor is not None and self._chooses(layer):
             layer.choose(self._value(plan.evictor))
@@ -110,6 +115,28 @@ class _Run(PackedRun):
                 self.acted.add(entry.owner)
         return found
 
+    def _static_patterns(self, extra: list[Any]) -> list[Pattern]:
+        """The static patterns that restrict this call, and for scales the number of keys that each row sees."""
+        found = []
+        for entry in self.plan.of["pattern"]:
+            if entry.contribution.dynamic:
+                continue
+            pattern = self._value(entry)
+            if pattern is not None:
+                found.append(pattern)
+                self.acted.add(entry.owner)
+        if (found or extra) and self.plan.of["scale"]:
+            call = self.call
+            seen = visible_keys(found, call.query.shape[2], call.key.shape[2], call.query.device)
+            for more in extra:
+                first, stop = more.rows or (0, len(seen))
+                if more.visible is None:
+                    seen[first:stop] += more.key.shape[2]
+                else:
+                    seen[first:stop] += more.visible[0, 0].sum(-1)
+            call.facts["visible_keys"] = seen.view(1, 1, -1, 1)
+        return found
+
     def _scale(self) -> None:
         factor: Any = 1.0
         for entry in self.plan.of["scale"]:
@@ -136,6 +163,7 @@ class _Run(PackedRun):
         # c·tanh(s·x/c) times f is (f·c)·tanh((f·s)·x/(f·c)): scaling all three scales the whole logit.
         self.call = replace(
             call,
+            mask=bias_times(call.mask, factor, *call.shape[3:]),
             scaling=call.scaling * factor,
             position_bias=bias,
             softcap=None if call.softcap is None else call.softcap * factor,
@@ -165,6 +193,25 @@ class _Run(PackedRun):
         if scored == "column_mass":
             wanted.add(scored)
         return wanted
+
+    def _ask_groups(self) -> None:
+        """The groups of keys whose mass somebody wants to know in this call."""
+        for entry in self.plan.active:
+            named = entry.contribution.groups
+            found = None if named is None else named(self.call, self._state(entry))
+            if found is not None:
+                self.groups[entry] = found
+
+    # ------------------------------------------------------------------ instead of the softmax
+
+    def _form(self, entry: Entry) -> Tensor:
+        value = self._value(entry)
+        self.kernel = entry.method
+        if isinstance(value, Formed):
+            self.kernel, self.reasons = value.kernel, value.reasons
+            return value.output
+        out: Tensor = value
+        return out
 
     # ------------------------------------------------------------------ after the softmax
 

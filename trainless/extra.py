@@ -18,13 +18,18 @@ def merge_extra(
     """Attention over more keys is attention over each set, weighted by their log-sum-exp: exact."""
     total, mixed = lse, out.to(lse.dtype)
     for more in extra:
+        first, stop = more.rows or (0, total.shape[2])
+        query, held = call.query[:, :, first:stop], total[:, :, first:stop]
         seen = visibility(
-            more.visible, causal=False, lq=call.query.shape[2], lk=more.key.shape[2], device=call.query.device
+            more.visible, causal=False, lq=stop - first, lk=more.key.shape[2], device=query.device
         )
-        beside, weight = attention(call.query, more.key, more.value, visibility=seen, scale=call.scaling)
-        merged = torch.logaddexp(total, weight)
-        keep = torch.exp(total - merged).nan_to_num(0.0)[..., None]
+        beside, weight = attention(query, more.key, more.value, visibility=seen, scale=call.scaling)
+        merged = torch.logaddexp(held, weight)
+        keep = torch.exp(held - merged).nan_to_num(0.0)[..., None]
         add = torch.exp(weight - merged).nan_to_num(0.0)[..., None]
-        mixed = mixed * keep + beside.to(lse.dtype) * add
-        total = merged
+        made = mixed[:, :, first:stop] * keep + beside.to(lse.dtype) * add
+        mixed, total = (
+            torch.cat([t[:, :, :first], new, t[:, :, stop:]], 2) if more.rows else new
+            for t, new in ((mixed, made), (total, merged))
+        )
     return mixed.to(out.dtype), total

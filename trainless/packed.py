@@ -61,11 +61,6 @@ class PackedRun(SoftmaxRun):
         self.acted.update(entry.owner for entry, _ in found)
         return found
 
-    def _observe(self) -> None:
-        for entry in self.plan.of["observe"]:
-            self._value(entry)
-            self.acted.add(entry.owner)
-
     # ------------------------------------------------------------------ few rows
 
     def _packed_few(self, layer: PackedLayer, wanted: set[str], moves: tuple[Entry, ...]) -> Tensor:

@@ -195,12 +195,21 @@ def run(parts: Sequence[Component], probes: Sequence[Probe]) -> Ran:
             runtime.tallies = {lease: Tally() for lease in runtime.tallies}
             runtime.facts.pop("around", None)
             runtime.refresh()
+        forget_runs(parts)
         torch.manual_seed(SEED)
         ran.outputs.append(list(tensors_in(probe.run())))
         ran.counts.append({runtime.site.module: dict(runtime.tallies) for runtime in standing})
     if not ran.tensors:
         raise InputError("the probe gives no tensors or images to compare; return the model's outputs")
     return ran
+
+
+def forget_runs(parts: Sequence[Component]) -> None:
+    """No call before this belongs to the run of a call after it, where a host counts the steps of runs."""
+    for part in parts:
+        forget = getattr(part.host, "forget_runs", None)
+        if forget is not None:
+            forget(part.module)
 
 
 class Standing:
@@ -227,6 +236,7 @@ class Standing:
             _reorder(hooks, before)
 
     def restore_counters(self) -> None:
+        forget_runs(self.parts)
         for runtime in runtimes(self.parts):
             tallies, around = self.tallies[runtime.site.module]
             runtime.tallies = {lease: tallies[lease] for lease in runtime.tallies if lease in tallies}

@@ -151,6 +151,11 @@ class _Trial:
             return UNCHECKED, "none of its sites was called"
         if any(c.statistics for c in given) and any(k != "stock" for c in calls for k in c.kernels):
             return OK, "it measured, and found nothing to change on this probe"
+        if not changed and any("step" in c.asks for c in given):
+            return (
+                UNCHECKED,
+                "it goes by the step of a run, and the probe makes one; give a function as probe=",
+            )
         reason = self._had_room(binding, max(c.tokens_seen for c in calls)) or self._acts_elsewhere(binding)
         if reason:
             return UNCHECKED, reason

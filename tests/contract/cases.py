@@ -6,26 +6,33 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from methods.publications import contract_weights
 from oracle import (
     H2O,
     Act,
     AttnTemperature,
+    Clear,
     HeadGain,
     KvQuant,
     Rule,
     SnapKV,
     Streaming,
     Tova,
+    Var,
     ZipCache,
     ZipVL,
     models,
+    vlms,
 )
+from oracle.entropy import DenoiserOracle
 
 from trainless.patchers.zipcache import ZipCache as ZipCacheMethod
 from trainless.patchers.zipvl import ZipVL as ZipVLMethod
 
 CAUSAL, ENCODERS, DENOISERS = models.CAUSAL, models.ENCODERS, models.DENOISERS
 FULL = models.FULL_ATTENTION
+VLMS = ("qwen2_5_vl", "llava", "gemma3", "idefics3", "paligemma")
 # gemma2 has a full layer between two sliding ones; in mistral all slide.
 EVICTABLE = (*FULL, "gemma2")
 
@@ -46,7 +53,7 @@ class Case:
     parameters: Mapping[str, Any]
     rule: Callable[[], Rule]
     families: Sequence[str]
-    identity: Mapping[str, Any]
+    identity: Mapping[str, Any] | None  # None: there is none
     wide: Mapping[str, Any] | None = None
     layers: Sequence[int] = (0, 1, 2)
     layers_of: Mapping[str, Sequence[int]] = field(default_factory=dict)
@@ -60,6 +67,11 @@ class Case:
     assisted: str = "same"  # or "refused", when drafts are rejected in part
     main: bool = False  # the one that stands for its method in the long tests
     trained: int = 0  # entropy: pixels
+    # The oracle's reading on denoisers, where it is another: the oracle, and processors that it brings.
+    denoised: Callable[[], DenoiserOracle] | None = None
+    replaces: bool = False  # weights, so that saving is refused while it is on
+    sites: int | None = None  # of a denoiser, where it acts on some of them only
+    late: bool = False  # that the identity is one is found out at the call: the grid's size decides
 
     @property
     def use(self) -> dict[str, Any]:
@@ -109,6 +121,25 @@ def _evicting(label: str, method: str, rule: Any, families: Sequence[str], **mor
         label, method, more, lambda: rule(**oracle), families, {**more, "recent": 1 << 30},
         {**more, "recent": 60}, layers_of={"gemma2": (1,)}, evicts=True, **extra,
     )  # fmt: skip
+
+
+def _clear(
+    label: str, families: Sequence[str], main: bool = False, neighbours: Any = (), **given: Any
+) -> Case:
+    return Case(
+        label, "clear", {**given, "force": True}, Rule, families, {"radius": 1000}, {"radius": 30}, main=main,
+        neighbours=neighbours, denoised=lambda: Clear(**given), late=True,
+    )  # fmt: skip
+
+
+def _linfusion(label: str, middle: int, layers: int, **more: Any) -> Case:
+    given, oracle = contract_weights(middle, layers)
+    return Case(
+        label, "linfusion", given, Rule, ("unet",), None, denoised=oracle, sites=layers, replaces=True, **more
+    )
+
+
+LARGE = {"use": "entropy", "with": {"trained": 64}}
 
 
 def _capped(label: str, method: str, rule: Any, families: Sequence[str], **more: Any) -> Case:
@@ -181,6 +212,20 @@ class ProbedZipCache(ZipCache):
         lengths = [self.length(call, row) for row in range(call.key.shape[0])]
         self.probes = [[self.method.probed(n).tolist() for n in lengths]]
         super().pack(call, p)
+
+
+def _var(label: str, families: Sequence[str], **more: Any) -> Case:
+    extra = {
+        k: more.pop(k) for k in ("main", "neighbours", "neighbour_rules", "clashes", "layers") if k in more
+    }
+    given = {
+        "sink_dims": list(vlms.DIMS), "min_nonsink": 0.3, "min_visual": 0.1, "max_sink_share": 0.3, "layers": "1:",
+        **more,
+    }  # fmt: skip
+    return Case(
+        label, "var", given, lambda: Var(torch.zeros(1, 0), **given), families, {**given, "move": 0.0},
+        {**given, "tau": 1e6}, **{"layers": (1, 2), "chunks": "refused", **extra},
+    )  # fmt: skip
 
 
 GAIN = {"use": "head_gain", "with": {"heads": HEADS, "gain": 0.5}}
@@ -277,6 +322,11 @@ CASES: list[Case] = [
     ),
     _zip("zipcache-published", ("llama",), normalise="published", salient=0.4, bits=(8, 4)),
     _zip("zipcache-exact-tier", ("llama", "phi"), salient=2, bits=(16, 2), interval=5),
+    _var(
+        "var", VLMS, main=True, neighbours=(GAIN, KEEP), neighbour_rules=_around(gain_rule, keep_rule),
+        clashes=[("act", {}, "mass")],
+    ),
+    _var("var-all-moved", ("gemma3", "llava"), move=1.0, min_nonsink=0.0),
     Case(
         "entropy", "entropy", {"trained": 256}, Rule, DENOISERS, {"trained": 128}, main=True, trained=256,
         neighbours=(
@@ -284,6 +334,13 @@ CASES: list[Case] = [
             {"use": "attn_temperature", "with": {"temperature": 0.6}, "where": {"layers": "1:"}},
         ),
     ),
+    _clear("clear", DENOISERS, radius=2, main=True, neighbours=(WARM, LARGE)),
+    _linfusion(
+        "linfusion", 4, 6, main=True, clashes=[("attn_temperature", {"temperature": 1.3}, "form")],
+        neighbours=({**WARM, "where": {"layers": "6:8"}}, {**LARGE, "where": {"layers": "8:"}}),
+    ),
+    _linfusion("linfusion-plain", -1, 10),
+    _clear("clear-pooled", ("sd3", "flux", "pixart"), radius=3, pool=2),
 ]  # fmt: skip
 
 LANGUAGE = [c for c in CASES if set(c.families) & {*CAUSAL, *ENCODERS}]

@@ -17,7 +17,7 @@ ACT_HEADS = {**ACT, "heads": [[0, 3], [1, 0], [1, 1], [1, 3], [2, 1]]}
 STREAM = {"sinks": 2, "recent": 5}
 
 
-@pytest.mark.parametrize(**named([c for c in MAIN if c.method != "entropy"]))
+@pytest.mark.parametrize(**named([c for c in MAIN if c.families[0] not in models.DENOISERS]))
 @pytest.mark.parametrize("order", ["one-recipe", "one-by-one"])
 def test_with_its_neighbours(case: Case, order: str):
     family = case.families[0]

@@ -8,17 +8,17 @@ from transformers import DynamicCache
 import trainless
 from trainless.kv import CompressingLayer
 
-from .cases import CAUSAL, EVICTORS, LANGUAGE, Case, named, pairs
+from .cases import CAUSAL, EVICTORS, LANGUAGE, VLMS, Case, named, pairs
 from .tools import CALLS, EXACT, LENGTHS, TOLERANCE, build, dense, differs, outputs, same, text, wide
 
-ALL = (*models.CAUSAL, *models.ENCODERS, *models.DENOISERS)
+ALL = (*models.CAUSAL, *models.ENCODERS, *models.DENOISERS, *VLMS)
 ON_LLAMA = [c for c in LANGUAGE if "llama" in c.families]
 
 
 @pytest.mark.parametrize(("case", "family"), pairs(ALL))
 @pytest.mark.parametrize("padded", [True, False], ids=["padded", "single"])
 def test_equals_the_oracle(case: Case, family: str, padded: bool):
-    if not padded and family not in CAUSAL:
+    if not padded and family not in (*CAUSAL, *VLMS):
         pytest.skip("encoders and denoisers are run once, padded")
     model = build(family)
     with dense(model, family, case):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .entropy import DenoiserOracle, halved, install_denoiser, unet_level
+from .entropy import DenoiserOracle, EntropyOracle, factor, halved, install_denoiser, unet_level
 from .windows import disc, grid, with_text
 
 
@@ -30,6 +30,9 @@ class Clear(DenoiserOracle):
       left alone. Pooled tokens come last. Pooling needs a grid of rows whose sides f divides, one image.
     - ``dense_layers`` (names) and the first ``dense_steps`` steps of a run stay dense, without pooled tokens. A
       step begins with a change of timestep, a run when it rises.
+    - ``trained`` (height, width in pixels) adds entropy scaling where the pattern is local: the logits of each
+      query times sqrt(ln n / ln T), n the keys that this query sees, pooled ones included, and T the
+      layer's tokens at the trained size with the live text. Calls that stay dense are scaled by all keys.
     """
 
     def __init__(
@@ -40,7 +43,9 @@ class Clear(DenoiserOracle):
         dense_steps: int = 0,
         dense_layers: Collection[str] = (),
         across: bool = True,
+        trained: tuple[int, int] | None = None,
     ) -> None:
+        self.trained = trained
         self.radius, self.pool, self.weights = radius, pool, weights or {}
         self.dense_steps, self.dense_layers, self.across = dense_steps, set(dense_layers), across
         self.step, self.time = -1, float("-inf")
@@ -75,7 +80,8 @@ class Clear(DenoiserOracle):
 
     def apply(self, name: str, logits: Tensor, image: int, text: int) -> Tensor:
         if self.dense(name):
-            return logits
+            every = torch.ones(image + text, image + text, dtype=torch.bool)
+            return self.scaled(name, logits, every, text)
         first = type(self.model).__name__ == "FluxTransformer2DModel"
         if first:
             ids = self.given["img_ids"]
@@ -92,7 +98,15 @@ class Clear(DenoiserOracle):
             pooled = image // self.pool**2
             seen = torch.cat([seen, of_image.expand(-1, pooled)], dim=1)
         self.seen.setdefault(name, []).append(seen)
-        return logits.masked_fill(~seen, -torch.inf)
+        return self.scaled(name, logits, seen, text).masked_fill(~seen, -torch.inf)
+
+    def scaled(self, name: str, logits: Tensor, seen: Tensor, text: int) -> Tensor:
+        """The logits times each query's own factor, where a trained size is given."""
+        if self.trained is None:
+            return logits
+        usual = EntropyOracle(self.model, self.trained).trained(name) + text
+        factors = [factor(n, usual) for n in seen.sum(dim=1).tolist()]
+        return logits * torch.tensor(factors, dtype=logits.dtype)[:, None]
 
     def keys(self, name: str, key: Tensor, value: Tensor, image: int, text: int) -> tuple[Tensor, Tensor]:
         if not self.pool or self.dense(name):

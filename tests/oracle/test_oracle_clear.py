@@ -9,7 +9,7 @@ pytest.importorskip("diffusers")
 
 from . import models
 from .clear import Clear, install_clear
-from .entropy import DenoiserOracle, install_denoiser
+from .entropy import DenoiserOracle, factor, install_denoiser, install_entropy
 from .windows import attend, disc, grid, neighbourhood, pairs, square, with_text
 
 # FLUX's stock rotary code rounds to float32 on the way.
@@ -253,3 +253,26 @@ def test_dense_layers_and_dense_steps():
             model(**now)
             equal.append(len(oracle.seen.get("transformer_blocks.0.attn", [])) == before)
     assert equal == [True, True, True, False, False, True, True, False]
+
+
+@pytest.mark.parametrize("family", models.DENOISERS)
+@torch.no_grad()
+def test_entropy_scaling_counts_the_keys_of_each_query(family):
+    model, given = models.build(family), models.inputs(family, height=12, width=20)
+    with install_entropy(model, (256, 256)):
+        want = model(**given)[0]
+    for parameters in ({"radius": 40}, {"radius": 2, "dense_steps": 1}):
+        got, _ = run(model, given, trained=(256, 256), **parameters)
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+    oracle = Clear(radius=2, trained=(256, 256))
+    oracle.begin(model, given)
+    name = next(n for n in model.attn_processors if "attn2" not in n).removesuffix(".processor")
+    size = {"unet": 240}.get(family, 60)
+    text = 5 if family in ("flux", "sd3") else 0
+    scaled = oracle.apply(name, torch.ones(1, 1, size + text, size + text).double(), size, text)
+    start = text if family == "flux" else 0
+    # A corner sees itself and 3 neighbours (1.41 < 2); trained on 16 × 16 tokens, the UNet on 32 × 32.
+    trained = 1024 if family == "unet" else 256
+    seen = scaled[0, 0, start] > 0
+    assert int(seen.sum()) == 4 + text
+    assert scaled[0, 0, start, seen].unique().tolist() == pytest.approx([factor(4 + text, trained + text)])

@@ -12,10 +12,11 @@ IMAGE_ID, VIDEO_ID, START_ID, END_ID = 64, 65, 62, 63
 VOCAB, HIDDEN = 67, 96
 FAMILIES = (
     "llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "idefics3",
-    "paligemma", "paligemma2", "gemma3",
+    "smolvlm", "paligemma", "paligemma2", "gemma3",
 )  # fmt: skip
 QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 ANYRES = ("llava_next", "llava_onevision")
+TILED = ("idefics3", "smolvlm")
 SIDE, PATCH = 12, 4  # pixels: 9 patches
 # Height and width of the images of a batch, in turn; families with one size only take squares.
 ANYRES_SIZES = ((12, 24), (12, 12), (10, 12))
@@ -113,11 +114,10 @@ def make(family: str, layers: int, text: dict[str, Any]) -> Any:
         config = t.InternVLConfig(
             vision_config=tower, text_config=_text("qwen2", layers, text), image_seq_length=9, **ids
         )
-    elif family == "idefics3":
-        tower = {**_clip("idefics3_vision"), "image_size": 24}
-        config = t.Idefics3Config(
-            vision_config=tower, text_config=_text("llama", layers, text), scale_factor=2, **ids
-        )
+    elif family in TILED:
+        tower = {**_clip(f"{family}_vision"), "image_size": 24}
+        kind = t.Idefics3Config if family == "idefics3" else t.SmolVLMConfig
+        config = kind(vision_config=tower, text_config=_text("llama", layers, text), scale_factor=2, **ids)
     elif family in ("paligemma", "paligemma2"):
         decoder = "gemma2" if family == "paligemma2" else "gemma"
         config = t.PaliGemmaConfig(
@@ -167,9 +167,9 @@ def images(
             pixels[i, :count] = normal(count, 3, SIDE, SIDE)
         given = {"pixel_values": pixels, "image_sizes": torch.tensor(sizes)}
         return given, _lengths(model, given)
-    side = 2 * SIDE if family in ("internvl", "idefics3", "gemma3") else SIDE
+    side = 2 * SIDE if family in ("internvl", "gemma3", *TILED) else SIDE
     pixels = normal(total, 3, side, side)
-    if family == "idefics3":
+    if family in TILED:
         padded = torch.zeros(len(counts), max(counts), 3, side, side, dtype=dtype)
         parts = pixels.split(list(counts))
         for i, part in enumerate(parts):
@@ -190,7 +190,7 @@ def images_of(family: str, extra: dict[str, Tensor], chosen: Sequence[int], row:
     if not chosen:
         return {}
     pixels = extra["pixel_values"]
-    if family == "idefics3":
+    if family in TILED:
         return {"pixel_values": pixels[row : row + 1, : len(chosen)]}
     if family in QWEN:
         grid = extra["image_grid_thw"]

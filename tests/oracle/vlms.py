@@ -46,6 +46,7 @@ LAYOUT: Sequence[Sequence[int | str]] = ((3, IMAGE, 5), (2, IMAGE, 3, IMAGE, 4),
 LAYOUTS: Mapping[str, Sequence[Sequence[int | str]]] = {
     # Row and column tags between the tiles of one image; several tiles in a run; images before all text.
     "idefics3": ((3, IMAGE, 1, TILE, 5), (2, IMAGE, 3, IMAGE, 4), (7,)),
+    "smolvlm": ((3, IMAGE, 1, TILE, 5), (2, IMAGE, 3, IMAGE, 4), (7,)),
     "internvl": ((3, IMAGE, TILE, 5), (2, IMAGE, 3, IMAGE, 4), (7,)),
     "paligemma": ((IMAGE, 8), (IMAGE, IMAGE, 7), (7,)),
     "paligemma2": ((IMAGE, 8), (IMAGE, IMAGE, 7), (7,)),
@@ -83,10 +84,16 @@ class Batch:
 
 
 def build(
-    family: str, *, seed: int = 0, layers: int = 4, dtype: torch.dtype = torch.float64, **text: Any
+    family: str,
+    *,
+    seed: int = 0,
+    layers: int = 4,
+    dtype: torch.dtype = torch.float64,
+    exact: bool = True,
+    **text: Any,
 ) -> Any:
     """A tiny model, hidden size 96, 4 query heads on 2 key/value heads; ``text`` overrides fields of the
-    text config."""
+    text config. ``exact`` as for ``models.build``."""
     torch.manual_seed(seed)
     model = towers.make(family, layers, text)
     models._randomise(model, seed, 0.4, False)
@@ -94,7 +101,7 @@ def build(
     with torch.no_grad():  # Gemma multiplies embeddings by sqrt(D): then they are of the order of 1 again
         embed.weight /= getattr(embed, "scalar_embed_scale", 1.0)
     model = nn.Module.to(model, dtype).eval().requires_grad_(False)
-    if dtype == torch.float64:
+    if exact and dtype == torch.float64:
         keep_float64(model)
         for module in towers.vision(model):
             widen(module)

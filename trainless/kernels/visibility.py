@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from .dense import hidden_apart
 from .masks import STEP, Visibility
 
-__all__ = ["Visibility", "visibility"]
+__all__ = ["Visibility", "bias_times", "visibility"]
 
 # A model passes the same mask object to all its layers: remember what the last few were.
 _RECOGNISED: OrderedDict[tuple[Any, ...], tuple[Any, int, Visibility]] = OrderedDict()
@@ -68,6 +69,15 @@ def visibility(
             raise InputError(f"real: bool (B, {lq}) is needed, got {real.dtype} {tuple(real.shape)}")
         base = replace(base, real=real)
     return base
+
+
+def bias_times(mask: Any, factor: float, lq: int, lk: int) -> Any:
+    """``mask`` with the finite values that it adds to the logits times ``factor``; itself when it adds none."""
+    if not isinstance(mask, Tensor) or not mask.is_floating_point():
+        return mask
+    if mask.dim() == 4 and mask.shape[-1] >= lk and not _recognise(mask, lq, lk).additive:
+        return mask
+    return torch.where(hidden_apart(mask), mask * factor, mask)
 
 
 def _recognise(mask: Any, lq: int, lk: int, device: torch.device | None = None) -> Visibility:

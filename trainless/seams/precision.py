@@ -1,11 +1,11 @@
-"""How precisely a cache holds its tokens: a rule, as a value. Methods find it in ``seams``."""
+"""How precisely a cache holds its tokens: a rule, as a value."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import InputError
+from ..errors import InputError
 
 BITS = (2, 4, 8, 16)  # widths that a code may have; 16 means the model's own dtype, unquantised
 
