@@ -175,6 +175,8 @@ class _Trial:
             return (
                 f"all {seen} tokens of the probe are recent enough to stay as they are; give a longer probe="
             )
+        if any(isinstance(rule, Evict) and rule.chosen for rule in rules):
+            return f"it left all {seen} tokens of the probe as they were; give a longer probe="
         kept = min(rule.total(seen) for rule in rules if isinstance(rule, Evict))
         if kept < seen:
             return None
