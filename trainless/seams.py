@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import torch
@@ -186,14 +187,16 @@ class Contribution:
     """What one method does at one site.
 
     ``needs`` names the statistics that ``value`` reads, either as a set or as a function of
-    ``(call, state)`` when that differs between prefill and decode. ``heads`` limits it to some query
-    heads (None: all). ``inert`` says that it is known now to change nothing: the engine then runs the
-    stock kernel. ``stateful`` asks for a State that outlives the call. ``lookahead`` says that a row's
-    result depends on later rows of the same call, so a prefill cut into chunks would differ.
+    ``(call, state)`` when that differs between prefill and decode. ``constant`` stands in for ``value``
+    where it is one number, known now. ``heads`` limits it to some query heads (None: all). ``inert``
+    says that it is known now to change nothing: the engine then runs the stock kernel. ``stateful`` asks
+    for a State that outlives the call. ``lookahead`` says that a row's result depends on later rows of
+    the same call, so a prefill cut into chunks would differ.
     """
 
     kind: str
     value: Value | None = None
+    constant: float | None = None
     needs: Collection[str] | Callable[[AttentionCall, State], Collection[str]] = ()
     heads: tuple[int, ...] | None = None
     inert: bool = False
@@ -348,6 +351,10 @@ class AttentionPlan:
         # Only scalings and gains: the user's own attention function can still do the work.
         editing = {"position", "keys", "pattern", "observe", "form", "mass", "kv"}
         self.delegable = not any(self.of[kind] for kind in editing)
+        # One number on the logits of every call: hosts may pass it to the user's own attention themselves.
+        scales = [e.contribution.constant for e in self.active if e.contribution.kind == "scale"]
+        known = [c for c in scales if c is not None]
+        self.constant: float | None = prod(known) if known and len(known) == len(self.active) else None
         # Nothing to ask for and nothing to remember either: such a call takes the short way.
         self.direct = self.delegable and not any(
             e.contribution.needs or e.contribution.statistics for e in self.active

@@ -68,6 +68,8 @@ class SoftmaxRun:
         return self.states[entry.method]
 
     def _value(self, entry: Entry) -> Any:
+        if entry.contribution.constant is not None:
+            return entry.contribution.constant
         value = entry.contribution.value
         if value is None:
             raise InputError(

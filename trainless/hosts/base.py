@@ -87,12 +87,23 @@ class Runtime:
     def refresh(self) -> None:
         """Merge anew what is active; called when a patch arrives, leaves, pauses or resumes."""
         self.plan = AttentionPlan([e for e in self.entries if e.owner.active])  # type: ignore[attr-defined]
-        self.live = [self.tallies[o] for o in dict.fromkeys(e.owner for e in self.plan.entries)]  # type: ignore[index]
+        self.live = self._tallies(self.plan.entries)
+        self.acting = self._tallies(self.plan.active)
+
+    def _tallies(self, entries: Sequence[Entry]) -> list[Tally]:
+        return [self.tallies[o] for o in dict.fromkeys(e.owner for e in entries)]  # type: ignore[index]
 
     def passed(self) -> None:
         """Count a call for every active patch here."""
         for tally in self.live:
             tally.fired += 1
+
+    def acted(self, kernel: str) -> None:
+        """Count that every patch with a part in the plan changed the call under way, and the kernel it ran on."""
+        for tally in self.acting:
+            tally.acted += 1
+        for tally in self.live:
+            tally.kernels[kernel] += 1
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Runtime:
         raise Unsupported(

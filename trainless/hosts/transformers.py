@@ -9,6 +9,7 @@ chose is read from that config at every call, so that ``set_attn_implementation`
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -41,6 +42,10 @@ HARMLESS = {
     "output_router_logits",
 }  # fmt: skip
 PACKED = {"cu_seq_lens_q", "cu_seq_lens_k"}
+# What the user's own function may be handed as it came when all that changes is the factor on the logits.
+PASSED_ON = (HARMLESS - PACKED) | {"is_causal", "sliding_window"}
+# A forward that names one of these may be asked for cross-attention in one call and not in the next.
+OTHER_KEYS = {"key_value_states", "encoder_hidden_states"}
 
 
 class ConfigView:
@@ -100,6 +105,15 @@ def _routed(
         return _user_function(module)(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
+    constant = runtime.plan.constant
+    if constant is not None and _only_scaled(kwargs):
+        # Decoding makes thousands of these calls a second, so nothing is built for them.
+        runtime.passed()
+        runtime.acted("stock")
+        scaling = (query.shape[-1] ** -0.5 if scaling is None else scaling) * constant
+        return _user_function(module)(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+        )
     call = _call(module, runtime, query, key, value, attention_mask, scaling, dropout, kwargs)
     if runtime.plan.asks:
         _tell(runtime, call, entering)
@@ -130,6 +144,11 @@ def _routed(
     out = attend(runtime, call, delegate)
     facts.pop("residual", None)  # as large as the layer's activations: not to be kept until the next call
     return out, facts.pop("weights", None)
+
+
+def _only_scaled(kwargs: dict[str, Any]) -> bool:
+    """Whether nothing among the arguments but ``scaling`` changes the logits."""
+    return all(given is None or name in PASSED_ON for name, given in kwargs.items())
 
 
 _uncompiled = torch.compiler.disable(_routed)
@@ -296,22 +315,14 @@ class TransformersHost:
     def prepare(self, runtime: Runtime, model: nn.Module, station: Journal) -> None:
         """What the contributions at a site need beyond the call itself; called when some have been added.
 
-        The hook that finds the cache layer, unless everything here is known to change nothing (then the
-        stock path has nothing extra to do); the rotation of the model's rotary embedding; what finds out
-        the facts that somebody asks for. ``station`` takes edits that several sites share.
+        The hook that finds the cache layer and tells self- from cross-attention, unless no call depends on
+        either; the rotation of the model's rotary embedding; what finds out the facts that somebody asks for.
+        ``station`` takes edits that several sites share.
         """
         if any(e.contribution.kind == "position" for e in runtime.entries):
             runtime.rotate = rotation(runtime.site, model)
-        if all(e.contribution.inert for e in runtime.entries):
-            return
-        asks = frozenset().union(*(e.contribution.asks for e in runtime.entries if not e.contribution.inert))
-        if "images" in asks and "images" not in runtime.asked:
-            at = next(n for n, m in model.named_modules() if m is runtime.site.module)
-            runtime.asked["images"] = images.watch(runtime, model, at, station)
-        if "residual" in asks and "residual" not in runtime.asked:
-            residual.watch(runtime, model)
-            runtime.asked["residual"] = True
-        if runtime.hooked:
+        self._find_out(runtime, model, station)
+        if runtime.hooked or not self._calls_differ(runtime):
             return
         runtime.hooked = True
         module, journal, name = runtime.site.module, runtime.journal, runtime.site.name
@@ -323,6 +334,26 @@ class TransformersHost:
                 f"forward hook on {name}",
             )
         )
+
+    @staticmethod
+    def _calls_differ(runtime: Runtime) -> bool:
+        """Whether what is contributed here depends on the call: on its cache layer, or on whose keys it brings."""
+        changing = [e.contribution for e in runtime.entries if not e.contribution.inert]
+        if all(c.constant is not None and c.kind == "scale" for c in changing):
+            named = inspect.signature(type(runtime.site.module).forward).parameters
+            return bool(changing) and bool(OTHER_KEYS & set(named))
+        return True
+
+    @staticmethod
+    def _find_out(runtime: Runtime, model: nn.Module, station: Journal) -> None:
+        """Put in place what finds out the facts that somebody at this site asks for."""
+        asks = {fact for e in runtime.entries if not e.contribution.inert for fact in e.contribution.asks}
+        if "images" in asks and "images" not in runtime.asked:
+            at = next(n for n, m in model.named_modules() if m is runtime.site.module)
+            runtime.asked["images"] = images.watch(runtime, model, at, station)
+        if "residual" in asks and "residual" not in runtime.asked:
+            residual.watch(runtime, model)
+            runtime.asked["residual"] = True
 
     def install_model(self, model: nn.Module, journal: Journal, runtimes: Sequence[Runtime]) -> None:
         for name, module in model.named_modules():

@@ -50,5 +50,4 @@ class AttnTemperature(Method):
             )
 
     def contribute(self, site: Site) -> Sequence[Contribution]:
-        factor = 1.0 / self.temperature
-        return [Contribution("scale", lambda call, stats, state: factor, inert=self.temperature == 1.0)]
+        return [Contribution("scale", constant=1.0 / self.temperature, inert=self.temperature == 1.0)]
