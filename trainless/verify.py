@@ -151,6 +151,11 @@ class _Trial:
             return UNCHECKED, "none of its sites was called"
         if any(c.statistics for c in given) and any(k != "stock" for c in calls for k in c.kernels):
             return OK, "it measured, and found nothing to change on this probe"
+        if self.given is None and any("images" in c.asks for c in given):
+            return (
+                UNCHECKED,
+                "the default probe has no image; give probe=, what the processor makes of a prompt with one",
+            )
         reason = self._had_room(binding, max(c.tokens_seen for c in calls)) or self._acts_elsewhere(binding)
         if reason:
             return UNCHECKED, reason
