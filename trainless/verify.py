@@ -156,6 +156,11 @@ class _Trial:
                 UNCHECKED,
                 "it goes by the step of a run, and the probe makes one; give a function as probe=",
             )
+        if self.given is None and any("images" in c.asks for c in given):
+            return (
+                UNCHECKED,
+                "the default probe has no image; give probe=, what the processor makes of a prompt with one",
+            )
         reason = self._had_room(binding, max(c.tokens_seen for c in calls)) or self._acts_elsewhere(binding)
         if reason:
             return UNCHECKED, reason

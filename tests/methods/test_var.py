@@ -170,3 +170,12 @@ def test_a_calibration_file_brings_the_dimensions(made, tmp_path):
         want = vlms.replay(model, None, given)
     with trainless.patched(model, "var", layers="1:", calibration=str(path), **LOOSE):
         assert torch.equal(vlms.replay(model, None, given)[0], want[0])
+
+
+@pytest.mark.filterwarnings("ignore:var.*no image")
+def test_verify_wants_a_probe_with_an_image(made):
+    model, given = made("llava")
+    with trainless.patched(model, "var", layers="1:", **GIVEN) as patch:
+        without, asked = patch.verify(), patch.verify(probe=given.inputs())
+    assert without and "the default probe has no image" in " ".join(str(without).split())
+    assert asked and "the outputs differ" in " ".join(str(asked).split())
