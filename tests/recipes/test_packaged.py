@@ -17,6 +17,7 @@ from trainless.recipes.text import Source, parse
 
 FAMILIES = {"llama", "mistral", "qwen2", "qwen3", "gemma", "phi", "bert", "t5", "vit"}
 FAMILIES |= {"sd15", "sd21", "sdxl", "sd3", "flux", "pixart", "llava", "qwen2_vl", "internvl"}
+FAMILIES |= {"llava_next", "llava_onevision", "qwen2_5_vl", "qwen3_vl", "idefics3", "paligemma"}
 METHODS = {"attn_temperature", "act", "head_gain", "streaming", "h2o", "entropy"}
 METHODS |= {"linfusion", "clear", "var", "kvquant", "zipcache", "tova", "snapkv", "zipvl"}
 
