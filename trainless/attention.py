@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .errors import Unsupported
 from .hosts.base import Lease, Runtime
-from .kernels.visibility import bias_times
+from .kernels.visibility import adds_bias, bias_times
 from .kv import CompressingLayer, PackedLayer
 from .packed import PackedRun
 from .patterns import Pattern, visible_keys
@@ -50,6 +50,7 @@ class _Run(PackedRun):
             if layer.active:
                 layer.note(call.real)
             self.edited = layer.evicted
+            self._refuse_bias(layer)
         self._position()
         extra = self._extra_keys()
         # Asked for before the scale, which may depend on how many keys a row is left with.
@@ -81,6 +82,15 @@ class _Run(PackedRun):
             self.acted.update(layer.settle())
         self._account(layer)
         return out
+
+    def _refuse_bias(self, layer: CompressingLayer) -> None:
+        """A mask that adds to the logits is as wide as the sequence, and the keys are no longer where it says."""
+        mask = self.call.mask
+        if (layer.evicted or layer.packed) and adds_bias(mask, self.call.query.shape[2]):
+            raise Unsupported(
+                f"{layer.lease.name}: {self.runtime.site.name} was given a mask that adds a bias to the logits, key by "
+                "key, and its cache has dropped or packed keys; use a mask that only hides keys"
+            )
 
     def direct(self) -> Tensor:
         """Scale, the user's own attention, gain: decoding calls this often, so nothing else is looked at."""
@@ -156,7 +166,8 @@ class _Run(PackedRun):
                     "soft-capped logits or learned sinks; use one number"
                 )
             query = (call.query.to(call.statistics_dtype) * factor).to(call.query.dtype)
-            self.call = replace(call, query=query, position_bias=bias)
+            mask = bias_times(call.mask, factor, *call.shape[3:])
+            self.call = replace(call, query=query, mask=mask, position_bias=bias)
             return
         if call.sink_logits is not None:
             self.edited = True  # families read their sinks from the module, whatever they are passed

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from oracle import models
+from transformers import DynamicCache
 
 import trainless
 
@@ -120,3 +121,24 @@ def test_a_bare_encoder_is_patched_too():
     patch = trainless.patch(model, "tempscale", temperature=0.8)
     model(**given_of("bert", model))
     assert patch.report().methods[0].method == "attn_temperature"
+
+
+@pytest.mark.parametrize(
+    "use", [("h2o", {"heavy": 3, "recent": 3}), ("kvquant", {"group": 2, "residual": 0})]
+)
+def test_a_bias_inside_the_mask_is_refused_once_keys_are_dropped_or_packed(use):
+    """It is said key by key, and the keys are no longer where it says; hiding keys is another matter."""
+    model = build("llama")
+    ids, n = models.prompt(20, 4), 3
+    trainless.patch(model, use[0], **use[1])
+    for bias in (0.0, 1.0):
+        cache = DynamicCache(config=model.config)
+        model(ids, past_key_values=cache)
+        mask = torch.zeros(1, 1, n, 20 + n, dtype=torch.float64)
+        mask[..., 20:] = torch.full((n, n), -torch.inf).triu(1)
+        mask[..., :5] += bias
+        if not bias:
+            model(ids[:, :n], past_key_values=cache, attention_mask=mask)
+            continue
+        with pytest.raises(trainless.Unsupported, match="adds a bias"):
+            model(ids[:, :n], past_key_values=cache, attention_mask=mask)

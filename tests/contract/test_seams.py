@@ -412,6 +412,41 @@ def test_mass_of_different_heads(calls):
     _check(["toy_mass", "toy_mass_elsewhere"], _moved(0, 1, 2, 3), True, calls)
 
 
+def _gated(*heads):
+    """As the toy: rows and heads whose gate is open have their mass moved; the gate reads mass before edits."""
+
+    def attention(module, query, key, value, seen, scaling, kwargs):
+        p = softmax_over(_logits(query, key, scaling), seen)
+        lq, lk = p.shape[2:]
+        thirds, odd = torch.arange(lk) % 3, torch.arange(lk - lq, lk) % 2 == 1
+        moved = p.clone()
+        for head in heads:
+            q = p[:, head]
+            held, room = ((q * (thirds == n)).sum(-1, keepdim=True) for n in (1, 0))
+            grown = torch.where(thirds == 0, q * (1 + 0.75 * held / room.clamp_min(1e-300)), q)
+            edited = torch.where(thirds == 1, 0.25 * q, grown)
+            open_ = (held >= toys.GATE) & odd[:, None] & (room > 0)
+            moved[:, head] = torch.where(open_, edited, q)
+        return moved @ value
+
+    return attention
+
+
+@CUTS
+@PADDED
+@with_toys(toys.Gated)
+def test_gates_per_row_and_head_on_group_masses(padded, calls):
+    _check("toy_gated", _gated(0, 1, 2, 3), padded, calls)
+
+
+@CUTS
+@with_toys(toys.GatedHeads, toys.Observe)
+def test_group_masses_of_some_heads_beside_an_observer(calls):
+    """With statistics that others ask for the call takes the long way; the edit is the same."""
+    toys.SEEN.clear()
+    _check(["toy_gated_heads", "toy_observe"], _gated(1, 2), True, calls)
+
+
 @CUTS
 @PADDED
 @with_toys(toys.Position)

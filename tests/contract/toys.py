@@ -13,7 +13,7 @@ from torch import Tensor
 
 from trainless.patchers import Method, register
 from trainless.patchers.base import _registry
-from trainless.seams import Contribution, ExtraKeys, MassMove, Pairs, Site, Tokens
+from trainless.seams import Contribution, ExtraKeys, Groups, MassMove, Pairs, Site, Tokens
 
 Make = Callable[[Site], Sequence[Contribution]]
 
@@ -284,3 +284,34 @@ def _lse_elsewhere(site: Site) -> Sequence[Contribution]:
 
 
 LseElsewhere = toy("lse_elsewhere", _lse_elsewhere)
+
+
+GATE = 0.3
+
+
+def _gated(heads: tuple[int, ...] | None) -> Make:
+    """On odd rows of the sequence, where every third key from the second on has GATE of the mass: most of it moves."""
+
+    def make(site: Site) -> Sequence[Contribution]:
+        def thirds(call: Any) -> Tensor:
+            return torch.arange(call.shape[4]) % 3
+
+        def groups(call: Any, state: Any) -> Groups:
+            b, _, _, lq, lk = call.shape
+            of = torch.where(thirds(call) == 1, 1, torch.where(thirds(call) == 0, 2, 0))
+            rows = (torch.arange(lk - lq, lk) % 2 == 1).expand(b, lq)
+            return Groups(of.expand(b, 1, lk), 2, rows)
+
+        def value(call: Any, stats: Any, state: Any) -> MassMove:
+            b, h, _, _, lk = call.shape
+            own = list(range(h) if heads is None else heads)
+            gate = stats.group_mass[:, own, :, 0] >= GATE
+            source, target = ((thirds(call) == n).expand(b, len(own), lk) for n in (1, 0))
+            return MassMove(source, 0.25, target, gate)
+
+        return [Contribution("mass", value, heads=heads, groups=groups)]
+
+    return make
+
+
+Gated, GatedHeads = toy("gated", _gated(None)), toy("gated_heads", _gated((1, 2)))

@@ -322,13 +322,7 @@ class TransformersHost:
         """
         if any(e.contribution.kind == "position" for e in runtime.entries):
             runtime.rotate = rotation(runtime.site, model)
-        asks = frozenset().union(*(e.contribution.asks for e in runtime.entries if not e.contribution.inert))
-        if "images" in asks and "images" not in runtime.asked:
-            at = next(n for n, m in model.named_modules() if m is runtime.site.module)
-            runtime.asked["images"] = images.watch(runtime, model, at, station)
-        if "residual" in asks and "residual" not in runtime.asked:
-            residual.watch(runtime, model)
-            runtime.asked["residual"] = True
+        self._find_out(runtime, model, station)
         if runtime.hooked or not self._calls_differ(runtime):
             return
         runtime.hooked = True
@@ -350,6 +344,17 @@ class TransformersHost:
             named = inspect.signature(type(runtime.site.module).forward).parameters
             return bool(changing) and bool(OTHER_KEYS & set(named))
         return True
+
+    @staticmethod
+    def _find_out(runtime: Runtime, model: nn.Module, station: Journal) -> None:
+        """Put in place what finds out the facts that somebody at this site asks for."""
+        asks = {fact for e in runtime.entries if not e.contribution.inert for fact in e.contribution.asks}
+        if "images" in asks and "images" not in runtime.asked:
+            at = next(n for n, m in model.named_modules() if m is runtime.site.module)
+            runtime.asked["images"] = images.watch(runtime, model, at, station)
+        if "residual" in asks and "residual" not in runtime.asked:
+            residual.watch(runtime, model)
+            runtime.asked["residual"] = True
 
     def install_model(self, model: nn.Module, journal: Journal, runtimes: Sequence[Runtime]) -> None:
         for name, module in model.named_modules():

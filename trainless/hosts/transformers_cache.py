@@ -159,7 +159,8 @@ def prefill_wrapper(model: nn.Module, runtimes: Sequence[Runtime]) -> Callable[.
             if runtime.plan.lookahead:
                 raise Unsupported(
                     f"{runtime.plan.lookahead[0].method}: prefill_chunk_size would change its result, because its "
-                    'statistics look at the whole prompt; drop the option, or use statistics="running"'
+                    "statistics look at the whole prompt; drop the option, or choose running statistics where the "
+                    "method has them"
                 )
             leases += [e.owner for e in runtime.plan.of["kv"]]
         try:
