@@ -133,7 +133,17 @@ def test_a_cpu_tensor_is_told_why_not_triton():
 def test_what_is_available_is_named_with_reasons(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     found = available()
-    assert set(found) == {"lse", "column_mass", "mass_move", "linear", "window2d"}
+    every = {
+        "lse",
+        "column_mass",
+        "mass_move",
+        "group_mass",
+        "block_sparse",
+        "quant_kv",
+        "linear",
+        "window2d",
+    }
+    assert set(found) == every
     assert found["lse"].name == "fused" and found["column_mass"].name == "blocked"
     assert found["mass_move"].reasons and "triton" in found["mass_move"].reasons[0]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
