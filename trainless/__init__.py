@@ -18,7 +18,7 @@ from .errors import (
     Unsupported,
 )
 from .explain import Explanation, explain
-from .hosts.transformers_images import image_tokens
+from .hosts.images import image_tokens
 from .listing import MethodInfo, methods
 from .patching import Patch, patch, patched, unpatch
 from .recipes import load_recipe

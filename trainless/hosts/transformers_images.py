@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -28,10 +27,8 @@ from ..journal import AttributeEdit, HookEdit, Journal
 from ..kv import CompressingLayer
 from ..seams import Site, State
 from .base import Runtime
+from .images import READER
 
-READER = (
-    "_trainless_images"  # where a multimodal model keeps its reader while something asks for image tokens
-)
 STATE = "image tokens"  # the state of a cache layer that holds which of its keys are image tokens
 # Arguments that carry images, or what an encoder made of them.
 CARRIERS = ("pixel_values", "mm_encoder_outputs", "image_embeds", "image_features", "image_hidden_states")
@@ -277,35 +274,3 @@ def watch(runtime: Runtime, model: nn.Module, name: str, journal: Journal) -> Re
         )
     reader.runtimes.append(runtime)
     return reader
-
-
-# ---------------------------------------------------------------- what the user may say
-
-
-@contextmanager
-def image_tokens(model: nn.Module, mask: Tensor | Sequence[Sequence[bool]]) -> Iterator[None]:
-    """Inside, ``mask`` says which tokens of a prompt stand for images; for prompts given as ``inputs_embeds``.
-
-    mask: bool (B, L), True on image tokens, one row for each prompt and one entry for each of its tokens,
-    padding included. Tokens that come after the prompt are read from ``input_ids`` as always. A batch that
-    ``generate`` widens (beams, several answers) takes each row as often as needed.
-
-    Raises InputError when nothing on ``model`` asks for image tokens, and during a call whose prompt does not
-    fit the mask.
-    """
-    told = torch.as_tensor(mask)
-    if told.dtype != torch.bool or told.dim() != 2:
-        raise InputError(f"image_tokens: a mask of {told.dtype}, {told.dim()}-D; bool (B, L) is needed")
-    readers = [r for m in model.modules() if (r := vars(m).get(READER)) is not None]
-    if not readers:
-        raise InputError(
-            "image_tokens: nothing on this model asks which tokens are images; patch it first, then say so"
-        )
-    before = [reader.given for reader in readers]
-    try:
-        for reader in readers:
-            reader.given = told
-        yield
-    finally:
-        for reader, old in zip(readers, before, strict=True):
-            reader.given = old
