@@ -14,9 +14,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-
 from reader import stands
-from scenes import COLOURS, NUMBERS, PLURALS, RELATIONS, SHAPES, SIZES, Request, Scene, Thing, caption, pick, vocabulary
+from scenes import (
+    COLOURS,
+    NUMBERS,
+    PLURALS,
+    RELATIONS,
+    SHAPES,
+    SIZES,
+    Request,
+    Scene,
+    Thing,
+    caption,
+    pick,
+    vocabulary,
+)
 from world import KINDS, Kind, companions, groups_of, popularity
 
 DESCRIBE = "describe the image"
@@ -87,13 +99,17 @@ def sample_questions(scene: Scene, rng: np.random.Generator, number: int) -> lis
         _exist, _exist, _count, _count, _colour, _shape, _size, _relation, _relation, _relation, _where,
     )  # fmt: skip
     found: dict[str, Question] = {}
-    yeses = nos = 0
+    lead = 0  # of yes over no among questions of existence
     for _ in range(4 * number):
         asked = askers[int(rng.integers(len(askers)))](scene, rng)
-        if asked is not None and not (asked.kind == "exist" and asked.answer == "no" and nos >= yeses):
-            found.setdefault(asked.text, asked)
-            exists = [q.answer for q in found.values() if q.kind == "exist"]
-            yeses, nos = exists.count("yes"), exists.count("no")
+        if asked is None or asked.text in found:
+            continue
+        if asked.kind == "exist":
+            sign = 1 if asked.answer == "yes" else -1
+            if sign * lead > 0:
+                continue  # as many yes as no, give or take one
+            lead += sign
+        found[asked.text] = asked
         if len(found) == number:
             break
     return list(found.values())
@@ -115,7 +131,10 @@ def _exist(scene: Scene, rng: np.random.Generator) -> Question:
         return exist(_one(scene, rng).kind, scene)
     # Mostly near misses: the colour of one thing and the shape of another teach to look at both together.
     if rng.random() < 0.5:
-        near = (_one(scene, rng).colour, pick(rng, SHAPES)), (pick(rng, tuple(COLOURS)), _one(scene, rng).shape)
+        near = (
+            (_one(scene, rng).colour, pick(rng, SHAPES)),
+            (pick(rng, tuple(COLOURS)), _one(scene, rng).shape),
+        )
         return exist(near[int(rng.integers(2))], scene)
     return exist(absent(scene, "random", 1, rng)[0], scene)
 

@@ -15,9 +15,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
-
 from scenes import AREA, COLOURS, EXTENT, RELATIONS, SIDE, SIZES, Array, Group, Request, Thing, coverage
+from scipy import ndimage
 
 NDBool = NDArray[np.bool_]
 BLURS = (0.0, 0.8, 1.3)  # standard deviations in pixels that templates are compared at
@@ -63,9 +62,7 @@ def as_array(image: Any) -> Array:
     return array
 
 
-def _islands(
-    difference: Array, ground: Array
-) -> list[tuple[NDBool, tuple[slice, slice], int]]:
+def _islands(difference: Array, ground: Array) -> list[tuple[NDBool, tuple[slice, slice], int]]:
     """Connected areas of one colour: mask inside its box, the box, index of the colour."""
     strength = _PALETTE - ground
     full = (strength**2).sum(1)
@@ -128,7 +125,9 @@ def _blurred(image: Array, sigma: float) -> Array:
     if not sigma:
         return image
     kernel = _kernel(sigma)
-    return ndimage.correlate1d(ndimage.correlate1d(image, kernel, 0, mode="constant"), kernel, 1, mode="constant")
+    return ndimage.correlate1d(
+        ndimage.correlate1d(image, kernel, 0, mode="constant"), kernel, 1, mode="constant"
+    )
 
 
 @lru_cache
@@ -188,7 +187,9 @@ def compare(seen: Sequence[Thing], request: Request, height: int, width: int) ->
     sizes = right / matched if matched else 0.0
     relation = _relation_holds(seen, request) if request.relation else None
     place = _place_holds(seen, request, height, width) if request.place else None
-    whole = groups and len(seen) == request.count and sizes == 1 and relation is not False and place is not False
+    whole = (
+        groups and len(seen) == request.count and sizes == 1 and relation is not False and place is not False
+    )
     return Agreement(
         things=things,
         colours=_share(Counter(k[0] for k in asked.elements()), Counter(t.colour for t in seen)),

@@ -36,7 +36,13 @@ COLOURS: dict[str, tuple[float, float, float]] = {
     "black": (0.09, 0.09, 0.11),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross")
-PLURALS = {"circle": "circles", "square": "squares", "triangle": "triangles", "star": "stars", "cross": "crosses"}
+PLURALS = {
+    "circle": "circles",
+    "square": "squares",
+    "triangle": "triangles",
+    "star": "stars",
+    "cross": "crosses",
+}
 # Radius of a circle of each size, in 64ths of the shorter side; the gaps make sizes readable.
 SIZES = {"small": (5.3, 6.3), "medium": (8.0, 9.2), "large": (11.5, 13.0)}
 NUMBERS = ("a", "two", "three", "four")
@@ -185,7 +191,9 @@ class _Words:
         for relation in RELATIONS:
             if self.take(*relation.split()):
                 return relation
-        raise ValueError(f"{self.text!r}: a relation was expected where {self.words[self.at]!r} stands; {KNOWN}")
+        raise ValueError(
+            f"{self.text!r}: a relation was expected where {self.words[self.at]!r} stands; {KNOWN}"
+        )
 
 
 def vocabulary() -> list[str]:
@@ -225,7 +233,10 @@ def pick(rng: np.random.Generator, choices: Sequence[str]) -> str:
 
 def sample_request(rng: np.random.Generator) -> Request:
     """A random request that fits into a picture of any size."""
-    kinds, shares = ("one", "place", "several", "relation", "pair", "three"), (0.12, 0.14, 0.2, 0.3, 0.14, 0.1)
+    kinds, shares = (
+        ("one", "place", "several", "relation", "pair", "three"),
+        (0.12, 0.14, 0.2, 0.3, 0.14, 0.1),
+    )
     kind = kinds[int(np.searchsorted(np.cumsum(shares), rng.random() * 0.999999))]
     counts = {
         "one": (1,),
@@ -267,7 +278,9 @@ def arrange(request: Request, rng: np.random.Generator, height: int = SIDE, widt
         placed = _arrange_once(request, wanted, rng, height, width, unit)
         if placed is not None:
             return Scene(height, width, placed)
-    raise ValueError(f"{caption(request)!r} does not fit into {width} x {height} pixels; ask for fewer or smaller")
+    raise ValueError(
+        f"{caption(request)!r} does not fit into {width} x {height} pixels; ask for fewer or smaller"
+    )
 
 
 def _arrange_once(
@@ -305,9 +318,7 @@ def _arrange_once(
     return tuple(things)
 
 
-def sample_scene(
-    rng: np.random.Generator, height: int = SIDE, width: int = SIDE
-) -> tuple[Request, Scene]:
+def sample_scene(rng: np.random.Generator, height: int = SIDE, width: int = SIDE) -> tuple[Request, Scene]:
     """A random captioned scene."""
     while True:
         request = sample_request(rng)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import time
 import zlib
 from collections.abc import Callable
@@ -104,7 +105,9 @@ class Stage:
                 self.seconds = before + now - began
                 bar.update()
                 if self.step % 10 == 0 or self.done:
-                    bar.set_postfix({**{k: f"{v:.4f}" for k, v in self.last.items()}, "done": f"{self.progress:.0%}"})
+                    bar.set_postfix(
+                        {**{k: f"{v:.4f}" for k, v in self.last.items()}, "done": f"{self.progress:.0%}"}
+                    )
                 if now - saved >= self.save_every or self.done:
                     self.save()
                     saved = time.monotonic()
@@ -152,7 +155,9 @@ class Stage:
         other = [k for k, v in self.settings.items() if found["settings"].get(k) != v]
         if other:
             said = ", ".join(f"{k} {found['settings'].get(k)!r}, now {self.settings[k]!r}" for k in other)
-            raise ValueError(f"{self.file} was made with other settings ({said}); give those or another folder")
+            raise ValueError(
+                f"{self.file} was made with other settings ({said}); give those or another folder"
+            )
         self.modules.load_state_dict(found["modules"])
         self.optimiser.load_state_dict(found["optimiser"])
         for name, tensor in self.average.items():
@@ -188,18 +193,28 @@ def noise_for(device: torch.device, *numbers: int) -> torch.Generator:
     return torch.Generator(device).manual_seed(seed)
 
 
-def faster_type(device: torch.device, attempt: Callable[[], Tensor]) -> str:
-    """"bfloat16" or "float32": in which of them ``attempt``, a loss, and its backward pass take less time here."""
-    times = {}
-    for name in ("float32", "bfloat16"):
+def settle_type(asked: str, file: Path, device: torch.device, loss: Callable[[str], Tensor]) -> str:
+    """The type to train in. "auto": whichever of both makes ``loss(type)`` and its backward pass faster here;
+    it is measured once for a folder and kept in ``file``, since it changes the numbers."""
+    if asked == "auto":
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(_faster_type(loss)), encoding="utf-8")
+        asked = str(json.loads(file.read_text(encoding="utf-8")))
+    print(f"training in {asked} on {device}", file=sys.stderr)
+    return asked
+
+
+def _faster_type(loss: Callable[[str], Tensor]) -> str:
+    times = {"float32": math.inf, "bfloat16": math.inf}
+    for name in times:
         for number in range(3):  # the first call also pays for setting up
             began = time.perf_counter()
-            with autocast(device, name):
-                value = attempt()
+            value = loss(name)
             value.backward()
             value.item()
             if number:
-                times[name] = min(times.get(name, math.inf), time.perf_counter() - began)
+                times[name] = min(times[name], time.perf_counter() - began)
     return min(times, key=lambda name: times[name])
 
 

@@ -10,8 +10,20 @@ from __future__ import annotations
 from functools import lru_cache
 
 import numpy as np
-
-from scenes import COLOURS, SHAPES, SIDE, Array, Group, Request, Scene, Thing, arrange, draw, pick, rng_for, sample_scene
+from scenes import (
+    COLOURS,
+    SHAPES,
+    SIDE,
+    Array,
+    Group,
+    Request,
+    Scene,
+    Thing,
+    arrange,
+    pick,
+    rng_for,
+    sample_scene,
+)
 
 Kind = tuple[str, str]  # colour, shape
 
@@ -87,15 +99,12 @@ def _reading_order(thing: Thing) -> tuple[float, float]:
     return thing.x, thing.y
 
 
-def photograph(scene: Scene, rng: np.random.Generator) -> Array:
-    """The drawn scene, sometimes a little blurred and noisy, so that painted and compressed pictures are familiar."""
-    image = draw(scene)
-    if rng.random() < 0.5:
-        weight = np.float32(rng.uniform(0, 0.2))  # of each of the four neighbours' share
-        padded = np.pad(image, ((1, 1), (1, 1), (0, 0)), mode="edge")
-        around = (padded[2:, 1:-1] + padded[:-2, 1:-1] + padded[1:-1, 2:] + padded[1:-1, :-2]) / 4
-        image = (1 - 2 * weight) * image + 2 * weight * around
-    if rng.random() < 0.5:
-        noise = rng.standard_normal(image.shape, dtype=np.float32)
-        image = np.clip(image + np.float32(rng.uniform(0, 0.03)) * noise, 0, 1)
-    return image
+def photograph(images: Array, rng: np.random.Generator) -> Array:
+    """Drawn pictures (B, H, W, 3), half of them blurred, half noisy: so painted and compressed ones are familiar."""
+    count = (len(images), 1, 1, 1)
+    blur = np.float32(rng.uniform(0, 0.4, count) * (rng.random(count) < 0.5))
+    noise = np.float32(rng.uniform(0, 0.03, count) * (rng.random(count) < 0.5))
+    padded = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
+    around = padded[:, 2:, 1:-1] + padded[:, :-2, 1:-1] + padded[:, 1:-1, 2:] + padded[:, 1:-1, :-2]
+    images = (1 - blur) * images + blur / 4 * around
+    return np.clip(images + noise * rng.standard_normal(images.shape, dtype=np.float32), 0, 1)
