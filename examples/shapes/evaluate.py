@@ -73,7 +73,7 @@ def interval(values: Sequence[float], seed: int = 0, draws: int = 2000) -> dict[
 def load_pipeline(folder: str) -> Any:
     from diffusers import DiffusionPipeline
 
-    pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipeline = DiffusionPipeline.from_pretrained(folder).to(torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

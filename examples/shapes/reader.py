@@ -71,7 +71,7 @@ def _islands(difference: Array, ground: Array) -> list[tuple[NDBool, tuple[slice
     rest = ((difference[:, :, None] - share[..., None] * strength) ** 2).sum(-1)
     best = rest.argmin(-1)
     solid = np.take_along_axis(share, best[..., None], -1)[..., 0]
-    labels, count = ndimage.label(solid > 0.45)
+    labels, _ = ndimage.label(solid > 0.45)
     found = []
     for number, box in enumerate(ndimage.find_objects(labels), 1):
         mask = labels[box] == number

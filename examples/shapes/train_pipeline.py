@@ -43,8 +43,8 @@ class Setting:
 
 FULL = Setting(
     models.FULL,
-    vae=training.Plan(steps=2400, rate=2e-3, average=0.995),
-    unet=training.Plan(steps=9000, rate=1.2e-3, warmup=200, average=0.9985),
+    vae=training.Plan(steps=3000, rate=2e-3, average=0.995),
+    unet=training.Plan(steps=7000, rate=1.2e-3, warmup=200, average=0.9985),
     vae_batch=16, unet_batch=32, scenes=40_000,
 )  # fmt: skip
 TINY = Setting(
@@ -58,7 +58,7 @@ TINY = Setting(
 def batch(images: Sequence[Array], device: torch.device) -> Tensor:
     """Pictures (H, W, 3) in 0..1 as (B, 3, H, W) in -1..1."""
     stacked = torch.stack([torch.from_numpy(image) for image in images]).permute(0, 3, 1, 2)
-    return (stacked * 2 - 1).to(device).contiguous(memory_format=torch.channels_last)
+    return (stacked * 2 - 1).contiguous().to(device)
 
 
 class PipelineTraining:
@@ -70,11 +70,11 @@ class PipelineTraining:
         self.minutes, self.save_every, self.dtype = minutes, save_every, dtype
         torch.manual_seed(seed)  # of the first weights
         self.tokenizer = models.build_tokenizer()
-        self.vae = models.build_vae(setting.sizes).to(device, memory_format=torch.channels_last)
+        self.vae = models.build_vae(setting.sizes).to(device)
         painter = models.Painter(
             models.build_unet(setting.sizes), models.build_text_encoder(setting.sizes, self.tokenizer)
         )
-        self.painter = painter.to(device, memory_format=torch.channels_last)
+        self.painter = painter.to(device)
         self.stages: dict[str, dict[str, Any]] = {}
 
     def stage(
@@ -173,7 +173,7 @@ class PipelineTraining:
         times = (parts * 1000).long().clamp(max=999)
         scheduler = models.build_scheduler()
         noisy, target = scheduler.add_noise(clean, noise, times), scheduler.get_velocity(clean, noise, times)
-        noisy = noisy.to(self.device).contiguous(memory_format=torch.channels_last)
+        noisy = noisy.to(self.device)
         with training.autocast(self.device, self.dtype):
             made = self.painter(noisy, times.to(self.device), words.to(self.device))
         return (made.float() - target.to(self.device)).square().mean(), {}

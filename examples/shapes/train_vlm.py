@@ -48,8 +48,8 @@ class Setting:
 
 FULL = Setting(
     models.FULL,
-    tower=training.Plan(steps=3000, rate=1e-3, average=0.998),
-    answers=training.Plan(steps=7000, rate=1e-3, warmup=200, average=0.9985),
+    tower=training.Plan(steps=3500, rate=1e-3, average=0.998),
+    answers=training.Plan(steps=4500, rate=1e-3, warmup=200, average=0.9985),
     tower_batch=64, batch=32, scenes=60_000,
 )  # fmt: skip
 TINY = Setting(
