@@ -8,8 +8,19 @@ import numpy as np
 import pytest
 from pool import Pool
 from questions import (
-    COUNTS, SPLITS, Question, absent, describe, exist, mentions, parse_answer, pope, sample_questions, score_captions,
-    score_yes_no, words,
+    COUNTS,
+    SPLITS,
+    Question,
+    absent,
+    describe,
+    exist,
+    mentions,
+    parse_answer,
+    pope,
+    sample_questions,
+    score_captions,
+    score_yes_no,
+    words,
 )  # fmt: skip
 from scenes import PLURALS, Scene, Thing, rng_for
 from world import KINDS, companions, groups_of, photograph, popularity, sample_picture
@@ -87,7 +98,8 @@ def test_companions_come_along(scenes: list[Scene]) -> None:
     rng = rng_for(3)
     pairs = [groups_of(sample_picture(rng)) for _ in range(400)]
     together = sum(
-        any(KINDS.index(b.kind) in companions()[KINDS.index(a.kind)] for a in groups for b in groups) for groups in pairs
+        any(KINDS.index(b.kind) in companions()[KINDS.index(a.kind)] for a in groups for b in groups)
+        for groups in pairs
     )
     assert together > 100  # by chance alone it would be about 35
     assert max(len(s.things) for s in scenes) <= 6
@@ -105,11 +117,15 @@ def test_captions_name_everything_and_score_as_perfect(scenes: list[Scene]) -> N
 
 
 def test_caption_scores_see_hallucination_repetition_and_silence() -> None:
-    scene = Scene(64, 64, (Thing("small", "red", "circle", 9, 9, 6), Thing("small", "blue", "star", 40, 40, 6)))
+    scene = Scene(
+        64, 64, (Thing("small", "red", "circle", 9, 9, 6), Thing("small", "blue", "star", 40, 40, 6))
+    )
     false = score_captions([scene], ["a red circle and a green cross"])
     assert (false.chair_i, false.chair_s, false.recall, false.distinct) == (0.5, 1, 0.5, 2)
     again = score_captions([scene], ["a red circle and a red circle and a red circle and a red circle"])
-    assert again.chair_i == 0 and again.repeated == 0.75 and again.distinct == 1 and again.repeated_4grams > 0.5
+    assert (
+        again.chair_i == 0 and again.repeated == 0.75 and again.distinct == 1 and again.repeated_4grams > 0.5
+    )
     assert again.counts == 0  # one circle is there, not four
     silent = score_captions([scene], [""])
     assert (silent.chair_i, silent.recall, silent.words) == (0, 0, 0)
@@ -122,7 +138,12 @@ def test_yes_no_scores() -> None:
     assert (scores.accuracy, scores.precision, scores.recall, scores.f1) == (0.25, 0.5, 0.5, 0.5)
     assert (scores.yes_ratio, scores.unanswered) == (0.5, 0.25)
     count = Question("count", "how many red circles are there ?", "one")
-    assert [parse_answer(count, t) for t in ("no circles", "a circle", "two", "red")] == ["zero", "one", "two", None]
+    assert [parse_answer(count, t) for t in ("no circles", "a circle", "two", "red")] == [
+        "zero",
+        "one",
+        "two",
+        None,
+    ]
 
 
 def test_pool_keeps_scenes_and_pictures(tmp_path) -> None:

@@ -8,8 +8,24 @@ import numpy as np
 import pytest
 from reader import OTHER, agreement, as_array, compare, read, stands, where
 from scenes import (
-    BACKGROUND, COLOURS, RELATIONS, SIDE, SIZES, Group, Request, Scene, Thing, arrange, caption, draw, parse, rng_for,
-    sample_request, sample_scene, unknown_words, vocabulary,
+    BACKGROUND,
+    COLOURS,
+    RELATIONS,
+    SIDE,
+    SIZES,
+    Group,
+    Request,
+    Scene,
+    Thing,
+    arrange,
+    caption,
+    draw,
+    parse,
+    rng_for,
+    sample_request,
+    sample_scene,
+    unknown_words,
+    vocabulary,
 )  # fmt: skip
 from scipy import ndimage
 
@@ -28,7 +44,10 @@ def test_captions_and_requests_are_inverse() -> None:
 def test_captions_are_plain_english() -> None:
     red, stars = Group(1, "medium", "red", "circle"), Group(2, "small", "orange", "star")
     assert caption(Request((red, stars), "left of")) == "a red circle left of two small orange stars"
-    assert caption(Request((replace(stars, count=1, size="medium"),), place="top")) == "an orange star at the top"
+    assert (
+        caption(Request((replace(stars, count=1, size="medium"),), place="top"))
+        == "an orange star at the top"
+    )
     assert parse("A red circle and two small orange stars") == Request((red, stars))
 
 
@@ -68,7 +87,13 @@ def test_scenes_are_seeded_and_hold_what_was_asked() -> None:
 
 
 def test_drawing_has_soft_edges_and_exact_areas() -> None:
-    for shape, area in (("circle", np.pi), ("square", np.pi), ("triangle", 2.1954), ("star", 2.5921), ("cross", 2.8272)):
+    for shape, area in (
+        ("circle", np.pi),
+        ("square", np.pi),
+        ("triangle", 2.1954),
+        ("star", 2.5921),
+        ("cross", 2.8272),
+    ):
         image = draw(Scene(64, 64, (Thing("large", "black", shape, 32.3, 31.8, 12.0),)))
         covered = (image[..., 0] - BACKGROUND[0]) / (COLOURS["black"][0] - BACKGROUND[0])
         assert covered.sum() == pytest.approx(area * 144, rel=0.01)
@@ -84,7 +109,9 @@ def test_the_reader_reads_what_was_drawn_also_blurred_and_noisy() -> None:
         for i in range(number):
             request, scene = sample_scene(rng, height, width)
             blur, noise = ((0, 0), (0.7, 0.02), (1.1, 0.04))[i % 3]
-            image = ndimage.gaussian_filter(draw(scene), (blur, blur, 0)) + rng.normal(0, noise, (height, width, 3))
+            image = ndimage.gaussian_filter(draw(scene), (blur, blur, 0)) + rng.normal(
+                0, noise, (height, width, 3)
+            )
             right += agreement(image, request).whole
             total += 1
     assert right / total >= 0.99, f"{right} of {total}"
@@ -135,7 +162,10 @@ def test_touching_things_are_told_apart_and_blots_are_no_shape() -> None:
 
 
 def test_relations_and_places_are_judged_by_position() -> None:
-    at = {n: Thing("small", "red", "circle", x, y, 5.5) for n, (x, y) in enumerate([(10, 32), (50, 30), (32, 6)])}
+    at = {
+        n: Thing("small", "red", "circle", x, y, 5.5)
+        for n, (x, y) in enumerate([(10, 32), (50, 30), (32, 6)])
+    }
     assert stands(at[0], at[1], "left of") and not stands(at[1], at[0], "left of")
     assert not stands(at[0], at[1], "below") and stands(at[2], at[1], "above")
     assert [where(at[n], 64, 64) for n in range(3)] == ["left", "right", "top"]
