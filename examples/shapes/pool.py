@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,7 @@ class Pool:
                 )
             self._pixels, self._counts = found["pixels"], found["counts"]
             self._names, self._places = found["names"], found["places"]
+            self.seconds = float(found["seconds"])  # that making it took
 
     def __len__(self) -> int:
         return len(self._counts)
@@ -48,6 +50,7 @@ class Pool:
 
 
 def _make(file: Path, number: int, seed: int) -> None:
+    began = time.monotonic()
     pixels = np.zeros((number, SIDE, SIDE, 3), np.uint8)
     counts = np.zeros(number, np.int64)
     names = np.zeros((number, MOST_THINGS, 3), np.int64)
@@ -64,5 +67,13 @@ def _make(file: Path, number: int, seed: int) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     new = file.with_suffix(".new")
     with new.open("wb") as stream:
-        np.savez(stream, pixels=pixels, counts=counts, names=names, places=places, seed=np.int64(seed))
+        np.savez(
+            stream,
+            pixels=pixels,
+            counts=counts,
+            names=names,
+            places=places,
+            seed=np.int64(seed),
+            seconds=np.float64(time.monotonic() - began),
+        )
     new.replace(file)

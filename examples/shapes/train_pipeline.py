@@ -13,6 +13,7 @@ import argparse
 import json
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -43,8 +44,8 @@ class Setting:
 
 FULL = Setting(
     models.FULL,
-    vae=training.Plan(steps=3000, rate=2e-3, average=0.995),
-    unet=training.Plan(steps=7000, rate=1.2e-3, warmup=200, average=0.9985),
+    vae=training.Plan(steps=3000, rate=1.5e-3, average=0.995),
+    unet=training.Plan(steps=7000, rate=1e-3, warmup=200, average=0.9985),
     vae_batch=16, unet_batch=32, scenes=40_000,
 )  # fmt: skip
 TINY = Setting(
@@ -92,8 +93,8 @@ class PipelineTraining:
         stage = self.stage("vae", self.vae, self.setting.vae, share)
         stage.run(self.vae_loss)
         self.stages["vae"] = stage.summary()
-        latents, ids = self.latents()
-        rest = None if self.minutes is None else self.minutes - stage.seconds / 60
+        latents, ids, seconds = self.latents()
+        rest = None if self.minutes is None else self.minutes - (stage.seconds + seconds) / 60
         stage = self.stage("unet", self.painter, self.setting.unet, rest)
         stage.run(lambda step: self.unet_loss(step, latents, ids))
         self.stages["unet"] = stage.summary()
@@ -132,9 +133,12 @@ class PipelineTraining:
     # ------------------------------------------------------------ latents, once
 
     @torch.no_grad()
-    def latents(self) -> tuple[Tensor, Tensor]:
-        """Latents (N, 4, 16, 16) of captioned scenes, and the tokens of their captions; kept in a file."""
-        file = self.out / "latents.pt"
+    def latents(self) -> tuple[Tensor, Tensor, float]:
+        """Latents (N, 4, 16, 16) of captioned scenes, tokens of their captions, and the seconds that it took.
+
+        Kept in a file; the autoencoder is normalised by them.
+        """
+        file, began = self.out / "latents.pt", time.monotonic()
         if not file.exists():
             rng, size = rng_for(self.seed, LATENTS), min(64, self.setting.scenes)
             means, captions = [], []
@@ -151,11 +155,12 @@ class PipelineTraining:
                 "ids": models.tokens(self.tokenizer, captions),
                 "mean": mean,
                 "std": std,
+                "seconds": time.monotonic() - began,
             }
             training.write_atomically(file, found)
         found = torch.load(file, weights_only=True)
         models.normalise(self.vae, found["mean"].to(self.device), found["std"].to(self.device))
-        return found["latents"], found["ids"]
+        return found["latents"], found["ids"], found["seconds"]
 
     # ------------------------------------------------------------ denoiser and text encoder
 

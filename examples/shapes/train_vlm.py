@@ -98,7 +98,11 @@ class VlmTraining:
         share = None if self.minutes is None else self.minutes * TOWER_SHARE
         modules = nn.ModuleDict({"tower": tower, "aid": self.aid})
         self.stages["tower"] = self.stage("tower", modules, self.setting.tower, share, self.tower_loss)
-        rest = None if self.minutes is None else self.minutes - self.stages["tower"]["minutes"]
+        rest = (
+            None
+            if self.minutes is None
+            else self.minutes - self.stages["tower"]["minutes"] - self.pool.seconds / 60
+        )
         modules = nn.ModuleDict({"model": self.model, "aid": self.aid})
         self.stages["answers"] = self.stage("answers", modules, self.setting.answers, rest, self.answers_loss)
 
