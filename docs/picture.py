@@ -12,7 +12,7 @@ STOPS = (
     ("before the softmax", ("position", "keys", "scale", "pattern")),
     ("softmax, looked at", ("observe", "form", "mass")),
     ("after it", ("gain", "kv")),
-    ("beside attention", ("around", "weights")),
+    ("beside attention", ("around", "input", "weights")),
 )
 WORDS = ("What", "Source", "Seams", "Exact", "Costs", "Differs")
 BOX, GAP, LEFT, TOP, HIGH = 150, 14, 24, 64, 62
@@ -62,9 +62,9 @@ def used_by() -> dict[str, list[str]]:
 
 def meanings() -> dict[str, str]:
     """Seam → what a method may do there: the comments in the list of kinds."""
-    import trainless.seams
+    import trainless.seams.kinds
 
-    source = Path(trainless.seams.__file__).read_text(encoding="utf-8")
+    source = Path(trainless.seams.kinds.__file__).read_text(encoding="utf-8")
     block = source[source.index("KINDS = (") : source.index("STATISTICS")]
     return {kind: said.split(":")[0] for kind, said in re.findall(r'"(\w+)",  # (.+)', block)}
 

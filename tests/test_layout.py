@@ -19,9 +19,11 @@ LONGEST = 500
 ORDER = [
     {"errors"},
     {"seams", "journal", "layers", "tables"},
-    {"kernels", "hosts.base", "report", "rows", "verification"},
-    {"kv", "patchers", "rows"},
+    {"kernels", "hosts.base", "report", "verification", "weights"},
+    {"kv", "patchers", "patterns", "rows", "probed", "subset", "extra"},
+    {"run"},
     {"softmax"},
+    {"packed"},
     {"attention", "recipes"},
     {"hosts"},
     {"calibration", "probing"},
@@ -37,7 +39,7 @@ ORDER = [
 ]
 TOGETHER = {frozenset({"patching", "verify"})}
 # A method sees the vocabulary and the kernels, and nothing of the machinery that runs it.
-METHODS_MAY_IMPORT = {"errors", "seams", "kernels"}
+METHODS_MAY_IMPORT = {"errors", "seams", "layers", "kernels"}
 LEVEL = {unit: level for level, units in enumerate(ORDER) for unit in units}
 
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -18,6 +18,7 @@ from .errors import (
     Unsupported,
 )
 from .explain import Explanation, explain
+from .hosts.transformers_images import image_tokens
 from .listing import MethodInfo, methods
 from .patching import Patch, patch, patched, unpatch
 from .recipes import load_recipe
@@ -41,6 +42,7 @@ __all__ = [
     "__version__",
     "calibrate",
     "explain",
+    "image_tokens",
     "load_recipe",
     "methods",
     "patch",

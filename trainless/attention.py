@@ -15,9 +15,12 @@ from torch import Tensor
 
 from .errors import Unsupported
 from .hosts.base import Lease, Runtime
-from .kv import CompressingLayer
-from .seams import AttentionCall
-from .softmax import Delegate, SoftmaxRun
+from .kernels.visibility import adds_bias, bias_times
+from .kv import CompressingLayer, PackedLayer
+from .packed import PackedRun
+from .patterns import Pattern, visible_keys
+from .run import Delegate
+from .seams import AttentionCall, Entry, Formed
 
 
 def attend(runtime: Runtime, call: AttentionCall, delegate: Delegate) -> Tensor:
@@ -35,7 +38,7 @@ def attend(runtime: Runtime, call: AttentionCall, delegate: Delegate) -> Tensor:
     return run.output()
 
 
-class _Run(SoftmaxRun):
+class _Run(PackedRun):
     """One call on its way through the plan."""
 
     # ------------------------------------------------------------------ the order of things
@@ -44,30 +47,50 @@ class _Run(SoftmaxRun):
         call, plan = self.call, self.plan
         layer = call.layer if isinstance(call.layer, CompressingLayer) else None
         if layer is not None:
-            if layer.lease.active:
+            if layer.active:
                 layer.note(call.real)
             self.edited = layer.evicted
+            self._refuse_bias(layer)
         self._position()
         extra = self._extra_keys()
+        # Asked for before the scale, which may depend on how many keys a row is left with.
+        patterns = self._static_patterns(extra)
         self._scale()
         call = self.call
-        predicates = [e for e in plan.of["pattern"] if not e.contribution.dynamic]
+        dynamic = [e for e in plan.of["pattern"] if e.contribution.dynamic]
         form = plan.of["form"]
         wanted = self._wanted(layer)
+        self._ask_groups()
         moves = plan.of["mass"]
         if form:
-            out = self._value(form[0])
+            out = self._form(form[0])
             self.acted.add(form[0].owner)
-            self.kernel = form[0].method
-        elif not (self.edited or extra or predicates or wanted or moves or plan.of["pattern"]):
+        elif isinstance(layer, PackedLayer) and layer.packed:
+            out = self._packed_softmax(layer, extra, wanted, moves)
+        elif not (self.edited or extra or patterns or wanted or moves or self.groups or dynamic):
             out = self.delegate(call)
+            self._observe()  # what asks for facts of the call, not for statistics
         else:
-            out = self._softmax(layer, extra, predicates, wanted, moves)
+            out = self._softmax(layer, extra, patterns, wanted, moves)
         out = self._gain(out)
-        if layer is not None and layer.settle():
-            self.acted.update(e.owner for e in plan.of["kv"])
+        if layer is not None and plan.evictor is not None and self._chooses(layer):
+            layer.choose(self._value(plan.evictor))
+        if isinstance(layer, PackedLayer):
+            self.acted.update(layer.evict())
+            self.acted.update(layer.finish(self._tiers(layer)))
+        elif layer is not None:
+            self.acted.update(layer.settle())
         self._account(layer)
         return out
+
+    def _refuse_bias(self, layer: CompressingLayer) -> None:
+        """A mask that adds to the logits is as wide as the sequence, and the keys are no longer where it says."""
+        mask = self.call.mask
+        if (layer.evicted or layer.packed) and adds_bias(mask, self.call.query.shape[2]):
+            raise Unsupported(
+                f"{layer.lease.name}: {self.runtime.site.name} was given a mask that adds a bias to the logits, key by "
+                "key, and its cache has dropped or packed keys; use a mask that only hides keys"
+            )
 
     def direct(self) -> Tensor:
         """Scale, the user's own attention, gain: decoding calls this often, so nothing else is looked at."""
@@ -102,6 +125,28 @@ class _Run(SoftmaxRun):
                 self.acted.add(entry.owner)
         return found
 
+    def _static_patterns(self, extra: list[Any]) -> list[Pattern]:
+        """The static patterns that restrict this call, and for scales the number of keys that each row sees."""
+        found = []
+        for entry in self.plan.of["pattern"]:
+            if entry.contribution.dynamic:
+                continue
+            pattern = self._value(entry)
+            if pattern is not None:
+                found.append(pattern)
+                self.acted.add(entry.owner)
+        if (found or extra) and self.plan.of["scale"]:
+            call = self.call
+            seen = visible_keys(found, call.query.shape[2], call.key.shape[2], call.query.device)
+            for more in extra:
+                first, stop = more.rows or (0, len(seen))
+                if more.visible is None:
+                    seen[first:stop] += more.key.shape[2]
+                else:
+                    seen[first:stop] += more.visible[0, 0].sum(-1)
+            call.facts["visible_keys"] = seen.view(1, 1, -1, 1)
+        return found
+
     def _scale(self) -> None:
         factor: Any = 1.0
         for entry in self.plan.of["scale"]:
@@ -121,27 +166,63 @@ class _Run(SoftmaxRun):
                     "soft-capped logits or learned sinks; use one number"
                 )
             query = (call.query.to(call.statistics_dtype) * factor).to(call.query.dtype)
-            self.call = replace(call, query=query, position_bias=bias)
+            mask = bias_times(call.mask, factor, *call.shape[3:])
+            self.call = replace(call, query=query, mask=mask, position_bias=bias)
             return
         if call.sink_logits is not None:
             self.edited = True  # families read their sinks from the module, whatever they are passed
         # c·tanh(s·x/c) times f is (f·c)·tanh((f·s)·x/(f·c)): scaling all three scales the whole logit.
         self.call = replace(
             call,
+            mask=bias_times(call.mask, factor, *call.shape[3:]),
             scaling=call.scaling * factor,
             position_bias=bias,
             softcap=None if call.softcap is None else call.softcap * factor,
             sink_logits=None if call.sink_logits is None else call.sink_logits * factor,
         )
 
+    @staticmethod
+    def _chooses(layer: CompressingLayer | None) -> bool:
+        """Whether the method itself says what this layer keeps after the call."""
+        return layer is not None and layer.policy.chosen and layer.lease.active
+
     def _wanted(self, layer: CompressingLayer | None) -> set[str]:
         """Statistics that this call has to produce."""
         wanted: set[str] = set()
+        scored = None if layer is None else layer.scored_by()
         for entry in self.plan.active:
-            wanted.update(entry.contribution.wanted(self.call, self._state(entry)))
-        if layer is not None and layer.wants_scores():
-            wanted.add("column_mass")
+            state = self._state(entry)
+            asked = set(entry.contribution.wanted(self.call, state))
+            if "probe_mass" in asked:
+                told = scored == "probe_mass" or self._chooses(layer)
+                cached = entry is not self.plan.evictor or told
+                if not (cached and self.probed.ask(entry, self.call, state)):
+                    asked.remove("probe_mass")
+            if asked:
+                self.asking.add(entry)
+            wanted.update(asked)
+        if scored == "column_mass":
+            wanted.add(scored)
         return wanted
+
+    def _ask_groups(self) -> None:
+        """The groups of keys whose mass somebody wants to know in this call."""
+        for entry in self.plan.active:
+            named = entry.contribution.groups
+            found = None if named is None else named(self.call, self._state(entry))
+            if found is not None:
+                self.groups[entry] = found
+
+    # ------------------------------------------------------------------ instead of the softmax
+
+    def _form(self, entry: Entry) -> Tensor:
+        value = self._value(entry)
+        self.kernel = entry.method
+        if isinstance(value, Formed):
+            self.kernel, self.reasons = value.kernel, value.reasons
+            return value.output
+        out: Tensor = value
+        return out
 
     # ------------------------------------------------------------------ after the softmax
 
@@ -160,6 +241,14 @@ class _Run(SoftmaxRun):
                 factor.to(out.dtype) if isinstance(factor, Tensor) else factor
             )
         return out
+
+    def _tiers(self, layer: PackedLayer) -> Tensor | None:
+        """Which of the waiting tokens the method wants in the high tier; None where it has no say now."""
+        entry = self.plan.quantiser
+        if entry is None or not layer.rule.chosen or not layer.due:
+            return None
+        high: Tensor | None = self._value(entry)
+        return high
 
     # ------------------------------------------------------------------ bookkeeping
 

@@ -139,7 +139,7 @@ def _default_parts(sites: list[Site], method: Method, part: str | None, parts: l
 
 
 def _kv_refusal(method: Method, site: Site) -> str | None:
-    if not method.evicts:
+    if not (method.evicts or method.packs):
         return None
     if site.facts.get("sliding_window"):
         return "a sliding-window layer keeps its own window"
@@ -147,7 +147,7 @@ def _kv_refusal(method: Method, site: Site) -> str | None:
         return "its position bias needs every key at its place"
     if site.facts.get("shares_kv"):
         return "its keys and values are shared with other layers"
-    if not site.causal:
+    if not (site.causal or site.facts.get("caches")):
         return "not causal: there is no cache to compress"
     return None
 

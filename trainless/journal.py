@@ -102,33 +102,67 @@ class ItemEdit(Edit):
             del self.container[self.key]
 
 
+def stored(owner: nn.Module, name: str) -> Tensor | None:
+    """Where the values of a parameter or buffer are; None when they are nowhere in memory.
+
+    Sequential offloading (accelerate) leaves a placeholder on the meta device in the module, and keeps the
+    values in a table of the module's hook.
+    """
+    found = getattr(owner, name, None)
+    if not isinstance(found, Tensor):
+        return None
+    if found.device.type != "meta":
+        return found.detach()
+    hook = getattr(owner, "_hf_hook", None)
+    for one in (hook, *getattr(hook, "hooks", ())):
+        table = getattr(one, "weights_map", None)
+        try:
+            kept = table[name] if table is not None else None
+        except KeyError:
+            continue
+        if isinstance(kept, Tensor) and kept.device.type != "meta":
+            return kept.detach()
+    return None
+
+
 class TensorEdit(Edit):
-    """Overwrite the contents of a tensor in place; the old contents wait on the CPU."""
+    """Overwrite a parameter or buffer of a module in place; the old contents wait on the CPU.
 
-    def __init__(self, tensor: Tensor, value: Tensor, where: str):
-        self.tensor, self.where = tensor, where
-        self.backup = tensor.detach().to("cpu", copy=True)
-        with torch.no_grad():
-            tensor.copy_(value)
-        self.installed = tensor.detach().to("cpu", copy=True)
+    The tensor is looked up each time: offloading and conversion may put another one in its place.
+    """
 
+    def __init__(self, owner: nn.Module, name: str, value: Tensor, where: str):
+        self.owner, self.name, self.where = owner, name, where
+        self.backup = self.tensor.to("cpu", copy=True)
+        self._write(value)
+        self.installed = self.tensor.to("cpu", copy=True)
         self.shown = True
+
+    @property
+    def tensor(self) -> Tensor:
+        found = stored(self.owner, self.name)
+        assert found is not None, f"{self.where} has no values in memory"
+        return found
+
+    def _write(self, value: Tensor) -> None:
+        with torch.no_grad():
+            self.tensor.copy_(value)
 
     def show(self, ours: bool) -> None:
         """Put our contents, or those from before, into the tensor; for pausing."""
         if ours != self.shown and self.is_ours():
-            with torch.no_grad():
-                self.tensor.copy_(self.installed if ours else self.backup)
+            self._write(self.installed if ours else self.backup)
             self.shown = ours
 
     def is_ours(self) -> bool:
-        # Contents, not identity: moving a model to another device makes new storage with our values.
+        # Contents, not identity: moving a model to another device makes new storage with our values, and
+        # converting it rounds them.
+        current = stored(self.owner, self.name)
         expected = self.installed if self.shown else self.backup
-        return torch.equal(self.tensor.detach().cpu(), expected)
+        return current is not None and torch.equal(current.cpu(), expected.to(current.dtype))
 
     def undo(self) -> None:
-        with torch.no_grad():
-            self.tensor.copy_(self.backup)
+        self._write(self.backup)
 
 
 class Journal:
@@ -141,13 +175,13 @@ class Journal:
         self.edits.append(edit)
         return edit
 
-    def undo(self) -> list[str]:
-        """Undo every edit that is still ours; return where the others are (they are left alone)."""
+    def undo(self, since: int = 0) -> list[str]:
+        """Undo the edits from number ``since`` on that are still ours; return where the others are, left alone."""
         foreign = []
-        for edit in reversed(self.edits):
+        for edit in reversed(self.edits[since:]):
             if edit.is_ours():
                 edit.undo()
             else:
                 foreign.append(edit.where)
-        self.edits.clear()
+        del self.edits[since:]
         return foreign

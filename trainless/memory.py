@@ -1,4 +1,4 @@
-"""How many bytes a key/value cache takes, from head counts and eviction rules; nothing is run."""
+"""How many bytes a key/value cache takes, from head counts and the rules of eviction and precision."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from .binding import Binding, entries_by_module
 from .hosts import Component, find_sites
 from .hosts.base import runtime_of
-from .seams import AttentionPlan, Entry, Evict, Site
+from .seams import AttentionPlan, Entry, Site, tokens_of
 
 LENGTHS = (4096, 32768)
 
@@ -67,9 +67,10 @@ def estimate(
             per_token = 2 * (site.kv_heads or 0) * (site.head_dim or 0) * width.itemsize
             window = site.facts.get("sliding_window")
             held = min(tokens, window) if window else tokens
-            rule = _rule(site, planned[site.module][1] if site.module in planned else [])
+            plan = _plan(site, planned[site.module][1] if site.module in planned else [])
             before += held * per_token
-            after += (held if rule is None else min(held, rule.total(tokens))) * per_token
+            held = held if plan.evict is None else min(held, plan.evict.total(tokens))
+            after += _bytes(plan, held, tokens, site, per_token, width.itemsize)
         points.append(CachePoint(tokens, before, after, positions is not None and tokens > positions))
     return CacheEstimate(len(sites), str(width).removeprefix("torch."), positions, tuple(points))
 
@@ -79,8 +80,16 @@ def _caches(site: Site) -> bool:
     return site.causal and site.role == "self" and known and not site.facts.get("shares_kv")
 
 
-def _rule(site: Site, entries: Sequence[Entry]) -> Evict | None:
-    """The eviction rule that would stand at the site."""
+def _plan(site: Site, entries: Sequence[Entry]) -> AttentionPlan:
+    """The plan that would stand at the site."""
     runtime = runtime_of(site.module)
     standing = list(runtime.plan.entries) if runtime is not None else []
-    return AttentionPlan([*standing, *entries]).evict
+    return AttentionPlan([*standing, *entries])
+
+
+def _bytes(plan: AttentionPlan, held: int, tokens: int, site: Site, per_token: int, itemsize: int) -> int:
+    rule = plan.quantise
+    if rule is None or tokens < rule.start:
+        return held * per_token
+    residual = tokens_of(rule.residual, tokens)
+    return (site.kv_heads or 0) * rule.nbytes(held, residual, site.head_dim or 0, itemsize)

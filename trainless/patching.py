@@ -17,11 +17,14 @@ from .errors import ForeignEdit, InputError, TrainlessError, Unsupported
 from .hosts import Component
 from .hosts.around import wrap_forward
 from .hosts.base import ATTRIBUTE, Runtime, runtime_of
+from .hosts.inputs import watch_inputs
 from .journal import AttributeEdit, Journal, TensorEdit, mark
 from .recipes import Recipe, resolve
 from .recipes.values import values_of
 from .report import MethodReport, Report
 from .seams import Site
+from .weights import Given, beside, replace
+from .weights import check as check_tensors
 
 STATION = "_trainless_station"
 
@@ -53,6 +56,7 @@ class Patch:
     def __init__(self, model: Any, recipe: Recipe, parts: list[Component], bindings: list[Binding]):
         self.model, self.recipe, self.parts, self.bindings = model, recipe, parts, bindings
         self.journal = Journal()  # tensors that this patch replaced
+        self.added = Journal()  # modules with tensors of its own that it put beside sites
         self.applied = False
         self._last: list[MethodReport] | None = None
 
@@ -60,21 +64,30 @@ class Patch:
 
     def _commit(self) -> None:
         """Put everything in place; on any exception take back what was done and let it through."""
+        check_tensors(self._given())
+        counts: list[tuple[Journal, int]] = []
+        marks: list[tuple[Runtime, Any]] = []  # at sites of other patches, which stay as they are
         try:
             self._build_stations()
+            counts = [(station.journal, len(station.journal.edits)) for station in self._stations()]
+            marks = [(r, r.mark()) for station in self._stations() for r in station.runtimes]
             for station in self._stations():
                 station.patches.append(self)
             for site, entries in entries_by_module(self.bindings).values():
                 runtime = self._runtime(site)
                 runtime.add(entries)
                 self._equip(runtime, site)
-            self._weights()
+            self._put_tensors()
             for binding in self.bindings:
                 binding.lease.active = True
             self.applied = True
             self._refresh()
         except BaseException:
             self._take_off()
+            for runtime, before in marks:
+                runtime.back_to(before)
+            for journal, count in counts:
+                journal.undo(count)
             raise
         _reset_compiler()
 
@@ -100,13 +113,15 @@ class Patch:
         foreign: list[str] = []
         for binding in self.bindings:
             binding.lease.active = False
-        foreign += self.journal.undo()
+        foreign += self.journal.undo() + self.added.undo()
         for module in list(entries_by_module(self.bindings)):
             runtime = runtime_of(module)
             if runtime is None:
                 continue
             for binding in self.bindings:
                 runtime.drop(binding.lease)
+            for _, _, contribution in self._given():
+                runtime.holders.pop(contribution, None)
             if not runtime.entries:
                 foreign += runtime.journal.undo()
                 for station in self._stations():
@@ -189,34 +204,23 @@ class Patch:
         part = self._part(site)
         prepare = getattr(part.host, "prepare", None)
         if prepare is not None:
-            prepare(runtime, part.module)
+            prepare(runtime, part.module, vars(part.module)[STATION].journal)
         around = any(e.contribution.kind == "around" for e in runtime.entries)
         if around and "forward" not in {getattr(e, "name", "") for e in runtime.journal.edits}:
             wrap_forward(runtime)
+        if any(e.contribution.kind == "input" for e in runtime.entries):
+            watch_inputs(runtime)
 
-    def _weights(self) -> None:
-        """Replace tensors, after checking that every one exists and has the right shape."""
-        for binding in self.bindings:
-            for site, contributions in binding.contributions:
-                for contribution in contributions:
-                    if contribution.kind != "weights":
-                        continue
-                    own = {**dict(site.module.named_parameters()), **dict(site.module.named_buffers())}
-                    tensors = dict(contribution.tensors or {})
-                    missing = [n for n in tensors if n not in own]
-                    wrong = [n for n in tensors if n in own and own[n].shape != tensors[n].shape]
-                    if missing or wrong:
-                        said = (
-                            f"{site.name} has no {missing[0]!r}"
-                            if missing
-                            else (
-                                f"{site.name}.{wrong[0]} has shape {tuple(own[wrong[0]].shape)}, "
-                                f"the replacement {tuple(tensors[wrong[0]].shape)}"
-                            )
-                        )
-                        raise InputError(f"{binding.name}: {said}; these weights are of another model")
-                    for name, tensor in tensors.items():
-                        self.journal.add(TensorEdit(own[name], tensor, f"{site.name}.{name}"))
+    def _given(self) -> list[Given]:
+        return [(b.name, site, c) for b in self.bindings for site, given in b.contributions for c in given]
+
+    def _put_tensors(self) -> None:
+        """Replace tensors, and put those of methods' own beside their sites; all of it is checked already."""
+        replace(self._given(), self.journal)
+        for _, site, contribution in self._given():
+            runtime = runtime_of(site.module)
+            if contribution.kind == "input" and contribution.tensors and runtime is not None:
+                runtime.holders[contribution] = beside(site, contribution.tensors, self.added)
         if self.journal.edits:
             for station in self._stations():
                 self._refuse_saving(station)

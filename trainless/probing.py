@@ -15,7 +15,7 @@ from .errors import InputError
 from .hosts import Component
 from .hosts.base import Lease, Runtime, Tally, runtime_of
 from .hosts.probes import SEED, STEPS, Probe, default_probes
-from .seams import Evict, Site
+from .seams import Evict, Quantise, Site
 
 BASE = 64  # tokens of a prefill: more than few rows, so that the blocked kernels are tried
 MOST = 2048  # tokens of a prefill that is made longer so that an evictor has something to drop
@@ -36,11 +36,14 @@ def probes_for(parts: Sequence[Component], sites: Sequence[Site], tokens: int) -
     return found
 
 
-def tokens_for(rules: Sequence[Evict]) -> int:
-    """A prefill length at which every eviction rule has to drop something, where that is within reason."""
+def tokens_for(rules: Sequence[Evict | Quantise]) -> int:
+    """A prefill length at which every rule of the cache has to drop or pack something, where that is within reason."""
     need = BASE
     for rule in rules:
-        parts = (rule.sinks, rule.recent, rule.heavy)
+        if isinstance(rule, Evict):
+            parts = (rule.sinks, rule.recent, rule.heavy)
+        else:
+            parts = (rule.residual, max(rule.group, rule.interval), rule.start)
         fixed = sum(b for b in parts if isinstance(b, int))
         share = sum(b for b in parts if isinstance(b, float))
         if share < 1:
@@ -192,12 +195,21 @@ def run(parts: Sequence[Component], probes: Sequence[Probe]) -> Ran:
             runtime.tallies = {lease: Tally() for lease in runtime.tallies}
             runtime.facts.pop("around", None)
             runtime.refresh()
+        forget_runs(parts)
         torch.manual_seed(SEED)
         ran.outputs.append(list(tensors_in(probe.run())))
         ran.counts.append({runtime.site.module: dict(runtime.tallies) for runtime in standing})
     if not ran.tensors:
         raise InputError("the probe gives no tensors or images to compare; return the model's outputs")
     return ran
+
+
+def forget_runs(parts: Sequence[Component]) -> None:
+    """No call before this belongs to the run of a call after it, where a host counts the steps of runs."""
+    for part in parts:
+        forget = getattr(part.host, "forget_runs", None)
+        if forget is not None:
+            forget(part.module)
 
 
 class Standing:
@@ -224,6 +236,7 @@ class Standing:
             _reorder(hooks, before)
 
     def restore_counters(self) -> None:
+        forget_runs(self.parts)
         for runtime in runtimes(self.parts):
             tallies, around = self.tallies[runtime.site.module]
             runtime.tallies = {lease: tallies[lease] for lease in runtime.tallies if lease in tallies}

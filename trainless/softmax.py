@@ -6,75 +6,54 @@ statistics are taken, dynamic patterns and edits asked for and carried out. Whic
 - up to FEW_ROWS query rows (decode, drafts): their probabilities are computed outright and edited;
 - statistics that may lead to an edit: output, log-sum-exp and column mass in one sweep, and for heads that then
   are not edited the output of the user's own kernel;
+- statistics over chosen rows alone: those rows meet the keys, and the output is the user's own;
 - anything else: the fused operator, then one pass per statistic, then an edit of few columns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .errors import InputError, Unsupported
-from .hosts.base import Runtime
+from .errors import Unsupported
+from .extra import merge_extra
 from .kernels.column_mass import RowScale, attention_and_mass, column_mass, together_reasons
-from .kernels.common import Terms
+from .kernels.group_mass import group_mass
 from .kernels.lse import attention as attention_lse
-from .kernels.lse import choose, row_attention
+from .kernels.lse import row_attention
 from .kernels.mass_move import mass_move
-from .kernels.visibility import Visibility, visibility
+from .kernels.visibility import Visibility
+from .kernels.window2d import Window2d, window2d
+from .kernels.window2d import choose as choose_window
 from .kv import CompressingLayer
-from .rows import apply, move_edit, on_heads
-from .seams import AttentionCall, AttentionPlan, Contribution, Entry, MassMove, RowEdit, State, Statistics
+from .patterns import Pattern, extra_of_image, window_of
+from .rows import apply, apply_to, edited_rows, mass_of_groups, move_edit, on_heads
+from .run import Run
+from .seams import (
+    Contribution,
+    Entry,
+    MassMove,
+    RowEdit,
+    Statistics,
+    Tokens,
+)  # fmt: skip
+from .subset import only, over, without
 
-Delegate = Callable[[AttentionCall], Tensor]
 FEW_ROWS = 16  # up to this many query rows the probabilities are computed outright
 ROW_BLOCK = 128  # rows at a time where an edit needs whole rows of probabilities
 
 
-class SoftmaxRun:
-    """One call under way; what the steps of a plan share, and those that deal with the softmax."""
-
-    def __init__(self, runtime: Runtime, call: AttentionCall, delegate: Delegate):
-        self.runtime, self.call, self.delegate = runtime, call, delegate
-        self.plan: AttentionPlan = runtime.plan
-        self.states: dict[str, State] = {}
-        self.acted: set[Any] = set()
-        self.edited = False  # the output can no longer come from the delegate
-        self.stats = Statistics()
-        self.kernel, self.reasons = "stock", ""
-
-    def _state(self, entry: Entry) -> State:
-        if entry.method not in self.states:
-            kept = getattr(self.call.layer, "states", None)
-            # Without a cache there is no sequence to remember: the state lives for this call.
-            self.states[entry.method] = State() if kept is None else kept.setdefault(entry.method, State())
-        return self.states[entry.method]
-
-    def _value(self, entry: Entry) -> Any:
-        if entry.contribution.constant is not None:
-            return entry.contribution.constant
-        value = entry.contribution.value
-        if value is None:
-            raise InputError(
-                f"{entry.method}: a {entry.contribution.kind} contribution needs a value function"
-            )
-        heads = entry.contribution.heads
-        if heads and max(heads) >= self.call.query.shape[1]:
-            raise InputError(
-                f"{entry.method}: head {max(heads)} does not exist at {self.runtime.site.name}, "
-                f"which has {self.call.query.shape[1]} heads"
-            )
-        return value(self.call, self.stats, self._state(entry))
+class SoftmaxRun(Run):
+    """What the steps of a plan do that deal with the softmax."""
 
     def _softmax(
         self,
         layer: CompressingLayer | None,
         extra: list[Any],
-        predicates: list[Entry],
+        patterns: list[Pattern],
         wanted: set[str],
         moves: tuple[Entry, ...],
     ) -> Tensor:
@@ -84,56 +63,99 @@ class SoftmaxRun:
                 f"{self.runtime.site.name}: attention dropout is on (training mode) and a patch edits this "
                 "attention; call model.eval() or remove the patch"
             )
+        dynamic = [e for e in self.plan.of["pattern"] if e.contribution.dynamic and e in self.asking]
         if layer is not None and layer.evicted and call.query.shape[2] == 1 and not (extra or moves):
-            if not self.plan.of["pattern"] and not self.plan.of["observe"] and "lse" not in wanted:
+            if not (patterns or dynamic or self.plan.of["observe"] or "lse" in wanted):
                 return self._decode_kept(layer, wanted)
-        dynamic = [e for e in self.plan.of["pattern"] if e.contribution.dynamic]
         edits = None
-        if not (wanted or dynamic):
+        if not (wanted or dynamic or self.groups):
             # Frozen rules need no statistics: ask them first, they may have nothing to edit in this call.
             edits = [(entry, move) for entry in moves if (move := self._value(entry)) is not None]
-            if not (edits or predicates or extra or self.edited or self.plan.of["observe"]):
+            if not (edits or patterns or extra or self.edited or self.plan.of["observe"]):
                 return self.delegate(call)
-        visible = self._visibility(layer, predicates)
+        window, self.why_not = window_of(call, patterns)
+        if window is not None:
+            self.why_not = self._why_no_window(layer, wanted, dynamic, edits)
+            if not self.why_not:
+                return self._windowed(window, extra)
+        visible = self._visibility(layer, patterns)
         if call.query.shape[2] <= FEW_ROWS and not extra:
             return self._few_rows(layer, visible, wanted, moves, dynamic, edits)
         plain = not (self.edited or extra)
-        if plain and not dynamic and self._together(visible, wanted, moves):
+        if plain and self.groups and not (wanted or dynamic):
+            edited = self._edit_named_rows(visible, moves)
+            if edited is not None:
+                return edited
+        if plain and not dynamic and not self.groups and self._together(visible, wanted, moves):
             return self._edit_swept(layer, visible, moves)
-        out, lse = self._attention(visible)
-        self.edited = self.edited or bool(extra)
-        if extra:
-            out, lse = self._merge_extra(out, lse, extra)
-        self.stats.lse = lse
+        out, lse = None, None
+        if not plain or wanted - {"probe_mass"}:
+            out, lse = self._attention(visible, extra)
+            self.edited = self.edited or bool(extra)
+            self.stats.lse = lse
         options = self._options()
         if "column_mass" in wanted:
             self._column_mass(layer, visible, lse, options)
+        self._probe(layer, visible, lse)
+        subset = None
         for entry in dynamic:
-            pairs = self._value(entry)
-            if pairs is not None:
-                visible = visible.restrict(pairs.visible)
-                out, lse = self._attention(visible)
+            chosen = self._value(entry)
+            if chosen is None:
+                continue
+            self.edited = True
+            self.acted.add(entry.owner)
+            if isinstance(chosen, Tokens):
+                subset = chosen.keep if subset is None else subset & chosen.keep
+                visible, out = only(visible, chosen.keep), None
+            else:
+                visible = visible.restrict(chosen.visible)
+                out, lse = self._attention(visible, extra)
                 self.stats = Statistics(lse=lse)
-                self.edited = True
-                self.acted.add(entry.owner)
         changed = False
+        self._group_mass(visible, self.stats.lse)
         if edits is None:
             edits = [(entry, move) for entry in moves if (move := self._value(entry)) is not None]
+        if subset is not None and not (edits or extra):
+            self.kernel, self.reasons, out = over(call, visible, subset, self._terms())
+        if out is None and (edits or self.edited):
+            out, lse = self._attention(visible, extra)
         for entry, move in edits:
             changed = True
+            assert out is not None and lse is not None
             self.acted.add(entry.owner)
             if isinstance(move, RowEdit):
                 out = self._edit_rows(out, lse, visible, move, entry.contribution)
             else:
                 out = self._move(out, lse, visible, move, entry.contribution, options)
-        for entry in self.plan.of["observe"]:
-            self._value(entry)
-            self.acted.add(entry.owner)
+        self._observe()
+        if out is None:
+            return self.delegate(call)
         if plain and not changed and not self.edited:
             # Only looked at: the user's own kernel gives the output, ours gave the statistics.
             if self.runtime.facts.get("same_bits") and not out.requires_grad:
                 return out.transpose(1, 2)
             return self.delegate(call)
+        if subset is not None:
+            out = without(out, subset)
+        return out.transpose(1, 2).contiguous()
+
+    def _why_no_window(
+        self, layer: CompressingLayer | None, wanted: set[str], dynamic: list[Entry], edits: list[Any] | None
+    ) -> tuple[str, ...]:
+        """What else the plan asks for at this call that the kernel of a window does not give."""
+        if wanted or dynamic or edits or self.plan.of["observe"]:
+            return ("window2d: statistics or an edit are asked for",)
+        return ("window2d: the call has a cache that evicts",) if layer is not None else ()
+
+    def _windowed(self, window: Window2d, extra: list[Any]) -> Tensor:
+        """Attention in a window on the call's grid, by the kernel that visits nothing outside it."""
+        call = self.call
+        beside, others = extra_of_image(window, extra)
+        choice = choose_window(call.query, call.key, call.value)
+        self.kernel, self.reasons = f"window2d/{choice.name}", "; ".join(choice.reasons)
+        out, lse = window2d(call.query, call.key, call.value, window=window, scale=call.scaling, extra=beside)
+        if others:
+            out, lse = merge_extra(call, out, lse, others)
         return out.transpose(1, 2).contiguous()
 
     def _together(self, visible: Visibility, wanted: set[str], moves: tuple[Entry, ...]) -> bool:
@@ -160,6 +182,7 @@ class SoftmaxRun:
                 heads=watched,
             )  # fmt: skip
         self._note_mass(layer, visible, mass, watched)
+        self._probe(layer, visible, None)
         lse = swept_lse.new_zeros(b, h, lq)
         lse[:, watched] = swept_lse
         self.stats.lse = lse
@@ -193,68 +216,55 @@ class SoftmaxRun:
                 own = None if set(range(h) if mine is None else mine) - set(watched) else scale
                 options = {**self._options(), "row_scale": own}
                 out = self._move(out, lse, visible, move, entry.contribution, options)
-        for entry in self.plan.of["observe"]:
-            self._value(entry)
-            self.acted.add(entry.owner)
+        self._observe()
         if not edits:
             return self.delegate(call)
         return out.to(call.query.dtype).transpose(1, 2).contiguous()
 
-    def _visibility(self, layer: CompressingLayer | None, predicates: list[Entry]) -> Visibility:
-        call = self.call
-        mask, causal = call.mask, call.causal
-        if layer is not None and layer.evicted:
-            mask, causal = layer.mask(mask, call.query.shape[2], causal)
-        _, h, hkv, lq, lk = call.shape
-        if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[1] not in (1, h):
-            mask = mask.repeat_interleave(h // hkv, 1)  # slots differ from one key/value head to the next
-        # Flash-style padding (B, Lk) comes beside the causal flag, not instead of it.
-        padding = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-        visible = visibility(
-            mask if padding is None else None,
-            causal=causal,
-            lq=lq,
-            lk=lk,
-            real=call.real,
-            window=call.sliding_window,
-            device=call.query.device,
-        )
-        if padding is not None:
-            visible = replace(visible, keys=padding[:, -lk:].bool())
-        for entry in predicates:
-            pairs = self._value(entry)
-            if pairs is not None:
-                visible = visible.restrict(pairs.visible)
-                self.edited = True
-                self.acted.add(entry.owner)
-        return visible
+    def _group_mass(self, visible: Visibility, lse: Tensor | None) -> Tensor | None:
+        """Fill in the masses that are asked for; returns the log-sum-exp of the rows asked about."""
+        total = None
+        for entry, named in self.groups.items():
+            with torch.no_grad():  # gates are chosen by it, not differentiated
+                self.masses[entry], found = group_mass(
+                    self.call.query, self.call.key, groups=named.of, count=named.count, rows=named.rows,
+                    lse=lse, visibility=visible, **self._options(),
+                )  # fmt: skip
+            total = found if total is None else torch.maximum(total, found)
+        return total
 
-    def _options(self) -> dict[str, Any]:
-        call = self.call
-        return {
-            "scale": call.scaling,
-            "position_bias": call.position_bias,
-            "softcap": call.softcap,
-            "sink_logits": call.sink_logits,
-        }
+    def _edit_named_rows(self, visible: Visibility, moves: tuple[Entry, ...]) -> Tensor | None:
+        """Edits that wait for group masses alone and name their rows: the user's own kernel, then those rows anew.
 
-    def _terms(self) -> Terms:
+        None when an edit turns out to be of another kind, or to reach rows that nobody asked about.
+        """
         call = self.call
-        return Terms(call.scaling, call.position_bias, call.softcap, call.sink_logits)
-
-    def _attention(self, visible: Visibility) -> tuple[Tensor, Tensor]:
-        call = self.call
-        options = self._options()
-        choice = choose(call.query, call.key, call.value, visibility=visible, terms=self._terms())
-        self.kernel, self.reasons = f"lse/{choice.name}", "; ".join(choice.reasons)
-        out, lse = attention_lse(call.query, call.key, call.value, visibility=visible, **options)
-        return out, lse
+        lse = self._group_mass(visible, None)
+        edits = [(entry, move) for entry in moves if (move := self._value(entry)) is not None]
+        asked = [named.rows for named in self.groups.values()]
+        for _, move in edits:
+            if isinstance(move, RowEdit) or move.rows is None:
+                return None
+            if len(asked) > 1 or (asked[0] is not None and bool((move.rows & ~asked[0][:, None]).any())):
+                return None
+        self._observe()
+        out = self.delegate(call)
+        if not edits:
+            return out
+        self.kernel = "rows of groups"
+        out = out.transpose(1, 2)
+        for entry, move in edits:
+            assert isinstance(move, MassMove) and lse is not None
+            self.acted.add(entry.owner)
+            out = self._move(out, lse, visible, move, entry.contribution, self._options())
+        return out.transpose(1, 2).contiguous()
 
     def _column_mass(
-        self, layer: CompressingLayer | None, visible: Visibility, lse: Tensor, options: dict[str, Any]
+        self, layer: CompressingLayer | None, visible: Visibility, lse: Tensor | None, options: dict[str, Any]
     ) -> None:
         """Fill in column_mass (B, H, Lk), zero for heads nobody asked about, and the row counts."""
         call = self.call
+        assert lse is not None
         heads = self._heads_watched(layer)
         options = {k: v for k, v in options.items() if k != "sink_logits"}  # they are inside lse already
         with torch.no_grad():  # what is chosen by it is chosen, not differentiated
@@ -278,19 +288,46 @@ class SoftmaxRun:
             mass = whole
         self.stats.column_mass = mass
         self.stats.rows = visible.counts(call.query.shape[0])
-        if layer is not None and layer.wants_scores():
-            tail = None
-            if layer.record_past:
-                # These rows may be taken back by the next crop, so the layer wants them one by one.
-                rows = min(layer.TAIL, call.query.shape[2])
-                _, probabilities = self._probabilities(
-                    visible, call.query.shape[2] - rows, call.query.shape[2]
-                )
-                tail = probabilities
-            layer.score(mass, tail)
+        if layer is not None and layer.scored_by() == "column_mass":
+            layer.score(mass, self._tail(layer, visible) if layer.rows_apart() else None)
+
+    def _tail(self, layer: CompressingLayer, visible: Visibility) -> Tensor:
+        """The last rows of probabilities, where the layer wants them one by one."""
+        lq = self.call.query.shape[2]
+        return self._row_probabilities(visible, max(0, lq - layer.rows_apart()), lq)
+
+    def _probe(
+        self,
+        layer: CompressingLayer | None,
+        visible: Visibility | None,
+        lse: Tensor | None,
+        probabilities: Tensor | None = None,
+    ) -> None:
+        """Fill in the statistics over chosen rows, and tell a layer that scores by them."""
+        if not self.probed.index:
+            return
+        if probabilities is None:
+            assert visible is not None
+            self.probed.compute(self.call, visible, self._terms(), lse)
+        else:
+            self.probed.take(probabilities, visible)
+        if layer is None or layer.scored_by() != "probe_mass":
+            return
+        found = self.probed.of(self.plan.evictor) if self.plan.evictor is not None else None
+        if not found:
+            return
+        tail = None
+        if layer.rows_apart():
+            # Which of the rows are the last ones is known when the drafts, or the chunks, are.
+            tail = probabilities
+            if tail is None and visible is not None:
+                tail = self._tail(layer, visible)
+            if tail is not None and self.call.real is not None:
+                tail = tail * self.call.real[:, None, -tail.shape[2] :, None]
+        layer.score(found["probe_mass"], tail)
 
     def _heads_watched(self, layer: CompressingLayer | None) -> tuple[int, ...] | None:
-        if layer is not None and layer.wants_scores():
+        if layer is not None and layer.scored_by() == "column_mass":
             return None
         heads: set[int] = set()
         for entry in self.plan.active:
@@ -327,7 +364,10 @@ class SoftmaxRun:
         self.kernel = "rows"
         if "column_mass" in wanted:
             rows = probabilities if call.real is None else probabilities * call.real[:, None, :, None]
-            layer.score(rows[:, :, 0], rows if layer.record_past else None)
+            layer.score(rows[:, :, 0], rows if layer.rows_apart() else None)
+        if "probe_mass" in wanted:
+            holes = layer.valid() is not None
+            self._probe(layer, self._visibility(layer, []) if holes else None, None, probabilities)
         return out.transpose(1, 2).contiguous()
 
     def _few_rows(
@@ -342,7 +382,7 @@ class SoftmaxRun:
         """Decode steps and short turns: every probability is at hand, so edits are made on them directly."""
         call = self.call
         lq = call.query.shape[2]
-        out, probabilities = self._probabilities(visible, 0, lq)
+        probabilities = self._row_probabilities(visible, 0, lq)
         self.kernel = "rows"
         rows = probabilities if call.real is None else probabilities * call.real[:, None, :, None]
         if "column_mass" in wanted:
@@ -350,49 +390,43 @@ class SoftmaxRun:
             self.stats.rows = (
                 visible.counts(call.query.shape[0]) if not (layer is not None and layer.evicted) else None
             )
-            if layer is not None and layer.wants_scores():
-                layer.score(self.stats.column_mass, rows if layer.record_past else None)
+            if layer is not None and layer.scored_by() == "column_mass":
+                layer.score(self.stats.column_mass, rows if layer.rows_apart() else None)
+        self._probe(layer, visible, None, probabilities)
         if "lse" in wanted:
             _, self.stats.lse = self._attention(visible)
         changed = False
         for entry in dynamic:
-            pairs = self._value(entry)
-            if pairs is not None:
-                out, probabilities = self._probabilities(visible.restrict(pairs.visible), 0, lq)
-                changed = True
-                self.acted.add(entry.owner)
+            chosen = self._value(entry)
+            if chosen is None:
+                continue
+            changed = True
+            self.acted.add(entry.owner)
+            if isinstance(chosen, Tokens):
+                visible = only(visible, chosen.keep)
+                probabilities = without(self._row_probabilities(visible, 0, lq), chosen.keep)
+            else:
+                visible = visible.restrict(chosen.visible)
+                probabilities = self._row_probabilities(visible, 0, lq)
+        for entry, named in self.groups.items():
+            self.masses[entry] = mass_of_groups(probabilities, named)
         if edits is None:
             edits = [(entry, move) for entry in moves if (move := self._value(entry)) is not None]
+        # Rows that every edit leaves out have the bits of the user's own kernel, where it could run at all.
+        named_rows = None if changed or self.edited else edited_rows(edits, probabilities)
         for entry, move in edits:
             changed = True
             self.acted.add(entry.owner)
             edit = move.edit if isinstance(move, RowEdit) else move_edit(move)
             heads = entry.contribution.heads
             probabilities = on_heads(probabilities, heads, edit, 0)
-        for entry in self.plan.of["observe"]:
-            self._value(entry)
-            self.acted.add(entry.owner)
-        if changed:
-            out = apply(probabilities, call.value, call.query.dtype)
-        elif not self.edited:
+        self._observe()
+        if named_rows is not None:
+            return apply_to(self.delegate(call), probabilities, call.value, named_rows)
+        if not (changed or self.edited):
             # Only looked at, or found nothing to edit: the user's own kernel gives the output, bit for bit.
             return self.delegate(call)
-        return out.transpose(1, 2).contiguous()
-
-    def _probabilities(self, visible: Visibility, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Output (B, H, rows, D) and probabilities (B, H, rows, Lk) of the rows start..stop."""
-        call = self.call
-        bias = call.position_bias
-        if bias is not None:
-            bias = bias[:, :, start:stop] if bias.shape[2] > 1 else bias
-        added = visible.bias_at(torch.arange(start, stop, device=visible.device))
-        if added is not None:
-            bias = added if bias is None else bias + added
-        return row_attention(
-            call.query[:, :, start:stop], call.key, call.value,
-            valid=visible.rows(start, stop), scale=call.scaling, position_bias=bias,
-            softcap=call.softcap, sink_logits=call.sink_logits,
-        )  # fmt: skip
+        return apply(probabilities, call.value, call.query.dtype).transpose(1, 2).contiguous()
 
     def _edit_rows(
         self, out: Tensor, lse: Tensor, visible: Visibility, move: RowEdit, contribution: Contribution
@@ -403,7 +437,7 @@ class SoftmaxRun:
         parts = []
         for start in range(0, lq, ROW_BLOCK):
             stop = min(lq, start + ROW_BLOCK)
-            _, probabilities = self._probabilities(visible, start, stop)
+            probabilities = self._row_probabilities(visible, start, stop)
             edited = on_heads(probabilities, contribution.heads, move.edit, start)
             parts.append(apply(edited, call.value, call.query.dtype))
         whole = torch.cat(parts, 2)
@@ -412,22 +446,3 @@ class SoftmaxRun:
         out = out.clone()
         out[:, list(contribution.heads)] = whole[:, list(contribution.heads)]
         return out
-
-    def _merge_extra(self, out: Tensor, lse: Tensor, extra: list[Any]) -> tuple[Tensor, Tensor]:
-        """Attention over more keys is attention over each set, weighted by their log-sum-exp: exact."""
-        call = self.call
-        total, mixed = lse, out.to(lse.dtype)
-        for more in extra:
-            lk = more.key.shape[2]
-            seen = visibility(
-                more.visible, causal=False, lq=call.query.shape[2], lk=lk, real=None, device=call.query.device
-            )
-            beside, weight = attention_lse(
-                call.query, more.key, more.value, visibility=seen, scale=call.scaling
-            )
-            merged = torch.logaddexp(total, weight)
-            keep = torch.exp(total - merged).nan_to_num(0.0)[..., None]
-            add = torch.exp(weight - merged).nan_to_num(0.0)[..., None]
-            mixed = mixed * keep + beside.to(lse.dtype) * add
-            total = merged
-        return mixed.to(out.dtype), total

@@ -29,7 +29,7 @@ from .probing import (
     tokens_for,
     user_probe,
 )
-from .seams import Contribution, Evict, Site
+from .seams import Contribution, Evict, Quantise, Site, tokens_of
 from .verification import FAILED, OK, UNCHECKED, Check, Verification
 
 WHOLE = "whole patch"
@@ -151,19 +151,33 @@ class _Trial:
             return UNCHECKED, "none of its sites was called"
         if any(c.statistics for c in given) and any(k != "stock" for c in calls for k in c.kernels):
             return OK, "it measured, and found nothing to change on this probe"
+        if not changed and any("step" in c.asks for c in given):
+            return (
+                UNCHECKED,
+                "it goes by the step of a run, and the probe makes one; give a function as probe=",
+            )
         reason = self._had_room(binding, max(c.tokens_seen for c in calls)) or self._acts_elsewhere(binding)
         if reason:
             return UNCHECKED, reason
         return FAILED, f"{sum(c.fired for c in calls)} calls passed, and it did nothing in any of them"
 
     def _had_room(self, binding: Binding, seen: int) -> str | None:
-        """Why an evictor dropped nothing, or None when it is none or should have dropped something."""
+        """Why a rule of the cache dropped or packed nothing, or None when there is none or it should have."""
         rules = _rules(binding)
         if not rules:
             return None
         if not seen:
             return "the probe keeps no cache that could be compressed"
-        kept = min(rule.total(seen) for rule in rules)
+        packing = [rule for rule in rules if isinstance(rule, Quantise)]
+        if any(r.packs(seen, tokens_of(r.residual, seen), True) and seen >= r.start for r in packing):
+            return None
+        if packing:
+            return (
+                f"all {seen} tokens of the probe are recent enough to stay as they are; give a longer probe="
+            )
+        if any(isinstance(rule, Evict) and rule.chosen for rule in rules):
+            return f"it left all {seen} tokens of the probe as they were; give a longer probe="
+        kept = min(rule.total(seen) for rule in rules if isinstance(rule, Evict))
         if kept < seen:
             return None
         return f"its budget of {kept} tokens holds all {seen} of the probe; give a longer probe="
@@ -309,7 +323,7 @@ def _given(binding: Binding) -> list[Contribution]:
     return [c for _, contributions in binding.contributions for c in contributions]
 
 
-def _rules(binding: Binding) -> Sequence[Evict]:
+def _rules(binding: Binding) -> Sequence[Evict | Quantise]:
     return [c.policy for c in _given(binding) if c.policy is not None]
 
 

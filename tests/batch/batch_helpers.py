@@ -3,9 +3,44 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "CUDA_VISIBLE_DEVICES": ""}
+for _name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+    ENV.pop(_name, None)
+
+
+class Worker:
+    """Starts real runs in forks of one process; see worker.py."""
+
+    def __init__(self, folder: Path):
+        self.log = folder / "log"
+        file = Path(__file__).with_name("worker.py")
+        self.process = subprocess.Popen(
+            [sys.executable, str(file)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENV
+        )
+        assert self.process.stdout.readline() == "ready\n"
+
+    def __call__(self, *args, delay=None, until=None, signal=signal.SIGINT) -> int:
+        order = {"args": [str(a) for a in args], "log": str(self.log), "delay": delay, "until": until}
+        order["signal"] = int(signal)
+        self.process.stdin.write(json.dumps(order) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())["code"]
+
+
+@pytest.fixture(scope="session")
+def worker(tmp_path_factory):
+    made = Worker(tmp_path_factory.mktemp("worker"))
+    yield made
+    made.process.stdin.close()
+    made.process.wait(20)
 
 
 @pytest.fixture(scope="session")

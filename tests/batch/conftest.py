@@ -5,4 +5,4 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from batch_helpers import llama, run  # noqa: F401
+from batch_helpers import llama, run, worker  # noqa: F401

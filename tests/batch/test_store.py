@@ -11,6 +11,7 @@ from batch_helpers import records, results, write_lines
 
 from trainless.batch.items import Item
 from trainless.batch.keys import Settings, jobs
+from trainless.batch.pictures import Picture
 
 ARGS = ("--max-new-tokens", 4, "--batch-size", 2)
 
@@ -232,15 +233,15 @@ def test_key_covers_content_and_settings(tmp_path):
 
     image = tmp_path / "a.png"
     image.write_bytes(b"1")
-    base = Item("", prompt="x", images=(image,))
+    base = Item("", prompt="x", images=(Picture("a", image),))
     key = keys(base)[0]
     different = [
-        Item("", prompt="y", images=(image,)),
+        Item("", prompt="y", images=(Picture("a", image),)),
         Item("", prompt="x"),
-        Item("", prompt="x", images=(image,), negative_prompt=""),
-        Item("", prompt="x", images=(image,), params={"top_k": 1}),
-        Item("", prompt="x", images=(image,), seed=0),
-        Item("", messages=[{"role": "user", "content": "x"}], images=(image,)),
+        Item("", prompt="x", images=(Picture("a", image),), negative_prompt=""),
+        Item("", prompt="x", images=(Picture("a", image),), params={"top_k": 1}),
+        Item("", prompt="x", images=(Picture("a", image),), seed=0),
+        Item("", messages=[{"role": "user", "content": "x"}], images=(Picture("a", image),)),
     ]
     changed = {
         "model": "n",
@@ -261,8 +262,8 @@ def test_key_covers_content_and_settings(tmp_path):
 def test_key_does_not_cover_name_place_meta_or_number_of_samples(tmp_path):
     a, b = tmp_path / "a.png", tmp_path / "b.png"
     a.write_bytes(b"1"), b.write_bytes(b"1")
-    one = keys(Item("f:1", id=1, prompt="x", images=(a,), meta=1))
-    three = keys(Item("g:9", id="z", prompt="x", images=(b,), n=3))
+    one = keys(Item("f:1", id=1, prompt="x", images=(Picture("a", a),), meta=1))
+    three = keys(Item("g:9", id="z", prompt="x", images=(Picture("b", b),), n=3))
     assert three[:1] == one and len(set(three)) == 3
 
 

@@ -2,7 +2,7 @@
 
 Imports take seconds and killing takes milliseconds: forking makes it cheap to kill many processes at
 many moments. Line: {"args": [...], "log": file, "delay": seconds before SIGKILL, or null, "until":
-[file, bytes], SIGINT when the file is that long, or null}; it answers with {"code": exit status,
+[file, bytes], "signal" when the file is that long, or null}; it answers with {"code": exit status,
 negative for a signal}.
 """
 
@@ -18,9 +18,11 @@ from pathlib import Path
 
 def main() -> None:
     import torch  # noqa: F401
-    import transformers.models.llama.modeling_llama  # noqa: F401
+    import transformers.models.clip.modeling_clip
+    import transformers.models.llama.modeling_llama
+    import transformers.models.llava.modeling_llava  # noqa: F401
 
-    import trainless.batch.text  # noqa: F401
+    import trainless.batch.vision  # noqa: F401
     from trainless.cli import main as command
 
     print("ready", flush=True)
@@ -43,7 +45,7 @@ def main() -> None:
             deadline = time.monotonic() + 60
             while not (part.exists() and part.stat().st_size > size) and time.monotonic() < deadline:
                 time.sleep(0.002)
-            os.kill(pid, signal.SIGINT)
+            os.kill(pid, order["signal"])
         _, status = os.waitpid(pid, 0)
         print(json.dumps({"code": os.waitstatus_to_exitcode(status)}), flush=True)
 

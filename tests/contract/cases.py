@@ -6,10 +6,33 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from oracle import H2O, Act, AttnTemperature, HeadGain, Rule, Streaming, models
+import torch
+from methods.publications import contract_weights
+from oracle import (
+    H2O,
+    Act,
+    AttnTemperature,
+    Clear,
+    HeadGain,
+    KvQuant,
+    Rule,
+    SnapKV,
+    Streaming,
+    Tova,
+    Var,
+    ZipCache,
+    ZipVL,
+    models,
+    vlms,
+)
+from oracle.entropy import DenoiserOracle
+
+from trainless.patchers.zipcache import ZipCache as ZipCacheMethod
+from trainless.patchers.zipvl import ZipVL as ZipVLMethod
 
 CAUSAL, ENCODERS, DENOISERS = models.CAUSAL, models.ENCODERS, models.DENOISERS
 FULL = models.FULL_ATTENTION
+VLMS = ("qwen2_5_vl", "llava", "gemma3", "idefics3", "paligemma")
 # gemma2 has a full layer between two sliding ones; in mistral all slide.
 EVICTABLE = (*FULL, "gemma2")
 
@@ -30,7 +53,7 @@ class Case:
     parameters: Mapping[str, Any]
     rule: Callable[[], Rule]
     families: Sequence[str]
-    identity: Mapping[str, Any]
+    identity: Mapping[str, Any] | None  # None: there is none
     wide: Mapping[str, Any] | None = None
     layers: Sequence[int] = (0, 1, 2)
     layers_of: Mapping[str, Sequence[int]] = field(default_factory=dict)
@@ -38,10 +61,17 @@ class Case:
     neighbour_rules: Callable[[], list[Rule]] = list
     clashes: Sequence[tuple[str, Mapping[str, Any], str]] = ()  # (method, parameters, seam)
     evicts: bool = False
+    pattern: bool = False  # its prefill leaves tokens out, and what the cache keeps has no budget
+    once: bool = False  # evicts after the first prefill alone, and grows from there
     chunks: str = "same"
     assisted: str = "same"  # or "refused", when drafts are rejected in part
     main: bool = False  # the one that stands for its method in the long tests
     trained: int = 0  # entropy: pixels
+    # The oracle's reading on denoisers, where it is another: the oracle, and processors that it brings.
+    denoised: Callable[[], DenoiserOracle] | None = None
+    replaces: bool = False  # weights, so that saving is refused while it is on
+    sites: int | None = None  # of a denoiser, where it acts on some of them only
+    late: bool = False  # that the identity is one is found out at the call: the grid's size decides
 
     @property
     def use(self) -> dict[str, Any]:
@@ -90,6 +120,111 @@ def _evicting(label: str, method: str, rule: Any, families: Sequence[str], **mor
     return Case(
         label, method, more, lambda: rule(**oracle), families, {**more, "recent": 1 << 30},
         {**more, "recent": 60}, layers_of={"gemma2": (1,)}, evicts=True, **extra,
+    )  # fmt: skip
+
+
+def _clear(
+    label: str, families: Sequence[str], main: bool = False, neighbours: Any = (), **given: Any
+) -> Case:
+    return Case(
+        label, "clear", {**given, "force": True}, Rule, families, {"radius": 1000}, {"radius": 30}, main=main,
+        neighbours=neighbours, denoised=lambda: Clear(**given), late=True,
+    )  # fmt: skip
+
+
+def _linfusion(label: str, middle: int, layers: int, **more: Any) -> Case:
+    given, oracle = contract_weights(middle, layers)
+    return Case(
+        label, "linfusion", given, Rule, ("unet",), None, denoised=oracle, sites=layers, replaces=True, **more
+    )
+
+
+LARGE = {"use": "entropy", "with": {"trained": 64}}
+
+
+def _capped(label: str, method: str, rule: Any, families: Sequence[str], **more: Any) -> Case:
+    """An evictor whose budget is one number, ``capacity``."""
+    extra = {
+        k: more.pop(k) for k in ("main", "neighbours", "neighbour_rules", "clashes", "once") if k in more
+    }
+    return Case(
+        label, method, more, lambda: rule(**more), families, {**more, "capacity": 1 << 30},
+        {**more, "capacity": 60}, layers_of={"gemma2": (1,)}, evicts=True, **extra,
+    )  # fmt: skip
+
+
+class SeededZipVL(ZipVL):
+    """The oracle, which is told the probe rows, with the rows that the method draws for a prompt of that length."""
+
+    def __init__(self, probes: tuple[Any, Any], **given: Any):
+        self.drawn = ZipVLMethod(probes=probes)._chosen
+        super().__init__(last=probes[0], **given)
+
+    def select(self, call: Any, p: Any, row: int, number: int, chunk: list[int], last: int) -> set[int]:
+        self.probes = None if number else [{row: self.drawn(len(chunk)).tolist()}]
+        return super().select(call, p, row, number, chunk, last)
+
+
+def _zipvl(label: str, families: Sequence[str], **more: Any) -> Case:
+    extra = {k: more.pop(k) for k in ("main", "neighbours", "neighbour_rules", "clashes") if k in more}
+    given = {"tau": 0.7, "probes": (2, 3), "interval": 3, "min_tokens": 6, **more}
+    drops = given.get("mode") == "discard"
+    # Watched and left alone: every row at the end is a probe, so every token is important.
+    wide = {**given, "probes": (1.0, 0), "interval": 1000} if drops else None
+    return Case(
+        label, "zipvl", given, lambda: SeededZipVL(**given), families, {**given, "tau": 1.0, "bits": (16, 16)},
+        wide, layers_of={"gemma2": (1,)}, evicts=drops, pattern=True, chunks="refused", assisted="refused", **extra,
+    )  # fmt: skip
+
+
+def _packing(label: str, method: str, rule: Any, families: Sequence[str], **more: Any) -> Case:
+    names = ("main", "neighbours", "neighbour_rules", "clashes", "chunks", "assisted", "identity", "wide")
+    extra = {k: more.pop(k) for k in names if k in more}
+    exact = extra.pop("identity", {**more, "k_bits": 16, "v_bits": 16})
+    wide = extra.pop("wide", {**more, "residual": 60})
+    return Case(
+        label, method, more, lambda: rule(**more), families, exact, wide, layers_of={"gemma2": (1,)}, **extra
+    )
+
+
+def _zip(label: str, families: Sequence[str], **more: Any) -> Case:
+    extra = {k: more.pop(k) for k in ("main", "neighbours", "neighbour_rules", "clashes") if k in more}
+    given = {"interval": 3, "probes": (2, 0.3), **more}
+
+    def rule() -> Rule:
+        """The oracle is told the probe rows of the first call, which depend on the length of the row alone."""
+        return ProbedZipCache(ZipCacheMethod(**given), **{k: v for k, v in given.items() if k != "probes"})
+
+    return Case(
+        label, "zipcache", given, rule, families, {**given, "bits": (16, 16)}, None,
+        layers_of={"gemma2": (1,)}, chunks="refused", assisted="refused", **extra,
+    )  # fmt: skip
+
+
+class ProbedZipCache(ZipCache):
+    """The oracle with the rows that the method draws: they are its input, not what is checked."""
+
+    def __init__(self, method: ZipCacheMethod, **more: Any) -> None:
+        super().__init__(**more)
+        self.method = method
+
+    def pack(self, call: Any, p: Any) -> None:
+        lengths = [self.length(call, row) for row in range(call.key.shape[0])]
+        self.probes = [[self.method.probed(n).tolist() for n in lengths]]
+        super().pack(call, p)
+
+
+def _var(label: str, families: Sequence[str], **more: Any) -> Case:
+    extra = {
+        k: more.pop(k) for k in ("main", "neighbours", "neighbour_rules", "clashes", "layers") if k in more
+    }
+    given = {
+        "sink_dims": list(vlms.DIMS), "min_nonsink": 0.3, "min_visual": 0.1, "max_sink_share": 0.3, "layers": "1:",
+        **more,
+    }  # fmt: skip
+    return Case(
+        label, "var", given, lambda: Var(torch.zeros(1, 0), **given), families, {**given, "move": 0.0},
+        {**given, "tau": 1e6}, **{"layers": (1, 2), "chunks": "refused", **extra},
     )  # fmt: skip
 
 
@@ -150,6 +285,48 @@ CASES: list[Case] = [
         _evicting(f"h2o-{gqa}", "h2o", H2O, ("llama",), heavy=4, recent=3, gqa=gqa)
         for gqa in ("first", "max", "mean")
     ),
+    _capped(
+        "tova", "tova", Tova, EVICTABLE, capacity=7, main=True, neighbours=(WARM, GAIN),
+        neighbour_rules=_around(warm_rule, gain_rule), clashes=[("streaming", {"recent": 4}, "kv")],
+    ),
+    _capped("tova-heads", "tova", Tova, ("llama", "qwen2"), capacity=7, shared=False),
+    _capped("tova-fraction", "tova", Tova, ("llama",), capacity=0.4),
+    _capped(
+        "snapkv", "snapkv", SnapKV, EVICTABLE, capacity=9, window=4, pool=3, main=True, once=True,
+        neighbours=(WARM, GAIN), neighbour_rules=_around(warm_rule, gain_rule),
+        clashes=[("streaming", {"recent": 4}, "kv")],
+    ),
+    _capped(
+        "snapkv-max", "snapkv", SnapKV, ("llama", "qwen2"), capacity=8, window=3, pool=5, pooling="max", once=True
+    ),
+    _capped("snapkv-fraction", "snapkv", SnapKV, ("llama",), capacity=0.6, window=2, pool=1, once=True),
+    _zipvl(
+        "zipvl", EVICTABLE, main=True, neighbours=(WARM, GAIN), neighbour_rules=_around(warm_rule, gain_rule),
+        clashes=[("kvquant", {}, "kv")],
+    ),
+    _zipvl("zipvl-everything", ("llama",), tau=1.0, bits=(2, 4)),
+    _zipvl(
+        "zipvl-discard", EVICTABLE, mode="discard", neighbours=(WARM, GAIN),
+        neighbour_rules=_around(warm_rule, gain_rule), clashes=[("streaming", {"recent": 4}, "kv")],
+    ),
+    _packing(
+        "kvquant", "kvquant", KvQuant, EVICTABLE, group=4, residual=3, main=True, neighbours=(WARM, KEEP),
+        neighbour_rules=_around(warm_rule, keep_rule), clashes=[("zipcache", {}, "kv")],
+    ),
+    _packing("kvquant-k2-v8", "kvquant", KvQuant, ("llama", "phi"), k_bits=2, v_bits=8, group=3, residual=0),
+    _packing("kvquant-k4-v16", "kvquant", KvQuant, ("llama",), k_bits=4, v_bits=16, group=5, residual=0.25),
+    _packing("kvquant-singles", "kvquant", KvQuant, ("llama",), k_bits=16, v_bits=2, group=1, residual=1),
+    _zip(
+        "zipcache", EVICTABLE, main=True, neighbours=(WARM, GAIN),
+        neighbour_rules=_around(warm_rule, gain_rule), clashes=[("kvquant", {}, "kv")],
+    ),
+    _zip("zipcache-published", ("llama",), normalise="published", salient=0.4, bits=(8, 4)),
+    _zip("zipcache-exact-tier", ("llama", "phi"), salient=2, bits=(16, 2), interval=5),
+    _var(
+        "var", VLMS, main=True, neighbours=(GAIN, KEEP), neighbour_rules=_around(gain_rule, keep_rule),
+        clashes=[("act", {}, "mass")],
+    ),
+    _var("var-all-moved", ("gemma3", "llava"), move=1.0, min_nonsink=0.0),
     Case(
         "entropy", "entropy", {"trained": 256}, Rule, DENOISERS, {"trained": 128}, main=True, trained=256,
         neighbours=(
@@ -157,12 +334,20 @@ CASES: list[Case] = [
             {"use": "attn_temperature", "with": {"temperature": 0.6}, "where": {"layers": "1:"}},
         ),
     ),
+    _clear("clear", DENOISERS, radius=2, main=True, neighbours=(WARM, LARGE)),
+    _linfusion(
+        "linfusion", 4, 6, main=True, clashes=[("attn_temperature", {"temperature": 1.3}, "form")],
+        neighbours=({**WARM, "where": {"layers": "6:8"}}, {**LARGE, "where": {"layers": "8:"}}),
+    ),
+    _linfusion("linfusion-plain", -1, 10),
+    _clear("clear-pooled", ("sd3", "flux", "pixart"), radius=3, pool=2),
 ]  # fmt: skip
 
 LANGUAGE = [c for c in CASES if set(c.families) & {*CAUSAL, *ENCODERS}]
 MAIN = [c for c in CASES if c.main]
 MAIN_CAUSAL = [c for c in MAIN if set(c.families) & set(CAUSAL)]
 EVICTORS = [c for c in CASES if c.evicts]
+BUDGETED = [c for c in EVICTORS if not c.pattern]
 
 
 def pairs(kinds: Sequence[str], cases: Sequence[Case] = ()) -> list[Any]:

@@ -6,21 +6,21 @@ from oracle import models
 
 import trainless
 
-from .cases import CASES, DENOISERS, LANGUAGE, Case, named, pairs
+from .cases import CASES, DENOISERS, LANGUAGE, VLMS, Case, named, pairs
 from .tools import CALLS, build, differs, outputs, same
 
-ALL = (*models.CAUSAL, *models.ENCODERS, *models.DENOISERS)
+ALL = (*models.CAUSAL, *models.ENCODERS, *models.DENOISERS, *VLMS)
 
 
 def _calls(family: str) -> int:
-    return len(CALLS) if family in models.CAUSAL else 1
+    return len(CALLS) if family in (*models.CAUSAL, *VLMS) else 1
 
 
 def _expected_sites(case: Case, family: str, model: torch.nn.Module) -> tuple[int, int]:
     """Sites matched and candidates."""
     if family in DENOISERS:
         names = [n for n in model.attn_processors if "attn2" not in n or family == "sd3"]
-        return len(names), len(names)
+        return case.sites or len(names), len(names)
     copies = 2 if family == "t5" else 1
     return len(case.acted_layers(family)) * copies, 3 * copies
 
@@ -46,7 +46,7 @@ def test_applies_and_fires(case: Case, family: str):
     assert patch.report().methods[0].fired == report.fired, "counts outlive the patch"
 
 
-@pytest.mark.parametrize(("case", "family"), pairs(ALL))
+@pytest.mark.parametrize(("case", "family"), pairs(ALL, [c for c in CASES if c.identity is not None]))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
 def test_identity_is_bitwise_and_runs_only_the_stock_kernel(case: Case, family: str, dtype: torch.dtype):
     model = build(family, dtype=dtype, exact=False)
@@ -61,7 +61,7 @@ def test_identity_is_bitwise_and_runs_only_the_stock_kernel(case: Case, family: 
     report = patch.report().methods[0]
     assert set(report.kernels) <= {"stock"}, report.kernels
     assert report.fired == report.sites * _calls(family) * 2 and report.acted == 0
-    assert report.inert or same_size
+    assert report.inert or same_size or case.late
 
 
 @pytest.mark.parametrize(("case", "family"), pairs(ALL, [c for c in CASES if c.wide is not None]))

@@ -11,7 +11,7 @@ import trainless
 from trainless.report import size
 from trainless.seams import tokens_of
 
-from .cases import EVICTORS, Case, named
+from .cases import BUDGETED, EVICTORS, Case, named
 from .tools import build
 
 WIDTH, KV_HEADS, LAYERS = 8, 2, 3
@@ -19,6 +19,8 @@ WIDTH, KV_HEADS, LAYERS = 8, 2, 3
 
 def _budget(case: Case, length: int) -> int:
     given = case.parameters
+    if "capacity" in given:
+        return max(1, tokens_of(given["capacity"], length))
     return max(1, sum(tokens_of(given[k], length) for k in ("sinks", "heavy", "recent") if k in given))
 
 
@@ -41,7 +43,7 @@ def _storage(tensors) -> int:
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-@pytest.mark.parametrize(**named(EVICTORS))
+@pytest.mark.parametrize(**named(BUDGETED))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 @pytest.mark.parametrize("lengths", [[24], [24, 24], [24, 15, 9]], ids=str)
 def test_bytes_after_a_prefill_and_along_a_generation(case: Case, dtype: torch.dtype, lengths: list[int]):
@@ -59,14 +61,36 @@ def test_bytes_after_a_prefill_and_along_a_generation(case: Case, dtype: torch.d
     assert sum(layer["bytes_kept"] for layer in report.methods[0].layers) == exact * LAYERS
     assert {layer["tokens_kept"] for layer in report.methods[0].layers} == {budget}
     assert size(exact * LAYERS) in str(report)
-    # Decoding does not grow: at most one more slot, for the token that comes.
+    # Decoding does not grow: at most one more slot, for the token that comes; or it grows by just that token.
     mask = torch.nn.functional.pad(mask, (0, 3), value=1)
     for step in range(3):
         positions = mask[:, : 25 + step].sum(1, keepdim=True) - 1
         model(ids[:, -1:], attention_mask=mask[:, : 25 + step], position_ids=positions, past_key_values=cache)
         for layer in cache.layers:
-            most = len(lengths) * KV_HEADS * (budget + 1) * WIDTH * 2 * dtype.itemsize
+            grown = step + 1 if case.once else 1
+            most = len(lengths) * KV_HEADS * (budget + grown) * WIDTH * 2 * dtype.itemsize
             assert _storage([layer.keys, layer.values]) <= most
+
+
+@pytest.mark.parametrize(**named([c for c in EVICTORS if c.pattern]))
+@pytest.mark.parametrize("lengths", [[24], [24, 15, 9]], ids=str)
+def test_bytes_of_a_choice_without_a_budget_are_those_of_the_kept_tokens(case: Case, lengths: list[int]):
+    model = build("llama", dtype=torch.float32, exact=False)
+    patch = trainless.patch(model, case.method, **case.parameters)
+    ids, mask = models.left_padded(lengths)
+    cache = DynamicCache()
+    model(ids, attention_mask=mask, past_key_values=cache)
+    widths = []
+    for layer in cache.layers:
+        widths.append(max(len(head) for row in layer.kept() for head in row))
+        assert widths[-1] < max(lengths)
+        exact = len(lengths) * KV_HEADS * widths[-1] * WIDTH * 2 * 4
+        assert _storage([layer.keys, layer.values]) == exact == layer.nbytes
+        held = {k: v for k, v in vars(layer).items() if k not in ("keys", "values")}
+        assert _storage(_tensors(held)) <= 40 * len(lengths) * KV_HEADS * widths[-1]
+    assert len(set(widths)) > 1, "layers differ in what they need"
+    found = patch.report().methods[0].layers
+    assert [layer["tokens_kept"] for layer in found] == widths
 
 
 def test_rows_keep_fractions_of_their_own_prompt():

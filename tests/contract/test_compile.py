@@ -79,9 +79,11 @@ def test_patched_before_compiling(case: Case):
     assert patch.report().methods[0].fired == 2 * len(CALLS)
 
 
-@pytest.mark.parametrize(**named([c for c in MAIN if c.method in ("attn_temperature", "entropy")]))
+@pytest.mark.parametrize(
+    **named([c for c in MAIN if c.method == "attn_temperature" or c.families == models.DENOISERS])
+)
 def test_compiled_denoisers_and_encoders(case: Case):
-    family = "pixart" if case.method == "entropy" else "bert"
+    family = "pixart" if case.families == models.DENOISERS else "bert"
     model, plain = _build(family), _build(family)
     given = given_of(family, model)
     stock = plain(**given)[0]

@@ -129,6 +129,71 @@ def test_t5_generates_under_a_patch_as_the_oracle_does():
     same(found.logits, want.logits, 2e-6)
 
 
+def _biased(family: str):
+    """A vision transformer that adds its position bias to the attention mask."""
+    from transformers import BeitConfig, BeitModel, SwinConfig, SwinModel
+
+    torch.manual_seed(0)
+    if family == "swin":
+        more = {"embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4}
+        model = SwinModel(SwinConfig(image_size=32, patch_size=2, **more))
+    else:
+        more = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}
+        model = BeitModel(BeitConfig(image_size=32, patch_size=8, use_relative_position_bias=True, **more))
+    model = model.double().eval().requires_grad_(False)
+    for name, p in model.named_parameters():
+        if "bias" in name and "position" in name:
+            p.normal_(0, 2)
+    return model
+
+
+@pytest.mark.parametrize("family", ["swin", "beit"])
+def test_a_position_bias_inside_the_mask_is_divided_too(family: str):
+    model = _biased(family)
+    given = {"pixel_values": torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)).double()}
+    twin = _biased(family)
+    for name, module in twin.named_modules():
+        if hasattr(module, "scaling"):
+            module.scaling = module.scaling / 0.5
+        for key, p in module.named_parameters(name, recurse=False):
+            if "position" in key and "bias" in key:
+                p.div_(0.5)
+    want = twin(**given).last_hidden_state
+    free = model(**given).last_hidden_state
+    with trainless.patched(model, "attn_temperature", temperature=0.5):
+        found = model(**given).last_hidden_state
+    same([found], [want], EXACT)
+    assert differs([found], [free], 1e-6)
+    # Beside an edit of the output, on the long way.
+    gain = {"use": "head_gain", "with": {"gain": 0.5}}
+    trainless.patch(twin, [gain])
+    trainless.patch(model, [{"use": "attn_temperature", "with": {"temperature": 0.5}}, gain])
+    same([model(**given).last_hidden_state], [twin(**given).last_hidden_state], EXACT)
+
+
+def test_modules_that_ask_which_implementation_they_run_under_are_refused():
+    """Under our name they would compute something else, at an identity as well."""
+    from transformers import DeepseekV32Config, DeepseekV32ForCausalLM, GPT2Config, GPT2LMHeadModel
+
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 67, "n_positions": 64}
+    trainless.patch(GPT2LMHeadModel(GPT2Config(**sizes)), "attn_temperature", temperature=0.5)
+    upcasting = GPT2LMHeadModel(GPT2Config(**sizes, reorder_and_upcast_attn=True))
+    more = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}
+    more |= {
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+    }
+    more |= {"n_routed_experts": 2, "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1}
+    more |= {"first_k_dense_replace": 2, "index_topk": 8, "index_n_heads": 2, "index_head_dim": 16}
+    sparse = DeepseekV32ForCausalLM(DeepseekV32Config(vocab_size=67, num_key_value_heads=4, **more))
+    for model in (upcasting, sparse):
+        with pytest.raises(trainless.NoMatch, match="computes something else for each name"):
+            trainless.patch(model, "attn_temperature", temperature=1.0)
+
+
 def test_where_part_narrows_to_the_encoder():
     from oracle import AttnTemperature
 

@@ -8,7 +8,7 @@ from transformers import DynamicCache
 import trainless
 from trainless.kv import CompressingLayer
 
-from .cases import EVICTORS, LANGUAGE, MAIN_CAUSAL, Case, named
+from .cases import BUDGETED, LANGUAGE, MAIN_CAUSAL, Case, named
 from .tools import build, same
 
 ON_LLAMA = [c for c in LANGUAGE if "llama" in c.families]
@@ -145,7 +145,7 @@ def test_embeddings_instead_of_ids(case: Case):
     same(embedded.logits, by_ids.logits)
 
 
-@pytest.mark.parametrize(**named([c for c in ON_LLAMA if not c.evicts]))
+@pytest.mark.parametrize(**named([c for c in ON_LLAMA if not c.evicts or c.pattern]))
 def test_without_a_cache_every_call_is_a_prefill(case: Case):
     model = build("llama")
     trainless.patch(model, case.method, **case.parameters)
@@ -156,7 +156,7 @@ def test_without_a_cache_every_call_is_a_prefill(case: Case):
         same([logits], [whole.float()], 2e-6)
 
 
-@pytest.mark.parametrize(**named(EVICTORS))
+@pytest.mark.parametrize(**named(BUDGETED))
 def test_without_a_cache_there_is_nothing_to_evict(case: Case):
     model = _model()
     ids = models.prompt(15)

@@ -97,6 +97,12 @@ def test_save_pretrained_writes_the_stock_model(case: Case, tmp_path):
     stock = outputs(model, family)
     model.save_pretrained(tmp_path / "before")
     patch = trainless.patch(model, [case.use, *case.neighbours])
+    if case.replaces:
+        with pytest.raises(trainless.TrainlessError, match=r"save_pretrained.*remove the patch"):
+            model.save_pretrained(tmp_path / "patched")
+        with patch.paused(), pytest.raises(trainless.TrainlessError, match="save_pretrained"):
+            model.save_pretrained(tmp_path / "patched")
+        patch.remove()
     model.save_pretrained(tmp_path / "patched")
     names = sorted(f.name for f in (tmp_path / "before").iterdir())
     assert sorted(f.name for f in (tmp_path / "patched").iterdir()) == names
@@ -104,7 +110,7 @@ def test_save_pretrained_writes_the_stock_model(case: Case, tmp_path):
         assert (tmp_path / "before" / name).read_bytes() == (tmp_path / "patched" / name).read_bytes(), name
     again = type(model).from_pretrained(tmp_path / "patched").eval()
     same(outputs(again, family), stock)
-    assert patch.applied
+    assert patch.applied != case.replaces
 
 
 @pytest.mark.parametrize(**named(MAIN))

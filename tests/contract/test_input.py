@@ -3,6 +3,7 @@
 import pytest
 import torch
 from oracle import models
+from transformers import DynamicCache
 
 import trainless
 
@@ -15,6 +16,8 @@ WRONG = [
     ("attn_temperature", {"temperature": 0.0}, trainless.InputError, "temperature"),
     ("attn_temperature", {"temperature": "hot"}, trainless.InputError, "temperature"),
     ("attn_temperature", {"temperature": float("nan")}, trainless.InputError, "temperature"),
+    ("attn_temperature", {"temperature": 10**400}, trainless.InputError, "finite"),
+    ("attn_temperature", {"temperature": 1e-320}, trainless.InputError, "positive"),
     ("act", {"beta": 1.5}, trainless.InputError, "beta"),
     ("act", {"alpha": -1.0}, trainless.InputError, "alpha"),
     ("act", {"statistics": "walking"}, trainless.InputError, "running"),
@@ -26,11 +29,25 @@ WRONG = [
     ("head_gain", {"heads": [[0, 1], [0, 1]]}, trainless.InputError, "twice"),
     ("head_gain", {"gain": float("inf")}, trainless.InputError, "gain"),
     ("h2o", {"heavy": 1.5}, trainless.InputError, "fraction"),
+    ("h2o", {"heavy": float("inf")}, trainless.InputError, "fraction"),
+    ("h2o", {"heavy": float("nan")}, trainless.InputError, "fraction"),
     ("h2o", {"heavy": -1}, trainless.InputError, "heavy"),
     ("h2o", {"heavy": 0, "recent": 0}, trainless.InputError, "nothing"),
     ("h2o", {"gqa": "median"}, trainless.InputError, "gqa"),
     ("streaming", {"recent": 0.0}, trainless.InputError, "fraction"),
     ("streaming", {"positions": "absolute"}, trainless.InputError, "rolled"),
+    ("tova", {"capacity": 0}, trainless.InputError, "nothing"),
+    ("tova", {"capacity": 1.5}, trainless.InputError, "fraction"),
+    ("snapkv", {"capacity": 16}, trainless.InputError, "window"),
+    ("snapkv", {"pool": 4}, trainless.InputError, "odd"),
+    ("snapkv", {"window": 0}, trainless.InputError, "window"),
+    ("snapkv", {"pooling": "sum"}, trainless.InputError, "pooling"),
+    ("zipvl", {"tau": 0.0}, trainless.InputError, "tau"),
+    ("zipvl", {"tau": 1.5}, trainless.InputError, "tau"),
+    ("zipvl", {"bits": (4, 3)}, trainless.InputError, "bits"),
+    ("zipvl", {"probes": (64, 1.5)}, trainless.InputError, "probes"),
+    ("zipvl", {"interval": 0}, trainless.InputError, "interval"),
+    ("zipvl", {"mode": "forget"}, trainless.InputError, "discard"),
     ("entropy", {}, trainless.NoMatch, "diffusers"),
     ("h2o", {"calibration": "missing.safetensors"}, trainless.TrainlessError, "calibration"),
     ("act", {"calibration": "missing.safetensors"}, trainless.CalibrationError, "missing.safetensors"),
@@ -104,3 +121,24 @@ def test_a_bare_encoder_is_patched_too():
     patch = trainless.patch(model, "tempscale", temperature=0.8)
     model(**given_of("bert", model))
     assert patch.report().methods[0].method == "attn_temperature"
+
+
+@pytest.mark.parametrize(
+    "use", [("h2o", {"heavy": 3, "recent": 3}), ("kvquant", {"group": 2, "residual": 0})]
+)
+def test_a_bias_inside_the_mask_is_refused_once_keys_are_dropped_or_packed(use):
+    """It is said key by key, and the keys are no longer where it says; hiding keys is another matter."""
+    model = build("llama")
+    ids, n = models.prompt(20, 4), 3
+    trainless.patch(model, use[0], **use[1])
+    for bias in (0.0, 1.0):
+        cache = DynamicCache(config=model.config)
+        model(ids, past_key_values=cache)
+        mask = torch.zeros(1, 1, n, 20 + n, dtype=torch.float64)
+        mask[..., 20:] = torch.full((n, n), -torch.inf).triu(1)
+        mask[..., :5] += bias
+        if not bias:
+            model(ids[:, :n], past_key_values=cache, attention_mask=mask)
+            continue
+        with pytest.raises(trainless.Unsupported, match="adds a bias"):
+            model(ids[:, :n], past_key_values=cache, attention_mask=mask)

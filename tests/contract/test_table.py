@@ -22,12 +22,14 @@ def test_every_method_is_in_the_table():
 @pytest.mark.parametrize(**named(CASES))
 def test_rows_say_something(case: Case):
     method = get(case.method)
-    made, same = method(**case.parameters), method(**case.identity)
+    made = method(**case.parameters)
     made.check()
-    same.check()
-    assert made != same, "the identity must differ from what is tested"
+    if case.identity is not None:
+        same = method(**case.identity)
+        same.check()
+        assert made != same, "the identity must differ from what is tested"
     assert case.families, "a case runs somewhere"
-    assert method.evicts == case.evicts
+    assert method.evicts == case.evicts or method.packs  # a method with both decides by its parameters
     if case.main:
         assert len(case.neighbours) == 2
-        assert method.identity is not None or case.method == "entropy"
+        assert method.identity is not None or case.identity is None or case.method == "entropy"

@@ -7,8 +7,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from oracle import float64_math, install, install_entropy, models, real_rows, replay
+from oracle import Evictor, float64_math, install, install_entropy, models, real_rows, replay, vlms
 from oracle.core import Rule
+from oracle.entropy import install_denoiser
+from oracle.packing import Packed
 from torch import Tensor, nn
 
 from .cases import Case
@@ -20,8 +22,34 @@ EXACT = 1e-11
 TOLERANCE = {"flux": 1e-7}
 
 
+@torch.no_grad()
 def build(family: str, **more: Any) -> Any:
-    return models.build(family, **more)
+    if family not in vlms.FAMILIES:
+        return models.build(family, **more)
+    model = vlms.build(family, **{"layers": 3, **more})
+    key = f"{family} {sorted(more.items(), key=str)}"
+    if key not in _planted:  # solved for once: a solver need not give the same bits twice
+        vlms.plant(model, vlms.batch(model, family))
+        _planted[key] = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for name, p in model.named_parameters():
+        p.copy_(_planted[key][name])
+    return model
+
+
+_planted: dict[str, dict[str, Tensor]] = {}
+_reading: list[Rule] = []  # the rules of ``dense``; some have to be told which tokens are images
+
+
+def _with_images(model: nn.Module, family: str, padded: bool) -> list[Tensor]:
+    """A left-padded batch of rows with one image, two and none, or the first row alone; the usual calls."""
+    given = vlms.batch(model, family)
+    given = given if padded else vlms.row(model, given, 0)
+    calls = [given.prompt, *CALLS[1:]]
+    for rule in _reading:
+        if hasattr(rule, "image"):
+            rule.image = given.image
+    found = vlms.replay(model, None, given, calls)
+    return [a[r] for a, r in zip(found, vlms.real(given, calls), strict=True)]
 
 
 def text(padded: bool = True) -> tuple[Tensor, Tensor | None]:
@@ -54,6 +82,8 @@ def wide(model: nn.Module) -> AbstractContextManager[None]:
 @torch.no_grad()
 def outputs(model: nn.Module, family: str, padded: bool = True, calls: Sequence[int] = CALLS) -> list[Tensor]:
     """What the model says, real rows only, call by call."""
+    if family in vlms.FAMILIES:
+        return _with_images(model, family, padded)
     if family in models.CAUSAL:
         ids, mask = text(padded)
         with wide(model):
@@ -67,14 +97,36 @@ def outputs(model: nn.Module, family: str, padded: bool = True, calls: Sequence[
     return [tensor[given["attention_mask"].bool()] if family == "bert" else tensor]
 
 
+def arranged(rules: Sequence[Rule]) -> list[Rule]:
+    """The rules in the order that the oracle wants: what packs, told what evicts beside it, comes before that."""
+    evictor = next((r for r in rules if isinstance(r, Evictor) and not isinstance(r, Packed)), None)
+    packers = [r for r in rules if isinstance(r, Packed)]
+    for packer in packers:
+        packer.evictor = evictor
+    # A rule that chooses tokens looks at logits that those before it have changed.
+    plain = [r for r in rules if not isinstance(r, Evictor)]
+    return [*plain, *packers, *(r for r in rules if r not in packers and r not in plain)]
+
+
 @contextmanager
 def dense(model: nn.Module, family: str, case: Case, more: Sequence[Rule] = ()) -> Iterator[Any]:
     """The stock model under the oracle's reading of the case."""
     if family not in models.DENOISERS:
         rules = [case.rule(), *more]
-        if case.evicts and family in case.layers_of:
+        if family in case.layers_of:
             rules[0].layers = set(case.layers_of[family])
-        with install(model, rules) as oracle:
+        inside = vlms.decoder(model) if family in vlms.FAMILIES else None
+        with install(model, arranged(rules), inside) as oracle:
+            _reading[:] = rules
+            try:
+                yield oracle
+            finally:
+                _reading.clear()
+        return
+    if case.denoised is not None:
+        found = case.denoised()
+        # Most read the logits of a dense attention; another operator brings its own way to run the model.
+        with getattr(found, "installed", install_denoiser)(model, found) as oracle:
             yield oracle
         return
     trained = (case.trained, case.trained) if case.trained else None

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from trainless.patchers import Method, register
 from trainless.patchers.base import _registry
-from trainless.seams import Contribution, ExtraKeys, MassMove, Pairs, Site
+from trainless.seams import Contribution, ExtraKeys, Groups, MassMove, Pairs, Site, Tokens
 
 Make = Callable[[Site], Sequence[Contribution]]
 
@@ -89,6 +89,43 @@ def _more_keys(site: Site) -> Sequence[Contribution]:
 
 Keys, MoreKeys = toy("keys", _keys), toy("more_keys", _more_keys)
 
+# ---------------------------------------------------------------- chosen rows
+
+PROBED: dict[int, list[tuple[Tensor, Tensor]]] = {}
+
+
+def last_and_third(call: Any, state: Any) -> Tensor:
+    """bool (B, Lq): every third row, another third in each row of the batch, and the last one."""
+    b, lq = call.shape[0], call.shape[3]
+    chosen = (torch.arange(lq)[None] + torch.arange(b)[:, None]) % 3 == 0
+    chosen[:, -1] = True
+    return chosen
+
+
+def twice_and_none(call: Any, state: Any) -> Tensor:
+    """int64 (B, 4): the last row twice, one in the middle, none."""
+    b, lq = call.shape[0], call.shape[3]
+    return torch.tensor([lq - 1, lq // 2, lq - 1, -1]).expand(b, 4)
+
+
+def _probe(probes: Any) -> Make:
+    def make(site: Site) -> Sequence[Contribution]:
+        def value(call: Any, stats: Any, state: Any) -> None:
+            PROBED.setdefault(site.layer, []).append((stats.probe_mass.clone(), stats.probe_rows.clone()))
+
+        return [Contribution("observe", value, needs={"probe_mass"}, probes=probes)]
+
+    return make
+
+
+ProbeMask, ProbeIndex = toy("probe_mask", _probe(last_and_third)), toy("probe_index", _probe(twice_and_none))
+ProbeNone = toy(
+    "probe_none",
+    lambda site: [
+        Contribution("observe", lambda c, s, t: None, needs={"probe_mass"}, probes=lambda c, s: None)
+    ],
+)
+
 # ---------------------------------------------------------------- patterns
 
 
@@ -125,6 +162,33 @@ def _dynamic(site: Site) -> Sequence[Contribution]:
 
 
 Dynamic = toy("dynamic", _dynamic)
+
+
+def taking_part(mass: Tensor, real: Tensor) -> Tensor:
+    """bool (B, Lk): in each row the better half of the real keys, by mass (B, H, Lk), and the last one."""
+    total = mass.sum(1).masked_fill(~real, -1.0)
+    rank = total.argsort(dim=1, descending=True, stable=True).argsort(1)
+    keep = (rank < (real.sum(1, keepdim=True) + 1) // 2) & real
+    keep[:, -1] = True
+    return keep
+
+
+def _tokens(site: Site) -> Sequence[Contribution]:
+    def value(call: Any, stats: Any, state: Any) -> Tokens:
+        real = state.get("real")
+        own = torch.ones(call.shape[0], call.shape[3], dtype=torch.bool) if call.real is None else call.real
+        real = own if real is None else torch.cat([real, own], 1)
+        state.set("real", real)
+        return Tokens(taking_part(stats.probe_mass, real))
+
+    return [
+        Contribution(
+            "pattern", value, needs={"probe_mass"}, probes=last_and_third, dynamic=True, stateful=True,
+        )
+    ]  # fmt: skip
+
+
+Subset = toy("subset", _tokens)
 
 # ---------------------------------------------------------------- form, observe, position, mass
 
@@ -220,3 +284,34 @@ def _lse_elsewhere(site: Site) -> Sequence[Contribution]:
 
 
 LseElsewhere = toy("lse_elsewhere", _lse_elsewhere)
+
+
+GATE = 0.3
+
+
+def _gated(heads: tuple[int, ...] | None) -> Make:
+    """On odd rows of the sequence, where every third key from the second on has GATE of the mass: most of it moves."""
+
+    def make(site: Site) -> Sequence[Contribution]:
+        def thirds(call: Any) -> Tensor:
+            return torch.arange(call.shape[4]) % 3
+
+        def groups(call: Any, state: Any) -> Groups:
+            b, _, _, lq, lk = call.shape
+            of = torch.where(thirds(call) == 1, 1, torch.where(thirds(call) == 0, 2, 0))
+            rows = (torch.arange(lk - lq, lk) % 2 == 1).expand(b, lq)
+            return Groups(of.expand(b, 1, lk), 2, rows)
+
+        def value(call: Any, stats: Any, state: Any) -> MassMove:
+            b, h, _, _, lk = call.shape
+            own = list(range(h) if heads is None else heads)
+            gate = stats.group_mass[:, own, :, 0] >= GATE
+            source, target = ((thirds(call) == n).expand(b, len(own), lk) for n in (1, 0))
+            return MassMove(source, 0.25, target, gate)
+
+        return [Contribution("mass", value, heads=heads, groups=groups)]
+
+    return make
+
+
+Gated, GatedHeads = toy("gated", _gated(None)), toy("gated_heads", _gated((1, 2)))

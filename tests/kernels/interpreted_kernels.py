@@ -9,12 +9,24 @@ import os
 import pytest
 import torch
 from kernel_cases import edit, make, no_worse, oracle, times_values
+from packed_cases import IDS as PACKED_IDS
+from packed_cases import SHAPES as PACKED_SHAPES
+from packed_cases import Case as PackedCase
+from packed_cases import dense as packed_dense
+from test_block_sparse import PATTERNS, pattern_of, truth_of
 
 from trainless.kernels import attention, visibility
+from trainless.kernels.block_sparse import triton as block_sparse_form
 from trainless.kernels.column_mass import triton as column_mass_form
 from trainless.kernels.common import Terms
+from trainless.kernels.group_mass import triton as group_mass_form
 from trainless.kernels.lse import triton as lse_form
 from trainless.kernels.mass_move import triton as mass_move_form
+from trainless.kernels.quant_kv import reference as packed_reference
+from trainless.kernels.quant_kv import triton as packed_form
+from trainless.kernels.window2d import Window2d
+from trainless.kernels.window2d import reference as window2d_reference
+from trainless.kernels.window2d import triton as window2d_form
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run through test_triton.py"
 
@@ -97,6 +109,61 @@ def test_mass_move(kind, shape, extras, keep, dtype):
     ), out)  # fmt: skip
 
 
+@pytest.mark.parametrize("name", PATTERNS)
+@pytest.mark.parametrize(("kind", "shape", "extras"), CASES)
+def test_block_sparse(kind, shape, extras, name):
+    if name == "spans" and kind not in ("causal", "left", "window"):
+        kind = "causal"
+    dtype = DTYPES[len(kind) % 2]
+    case = make(kind, shape, dtype, extras=extras)
+    pattern, allowed = pattern_of(name, shape)
+    got = block_sparse_form.block_sparse(*case.qkv, pattern, visibility=case.seen(), terms=terms_of(case))
+    assert got.dtype == dtype
+    no_worse(got, truth_of(case, allowed), truth_of(case, allowed, dtype))
+
+
+def test_block_sparse_reads_and_writes_only_its_own():
+    case = make("causal", (2, 4, 2, 70, 70, 24), torch.float32)
+    options = {"visibility": case.seen(), "terms": terms_of(case)}
+    pattern, _ = pattern_of("subset", (2, 4, 2, 70, 70, 24))
+    want = block_sparse_form.block_sparse(*case.qkv, pattern, **options)
+    q, k, v = (t.clone() for t in case.qkv)
+    for tensor in (q, k, v):
+        tensor.transpose(1, 2)[~pattern.keys] = torch.nan
+    got = block_sparse_form.block_sparse(
+        q, k.transpose(2, 3).contiguous().transpose(2, 3), v, pattern, **options
+    )
+    assert torch.equal(got, want) and not got.transpose(1, 2)[~pattern.keys].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("kind", "shape", "extras"), CASES)
+def test_group_mass(kind, shape, extras, dtype):
+    case = make(kind, shape, dtype, extras=extras)
+    _, a, _, lse = oracle(case)
+    _, plain, _, plain_lse = oracle(case.to(torch.float32), torch.float32)
+    b, _, hkv, lq, lk, _ = shape
+    rows = torch.rand(b, lq) < 0.6
+    groups = torch.randint(0, 4, (b, hkv, lk))
+    asked = rows[:, None, :, None]
+
+    def summed(p):
+        of = groups.repeat_interleave(p.shape[1] // hkv, 1)
+        return torch.stack([p.masked_fill((of != g)[:, :, None], 0).sum(-1) for g in (1, 2, 3)], -1) * asked
+
+    for given in (None, plain_lse):
+        options = {"groups": groups, "count": 3, "rows": rows, "lse": given}
+        got, found = group_mass_form.group_mass(
+            case.query, case.key, visibility=case.seen(), terms=terms_of(case), **options
+        )
+        if given is None:
+            no_worse(got, summed(a), summed(plain))
+        torch.testing.assert_close(got.double(), summed(a), rtol=1e-4, atol=1e-5)
+        sees = torch.isfinite(lse) & rows[:, None]
+        assert torch.equal(torch.isfinite(found), sees)
+        torch.testing.assert_close(found[sees].double(), lse[sees], rtol=1e-5, atol=1e-5)
+
+
 def test_views_and_memory_around_the_result():
     """Tokens before heads, a slice of a longer cache: nothing outside is read, nothing beside is written."""
     case = make("causal", (2, 4, 2, 37, 37, 24), torch.float32)
@@ -163,6 +230,9 @@ def test_the_operators_are_registered_correctly(kind, extras):
     source = torch.rand(2, 2, 20) < 0.3
     arguments = (*case.qkv, out, lse, source, torch.full((2, 2, 20), 0.4), heads, 0.3, *mask, sinks)
     check(torch.ops.trainless.mass_move.default, arguments, test_utils=tests)
+    groups, rows = torch.randint(0, 3, (2, 1, 20), dtype=torch.int32), torch.rand(2, 20) < 0.5
+    arguments = (case.query, case.key, groups, 2, rows, None, 0.3, *mask, sinks)
+    check(torch.ops.trainless.group_mass.default, arguments, test_utils=tests)
 
 
 def test_a_compiler_sees_one_operator_each():
@@ -198,3 +268,55 @@ def test_addresses_are_wide(monkeypatch):
     got = lse_form.attention(q, q, q, visibility=seen, terms=terms)
     want = lse_form.attention(small, small, small, visibility=seen, terms=terms)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+GRID_WINDOWS = [
+    Window2d((17, 11), 4.2, text=5),
+    Window2d((9, 16), 3, "square", text=40, text_first=False),
+    Window2d((13, 10), 2, dilation=3, text=1),
+    Window2d((1, 1), 8),
+    Window2d((3, 19), 100, "square", 2),
+]
+
+
+@pytest.mark.parametrize(("dtype", "extra"), [(torch.float32, 3), (torch.float16, None)], ids=str)
+@pytest.mark.parametrize("w", GRID_WINDOWS, ids=str)
+def test_window2d(w, dtype, extra):
+    def make(heads, length):
+        return torch.randn(1, length, heads, 24).to(dtype).transpose(1, 2)
+
+    q, k, v = make(2, w.tokens), make(1, w.tokens), make(1, w.tokens)
+    more = None if extra is None else (make(1, extra), make(1, extra))
+    exact = None if more is None else (more[0].double(), more[1].double())
+    want, lse = window2d_reference.window2d(
+        q.double(), k.double(), v.double(), window=w, scale=0.3, extra=exact
+    )
+    plain, plain_lse = window2d_reference.window2d(q, k, v, window=w, scale=0.3, extra=more)
+    out, got = window2d_form.window2d(q, k, v, window=w, scale=0.3, extra=more)
+    assert out.dtype == dtype and got.dtype == torch.float32
+    no_worse(out, want, plain)
+    no_worse(got, lse, plain_lse.float())
+
+
+def test_the_operator_of_window2d_is_registered_correctly():
+    w = Window2d((5, 6), 2, text=3)
+    q, k, v = (torch.randn(1, 2, w.tokens, 16) for _ in range(3))
+    call = (q, k, v, 0.3, 5, 6, 3, True, True, w.most, w.reach, 1, None, None)
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(torch.ops.trainless.window2d.default, call, test_utils=tests)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", PACKED_SHAPES, ids=PACKED_IDS)
+def test_packed_rows(shape, dtype, monkeypatch):
+    monkeypatch.setattr(packed_form, "SPAN", 40)
+    case = PackedCase(shape, dtype, holes=shape[0] == 2)
+    exact = [packed_reference.dequantise(s, torch.float64) for s in case.segments]
+    key, value = (torch.cat(t, 2) for t in zip(*exact, strict=True))
+    want = packed_dense(case.query.double(), key, value, 0.3, 2.5, valid=case.valid)
+    plain = packed_dense(case.query, key.to(dtype), value.to(dtype), 0.3, 2.5, valid=case.valid)
+    out, p, lse = packed_form.rows(case.query, case.segments, Terms(0.3, softcap=2.5), case.valid, True)
+    assert out.dtype == dtype and p.dtype == lse.dtype == torch.float32
+    no_worse(out, want[0], plain[0])
+    no_worse(p, want[1], plain[1].float(), factor=4.0)
+    torch.testing.assert_close(lse.double(), want[2], rtol=0, atol=2e-5)

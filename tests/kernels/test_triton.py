@@ -40,7 +40,7 @@ def test_every_kernel_runs_in_the_interpreter(tmp_path):
     """In a process of its own: the interpreter must be chosen before anything imports Triton."""
     code, output = python(
         tmp_path, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist",
-        str(HERE / "interpreted_kernels.py"), TRITON_INTERPRET="1",
+        str(HERE / "interpreted_kernels.py"), str(HERE / "interpreted_linear.py"), TRITON_INTERPRET="1",
     )  # fmt: skip
     assert code == 0, output[-6000:]
     assert re.search(r"\b[1-9]\d\d passed", output), output[-300:]
@@ -49,15 +49,22 @@ def test_every_kernel_runs_in_the_interpreter(tmp_path):
 COMPILE = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
+from trainless.kernels.block_sparse.triton import _block_sparse
 from trainless.kernels.column_mass.triton import _column_mass
+from trainless.kernels.group_mass.triton import _group_mass
+from trainless.kernels.linear.triton import _apply, _causal, _reduce
 from trainless.kernels.lse.triton import _attention
 from trainless.kernels.mass_move.triton import _mass_move
+from trainless.kernels.window2d.triton import _window2d
 
 pointers = {"q": "bf16", "k": "bf16", "v": "bf16", "old": "bf16", "new": "bf16", "bias": "bf16", "sinks": "bf16",
-            "lse": "fp32", "keep": "fp32", "keys": "u8", "mask": "u8", "source": "u8",
-            "index": "i64", "filled": "i64", "chosen": "i64"}
+            "ek": "bf16", "ev": "bf16", "lse": "fp32", "keep": "fp32", "keys": "u8", "mask": "u8", "source": "u8",
+            "index": "i64", "filled": "i64", "chosen": "i64", "state": "fp32", "total": "fp32",
+            "rows_of": "i64", "cols_of": "i64", "limits": "i64", "spans": "i64",
+            "mass": "fp32", "given": "fp32", "groups": "i32"}
 flags = dict(CAUSAL=True, WINDOW=FULL, CAP=FULL, KEYS=True, MASK=int(FULL), BIAS=FULL, SINKS=FULL, EXACT=False,
-             BM=64, BN=64, BS=16, BD=64)
+             MODE=0, BM=64, BN=64, BS=16, BD=64, DISC=FULL, TY=8, TX=8, FEATURE=2 * FULL, BV=64, GIVEN=FULL,
+             COUNT=2, BG=2)
 for kernel in KERNELS:
     types, constants = {}, {}
     for name in kernel.arg_names:
@@ -68,7 +75,7 @@ for kernel in KERNELS:
         elif name in pointers:
             types[name] = "*" + pointers[name]
         else:
-            types[name] = "fp32" if name in ("scale", "softcap", "hidden", "limit") else "i64"
+            types[name] = "fp32" if name in ("scale", "softcap", "hidden", "limit", "eps") else "i64"
     made = compile(ASTSource(kernel, types, constants), target=GPUTarget("cuda", CAPABILITY, 32))
     assert "cubin" in made.asm
     assert made.metadata.shared <= 100 * 1024, made.metadata.shared
@@ -80,7 +87,12 @@ for kernel in KERNELS:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kernels", "full", "capability"),
-    [("_column_mass, _attention", True, 80), ("_mass_move,", False, 90)],
+    [
+        ("_column_mass, _attention, _window2d", True, 80),
+        ("_mass_move, _block_sparse, _group_mass", False, 90),
+        ("_reduce, _apply", True, 80),
+        ("_causal,", False, 90),
+    ],
 )
 def test_kernels_compile_for_a_gpu(kernels, full, capability, tmp_path):
     """To machine code, within the shared memory that every such GPU has; no GPU is needed for that."""
@@ -98,7 +110,9 @@ def test_importing_the_kernels_does_not_import_triton(tmp_path):
     # torch may do so itself; what counts is that ours adds nothing.
     code = (
         "import sys, torch, torch.library; before = {m for m in sys.modules if m.split('.')[0] == 'triton'}; "
-        "import trainless.kernels.lse, trainless.kernels.column_mass, trainless.kernels.mass_move; "
+        "import trainless.kernels.lse, trainless.kernels.column_mass, trainless.kernels.mass_move, "
+        "trainless.kernels.group_mass, trainless.kernels.window2d, trainless.kernels.linear, "
+        "trainless.kernels.block_sparse; "
         "after = {m for m in sys.modules if m.split('.')[0] == 'triton'}; "
         "assert not any(m.endswith('.triton') for m in sys.modules if m.startswith('trainless.kernels')); "
         "print(len(before), len(after))"
@@ -119,7 +133,7 @@ def test_a_cpu_tensor_is_told_why_not_triton():
 def test_what_is_available_is_named_with_reasons(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     found = available()
-    assert set(found) == {"lse", "column_mass", "mass_move"}
+    assert set(found) == {"lse", "column_mass", "mass_move", "linear", "window2d"}
     assert found["lse"].name == "fused" and found["column_mass"].name == "blocked"
     assert found["mass_move"].reasons and "triton" in found["mass_move"].reasons[0]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -35,6 +35,7 @@ HARMLESS = {
     "attention_mask",
     "encoder_hidden_states",
     "encoder_attention_mask",
+    "logits_to_keep",
 }
 
 
@@ -102,6 +103,10 @@ class Rule:
     def state(self, call: Call) -> dict[str, Any]:
         return self._state.setdefault(call.site.name, {})
 
+    def attach(self, model: nn.Module) -> list[Any]:
+        """Hooks on the model for what a call does not carry; removed when the run ends."""
+        return []
+
     def begin(self, call: Call) -> None:
         """Forget the previous sequences of this site."""
         self._state.pop(call.site.name, None)
@@ -109,6 +114,10 @@ class Rule:
     def keys(self, call: Call, key: Tensor) -> Tensor:
         """The keys that the queries meet, (B, Hkv, Lk, D)."""
         return key
+
+    def values(self, call: Call, value: Tensor) -> Tensor:
+        """The values that the probabilities meet, (B, Hkv, Lk, D)."""
+        return value
 
     def logits(self, call: Call, logits: Tensor) -> Tensor:
         """The logits before masking, (B, H, Lq, Lk)."""
@@ -127,7 +136,9 @@ class Rule:
         return out
 
     def after(self, call: Call, p: Tensor) -> None:
-        """Called last, with the probabilities before ``probabilities`` of any rule edited them."""
+        """Called last, with the probabilities before ``probabilities`` of any rule edited them; in the reverse
+        order of the rules, so that a store that comes first on the way out of the cache is last on the way in.
+        """
 
 
 @dataclass
@@ -193,7 +204,7 @@ class Oracle:
             for rule in rules:
                 rule.begin(call)
         for rule in rules:
-            key = rule.keys(call, key)
+            key, value = rule.keys(call, key), rule.values(call, value)
         z = query @ key.repeat_interleave(call.groups, dim=1).transpose(2, 3) * scaling
         if softcap is not None:
             z = softcap * torch.tanh(z / softcap)
@@ -211,7 +222,7 @@ class Oracle:
         out = p @ value.repeat_interleave(call.groups, dim=1)
         for rule in rules:
             out = rule.output(call, out)
-        for rule in rules:
+        for rule in reversed(rules):
             rule.after(call, before_edits)
         self.traces[site.name].append(Trace(before_edits, p, seen))
         return out
@@ -270,11 +281,14 @@ AttentionMaskInterface.register(NAME, _mask)
 
 
 @contextmanager
-def install(model: nn.Module, rule: Rule | Sequence[Rule] = ()) -> Iterator[Oracle]:
+def install(
+    model: nn.Module, rule: Rule | Sequence[Rule] = (), within: nn.Module | None = None
+) -> Iterator[Oracle]:
     """Run ``model`` (stock, float64) through the oracle with ``rule``, one or several; restored on exit.
 
-    Give the model a ``DynamicCache()`` made without a config, which keeps everything even in layers
-    with a sliding window; ``replay`` does.
+    ``within``: the part whose attention goes through it (None: all); the rest stays stock. Give the model
+    a ``DynamicCache()`` made without a config, which keeps everything even in layers with a sliding
+    window; ``replay`` does.
     """
     rules = [rule] if isinstance(rule, Rule) else list(rule)
     if any(p.dtype != torch.float64 for p in model.parameters() if p.is_floating_point()):
@@ -282,10 +296,13 @@ def install(model: nn.Module, rule: Rule | Sequence[Rule] = ()) -> Iterator[Orac
     oracle = Oracle(model, rules)
     for module in model.modules():
         _oracles[module] = oracle
+    hooks = [hook for one in rules for hook in one.attach(model if within is None else within)]
     try:
-        with attention_set(model, NAME):
+        with attention_set(model if within is None else within, NAME):
             yield oracle
     finally:
+        for hook in hooks:
+            hook.remove()
         for module in model.modules():
             _oracles.pop(module, None)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,7 +35,22 @@ def unet_level(name: str, levels: int) -> int:
     return levels - 1 if kind == "mid_block" else levels - 1 - int(index)
 
 
-class EntropyOracle:
+class DenoiserOracle:
+    """What one attention layer of a denoiser may be changed by; this one changes nothing."""
+
+    def begin(self, model: nn.Module, given: dict[str, Any]) -> None:
+        """Called before each denoiser call, with its arguments by name."""
+
+    def apply(self, name: str, logits: Tensor, image: int, text: int) -> Tensor:
+        """The logits of self- and joint attention, (B, H, L, Lk)."""
+        return logits
+
+    def keys(self, name: str, key: Tensor, value: Tensor, image: int, text: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of self- and joint attention, (B, H, Lk, D), after any rotation."""
+        return key, value
+
+
+class EntropyOracle(DenoiserOracle):
     """Logits of each self-attention layer times sqrt(ln N / ln T), N from the live call and T the count
     that the same layer has at the trained size (height, width) in pixels.
 
@@ -94,7 +110,7 @@ def _out(attn: nn.Module, x: Tensor) -> Tensor:
 class _Processor:
     """One layer's dense attention."""
 
-    def __init__(self, oracle: EntropyOracle, name: str) -> None:
+    def __init__(self, oracle: DenoiserOracle, name: str) -> None:
         self.oracle, self.name = oracle, name
 
 
@@ -117,6 +133,8 @@ class _Plain(_Processor):
         q = _normed(attn.norm_q, _heads(attn.to_q(hidden_states), attn.heads))
         k = _normed(attn.norm_k, _heads(attn.to_k(context), attn.heads))
         v = _heads(attn.to_v(context), attn.heads)
+        if encoder_hidden_states is None:
+            k, v = self.oracle.keys(self.name, k, v, hidden_states.shape[1], 0)
         z = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])
         if encoder_hidden_states is None:
             z = self.oracle.apply(self.name, z, hidden_states.shape[1], 0)
@@ -146,6 +164,7 @@ class _Joint(_Processor):
             k_text = _normed(attn.norm_added_k, _heads(attn.add_k_proj(encoder_hidden_states), attn.heads))
             v_text = _heads(attn.add_v_proj(encoder_hidden_states), attn.heads)
             q, k, v = (torch.cat(pair, dim=2) for pair in ((q, q_text), (k, k_text), (v, v_text)))
+        k, v = self.oracle.keys(self.name, k, v, image, text)
         z = self.oracle.apply(self.name, q @ k.transpose(2, 3) / math.sqrt(q.shape[-1]), image, text)
         out = _merge(z.softmax(dim=-1), v)
         image_out = _out(attn, out[:, :image])
@@ -158,7 +177,7 @@ class _Joint(_Processor):
 class _Flux(_Processor):
     """FLUX: text then image; single blocks get both as one stream, with the call's text length."""
 
-    text = 0  # of the present forward, set by the pre-hook that install_entropy puts on the model
+    text = 0  # of the present forward, set by the pre-hook that install_denoiser puts on the model
 
     def __call__(
         self,
@@ -181,6 +200,7 @@ class _Flux(_Processor):
         if image_rotary_emb is not None:
             q, k = _turn(q, *image_rotary_emb), _turn(k, *image_rotary_emb)
         text = self.text
+        k, v = self.oracle.keys(self.name, k, v, q.shape[2] - text, text)
         z = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])
         z = self.oracle.apply(self.name, z, q.shape[2] - text, text)
         out = _merge(z.softmax(dim=-1), v)
@@ -205,25 +225,38 @@ _PROCESSORS = {
 
 
 @contextmanager
-def install_entropy(
-    model: nn.Module, trained: tuple[int, int] | None = None, scale: bool = True
-) -> Iterator[EntropyOracle]:
-    """Run a stock float64 denoiser through dense attention with entropy scaling; restored on exit."""
+def install_denoiser(
+    model: nn.Module, oracle: DenoiserOracle, processors: dict[str, Any] | None = None
+) -> Iterator[Any]:
+    """Run a stock float64 denoiser through dense attention as ``oracle`` changes it; restored on exit.
+
+    ``processors``: by layer name, what is to be used instead of the dense ones."""
     if next(model.parameters()).dtype != torch.float64:
         raise TypeError("the oracle wants a float64 model")
-    oracle = EntropyOracle(model, trained, scale)
+    kind = _PROCESSORS[type(model).__name__]
     before = dict(model.attn_processors)
-    mine = {name: _PROCESSORS[oracle.kind](oracle, name.removesuffix(".processor")) for name in before}
+    mine = {name: kind(oracle, name.removesuffix(".processor")) for name in before}
+    names = list(inspect.signature(model.forward).parameters)
 
-    def text_length(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        text = kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else args[1]
+    def begin(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        oracle.begin(model, given)
         for processor in mine.values():
-            processor.text = text.shape[1]
+            processor.text = given["encoder_hidden_states"].shape[1]
 
-    hook = model.register_forward_pre_hook(text_length, with_kwargs=True)
-    model.set_attn_processor(dict(mine))
+    hook = model.register_forward_pre_hook(begin, with_kwargs=True)
+    model.set_attn_processor({**mine, **(processors or {})})
     try:
         yield oracle
     finally:
         hook.remove()
         model.set_attn_processor(dict(before))
+
+
+@contextmanager
+def install_entropy(
+    model: nn.Module, trained: tuple[int, int] | None = None, scale: bool = True
+) -> Iterator[EntropyOracle]:
+    """Run a stock float64 denoiser through dense attention with entropy scaling; restored on exit."""
+    with install_denoiser(model, EntropyOracle(model, trained, scale)) as oracle:
+        yield oracle

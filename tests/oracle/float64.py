@@ -64,12 +64,20 @@ def exact(model: nn.Module) -> nn.Module:
             or cls in _exact_classes.values()
         ):
             continue
-        if cls not in _exact_classes:
-            _exact_classes[cls] = type(
-                cls.__name__, (cls,), {"forward": _wide(cls.forward), "__module__": cls.__module__}
-            )
-        module.__class__ = _exact_classes[cls]
+        widen(module)
     return model
+
+
+def widen(module: nn.Module) -> None:
+    """Make the forward of ``module``, with all that it calls, compute in float64, in place."""
+    cls = type(module)
+    if cls in _exact_classes.values():
+        return
+    if cls not in _exact_classes:
+        _exact_classes[cls] = type(
+            cls.__name__, (cls,), {"forward": _wide(cls.forward), "__module__": cls.__module__}
+        )
+    module.__class__ = _exact_classes[cls]
 
 
 def _wide(forward: Callable) -> Callable:

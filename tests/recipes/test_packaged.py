@@ -16,8 +16,9 @@ from trainless.recipes.packaged import read
 from trainless.recipes.text import Source, parse
 
 FAMILIES = {"llama", "mistral", "qwen2", "qwen3", "gemma", "phi", "bert", "t5", "vit"}
-FAMILIES |= {"sd15", "sd21", "sdxl", "sd3", "flux"}
+FAMILIES |= {"sd15", "sd21", "sdxl", "sd3", "flux", "pixart", "llava", "qwen2_vl", "internvl"}
 METHODS = {"attn_temperature", "act", "head_gain", "streaming", "h2o", "entropy"}
+METHODS |= {"linfusion", "clear", "var", "kvquant", "zipcache", "tova", "snapkv", "zipvl"}
 
 
 def data_of(name: str) -> dict:
@@ -76,6 +77,14 @@ def test_a_recipe_of_another_family_is_refused():
         resolve("llama/long-context").check_fits("bert")
     with pytest.raises(InputError, match="StableDiffusionXLPipeline"):
         resolve("sdxl/any-size").check_fits("FluxPipeline")
+
+
+def test_a_recipe_without_its_file_loads_and_says_how_to_name_it(tmp_path):
+    assert resolve("sdxl/linear").uses[0].method.weights is None
+    named = resolve("sdxl/linear", sets=[f"linfusion.weights={tmp_path}"])
+    assert named.uses[0].method.weights == tmp_path and named.digest != resolve("sdxl/linear").digest
+    with pytest.raises(InputError, match="no file or folder"):
+        resolve("sdxl/linear", sets=["linfusion.weights=/nowhere/at/all"])
 
 
 def test_show_and_unknown_names():

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import did_you_mean
+from .messages import kind, normalise, string
 from .openai import is_openai, translate
+from .pictures import Picture, picture
 
 FIELDS = ("id", "prompt", "messages", "image", "images", "negative_prompt", "seed", "n", "params", "meta")
 MAX_SEED = 2**63 - 1
@@ -31,13 +33,13 @@ class Faults:
 
 @dataclass(frozen=True)
 class Item:
-    """A prompt as given. ``where`` is ``file:line``; ``images`` are existing files."""
+    """A prompt as given. ``where`` is ``file:line``; ``images`` are those of ``messages`` too, in order."""
 
     where: str
     id: str | int | None = None
     prompt: str | None = None
     messages: list[dict[str, Any]] | None = None
-    images: tuple[Path, ...] = ()
+    images: tuple[Picture, ...] = ()
     negative_prompt: str | None = None
     seed: int | None = None
     n: int = 1
@@ -57,7 +59,7 @@ def parse(row: Any, where: str, folder: Path, faults: Faults) -> Item | None:
     """
     before = len(faults.found)
     if not isinstance(row, Mapping):
-        faults.add(where, f"a prompt is an object with fields, not {_kind(row)}")
+        faults.add(where, f"a prompt is an object with fields, not {kind(row)}")
         return None
     if is_openai(row):
         row = translate(row, where, faults)
@@ -67,9 +69,14 @@ def parse(row: Any, where: str, folder: Path, faults: Faults) -> Item | None:
             faults.add(where, f"unknown field {name!r}{did_you_mean(str(name), FIELDS)}")
     _identity(row, where, faults)
     _text(row, where, faults)
+    so_far = len(faults.found)
     images = _images(row, where, folder, faults)
+    messages = None
+    if "messages" in row:
+        whole = len(faults.found) == so_far
+        messages, images = normalise(row["messages"], images if whole else None, folder, where, faults)
     if not isinstance(row.get("params", {}), Mapping):
-        faults.add(where, f"params must be an object, not {_kind(row['params'])}")
+        faults.add(where, f"params must be an object, not {kind(row['params'])}")
     if not _is_json(row.get("meta")):
         faults.add(where, "meta must be plain JSON data")
     if len(faults.found) > before:
@@ -78,7 +85,7 @@ def parse(row: Any, where: str, folder: Path, faults: Faults) -> Item | None:
         where=where,
         id=row.get("id"),
         prompt=row.get("prompt"),
-        messages=row.get("messages"),
+        messages=messages,
         images=images,
         negative_prompt=row.get("negative_prompt"),
         seed=row.get("seed"),
@@ -91,7 +98,7 @@ def parse(row: Any, where: str, folder: Path, faults: Faults) -> Item | None:
 def _identity(row: Mapping[str, Any], where: str, faults: Faults) -> None:
     name = row.get("id")
     if "id" in row and (isinstance(name, bool) or not isinstance(name, (str, int)) or name == ""):
-        faults.add(where, f"id must be a string or an integer, not {_kind(name)}")
+        faults.add(where, f"id must be a string or an integer, not {kind(name)}")
     for what, low, high in (("seed", 0, MAX_SEED), ("n", 1, MAX_SAMPLES)):
         value = row.get(what, low)
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
@@ -105,49 +112,10 @@ def _text(row: Mapping[str, Any], where: str, faults: Faults) -> None:
         faults.add(where, "the prompt is missing: give prompt or messages")
     for name in ("prompt", "negative_prompt"):
         if name in row:
-            _string(row[name], name, where, faults)
-    if "messages" in row:
-        _messages(row["messages"], where, faults)
+            string(row[name], name, where, faults)
 
 
-def _string(value: Any, name: str, where: str, faults: Faults) -> None:
-    if not isinstance(value, str):
-        faults.add(where, f"{name} must be a string, not {_kind(value)}")
-        return
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        faults.add(where, f"{name} holds half of a surrogate pair, which is no text")
-
-
-def _messages(messages: Any, where: str, faults: Faults) -> None:
-    if not isinstance(messages, list) or not messages:
-        faults.add(where, "messages must be a list with at least one {role, content}")
-        return
-    for i, message in enumerate(messages):
-        name = f"messages[{i}]"
-        if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
-            faults.add(where, f"{name} must be an object with exactly role and content")
-            continue
-        if not isinstance(message["role"], str) or not message["role"]:
-            faults.add(where, f"{name}.role must be a string such as user, assistant or system")
-        content = message["content"]
-        if not isinstance(content, list):
-            _string(content, f"{name}.content", where, faults)
-            continue
-        for part in content:
-            kind = part.get("type") if isinstance(part, Mapping) else None
-            if kind == "text" and set(part) == {"type", "text"}:
-                _string(part["text"], f"{name}.content text", where, faults)
-            elif not (kind == "image" and set(part) == {"type"}):
-                faults.add(
-                    where,
-                    f'{name}.content takes parts {{"type": "text", "text": …}} and {{"type": "image"}} '
-                    "(the files go into images)",
-                )
-
-
-def _images(row: Mapping[str, Any], where: str, folder: Path, faults: Faults) -> tuple[Path, ...]:
+def _images(row: Mapping[str, Any], where: str, folder: Path, faults: Faults) -> tuple[Picture, ...]:
     if "image" in row and "images" in row:
         faults.add(where, "image and images are both given; keep one")
         return ()
@@ -157,10 +125,11 @@ def _images(row: Mapping[str, Any], where: str, folder: Path, faults: Faults) ->
         return ()
     found = []
     for name in names:
-        path = folder / Path(name).expanduser()
-        if not path.is_file():
-            faults.add(where, f"image {name!r} is no file (looked for {path})")
-        found.append(path)
+        one = picture(name, folder)
+        if isinstance(one, str):
+            faults.add(where, one)
+        else:
+            found.append(one)
     return tuple(found)
 
 
@@ -170,8 +139,3 @@ def _is_json(value: Any) -> bool:
     except (TypeError, ValueError):
         return False
     return True
-
-
-def _kind(value: Any) -> str:
-    names = {str: "a string", bool: "true/false", int: "a number", float: "a number", list: "a list"}
-    return "null" if value is None else names.get(type(value), f"a {type(value).__name__}")

@@ -12,10 +12,10 @@ import json
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from .items import Item
+from .pictures import Picture
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Job:
 def jobs(items: Iterable[Item], settings: Settings) -> list[Job]:
     """Every sample of every item with its key and seed, in order."""
     seen: Counter[str] = Counter()
-    media: dict[Path, str] = {}
+    media: dict[Picture, str] = {}
     found = []
     for item in items:
         content = _content(item, media)
@@ -81,15 +81,15 @@ def rename(work: Iterable[Job], named: Iterable[Job]) -> None:
         job.key, job.seed = twin.key, twin.seed
 
 
-def _content(item: Item, media: dict[Path, str]) -> str:
-    for path in item.images:
-        if path not in media:
-            media[path] = hashlib.sha256(path.read_bytes()).hexdigest()
+def _content(item: Item, media: dict[Picture, str]) -> str:
+    for picture in item.images:
+        if picture not in media:
+            media[picture] = hashlib.sha256(picture.read()).hexdigest()
     return _hash(
         {
             "prompt": item.prompt,
             "messages": item.messages,
-            "images": [media[path] for path in item.images],
+            "images": [media[picture] for picture in item.images],
             "negative_prompt": item.negative_prompt,
             "params": dict(item.params),
             "seed": item.seed,

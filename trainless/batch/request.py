@@ -25,7 +25,7 @@ from .prompts import read_prompts, refuse
 from .runner import Runner, cut_batches, deal
 from .store import Store
 
-DEFAULT_BATCH = {"text": 8, "image": 1}
+DEFAULT_BATCH = {"text": 8, "vlm": 4, "image": 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,23 +172,21 @@ def _engine(request: Request, description: Description) -> Engine:
 
         return ImageEngine(description, request.max_new_tokens, request.size, request.steps)
     if description.kind == "vlm":
-        raise Unsupported(
-            f"{description.spec} is a vision-language model ({description.type}); batch generation runs "
-            "language models and image pipelines"
-        )
+        from .vision import VisionEngine
+
+        return VisionEngine(description, request.max_new_tokens, request.size, request.steps)
     raise Unsupported(
         f"{description.spec} is an encoder ({description.type}): it writes no text and makes no image"
     )
 
 
 def _settings(request: Request, description: Description, engine: Engine, recipe: Any) -> Settings:
-    text = description.kind == "text"
     return Settings(
         model=description.fingerprint,
         recipe=recipe.digest if recipe is not None else None,
         dtype=str(run_dtype(description)).removeprefix("torch."),
         seed=request.seed,
-        max_new_tokens=getattr(engine, "new_tokens", None) if text else None,
+        max_new_tokens=getattr(engine, "new_tokens", None),
         size="x".join(map(str, request.size)) if request.size else None,
         steps=request.steps,
     )

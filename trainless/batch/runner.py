@@ -101,6 +101,7 @@ def _record(
         "sample": job.sample,
         "key": job.key,
         "prompt": job.item.shown,
+        **({"images": [picture.name for picture in job.item.images]} if job.item.images else {}),
         "seed": job.seed,
         "status": "error" if error else "ok",
         **({"file": file} if media else {"text": output.text}),

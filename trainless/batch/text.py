@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..errors import Unsupported
 from ..models import Description, Loaded
 from . import params as parameters
 from .engine import Output
@@ -37,6 +38,10 @@ class TextEngine:
         self.loaded: Loaded | None = None
         self.notes: list[str] = []
 
+    @property
+    def tokenizer(self) -> Any:
+        return self.description.tokenizer
+
     # ------------------------------------------------------------ before weights
 
     def prepare(self, jobs: Sequence[Job], faults: Faults) -> None:
@@ -63,18 +68,18 @@ class TextEngine:
                 p["type"] != "text" for p in message["content"]
             ):
                 faults.add(item.where, f"{name} takes no image parts in messages")
-        if item.messages is not None and not getattr(self.description.tokenizer, "chat_template", None):
+        if item.messages is not None and not getattr(self.tokenizer, "chat_template", None):
             faults.add(item.where, f"{self.description.spec} has no chat template: give prompt, not messages")
         return len(faults.found) == before
 
     def _tokens(self, item: Item, faults: Faults) -> list[int]:
-        tokenizer = self.description.tokenizer
+        tokenizer = self.tokenizer
         try:
             if item.messages is None:
                 tokens = tokenizer(item.prompt, verbose=False)["input_ids"]
             else:
                 text = tokenizer.apply_chat_template(
-                    _flat(item.messages), add_generation_prompt=True, tokenize=False
+                    flat(item.messages), add_generation_prompt=True, tokenize=False
                 )
                 tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         except Exception as error:  # chat templates raise what they like
@@ -120,27 +125,33 @@ class TextEngine:
         own = loaded.model.generation_config
         known = {name: getattr(own, name, None) for name in _TOKENS}
         known = {name: value for name, value in known.items() if value is not None}
-        ends = known.get("eos_token_id", loaded.tokenizer.eos_token_id)
+        ends = known.get("eos_token_id", self.tokenizer.eos_token_id)
         self.ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
         pad = own.pad_token_id
-        pad = pad if isinstance(pad, int) else loaded.tokenizer.pad_token_id
+        pad = pad if isinstance(pad, int) else self.tokenizer.pad_token_id
         self.pad = pad if pad is not None else self.ends[0] if self.ends else 0
         # generate() fills what a call leaves open from the model's own config, so that one is replaced.
         loaded.model.generation_config = GenerationConfig(pad_token_id=self.pad, do_sample=False, **known)
 
+    def inputs(self, jobs: Sequence[Job]) -> dict[str, Any]:
+        """What ``generate`` is called with: at least input_ids and attention_mask (B, L), padded on the left."""
+        assert self.loaded is not None
+        width = max(job.length for job in jobs)
+        rows = [[self.pad] * (width - job.length) + job.tokens for job in jobs]
+        ids = torch.tensor(rows, device=self.loaded.device)
+        mask = torch.ones_like(ids)
+        for i, job in enumerate(jobs):
+            mask[i, : width - job.length] = 0
+        return {"input_ids": ids, "attention_mask": mask}
+
     def generate(self, jobs: Sequence[Job]) -> list[Output]:
         assert self.loaded is not None
-        model, device, tokenizer = self.loaded.model, self.loaded.device, self.loaded.tokenizer
-        width = max(job.length for job in jobs)
-        skip = [width - job.length for job in jobs]
-        ids = torch.tensor(
-            [[self.pad] * s + j.tokens for s, j in zip(skip, jobs, strict=True)], device=device
-        )
-        mask = torch.ones_like(ids)
-        for i, count in enumerate(skip):
-            mask[i, :count] = 0
+        model, device, tokenizer = self.loaded.model, self.loaded.device, self.tokenizer
+        given = self.inputs(jobs)
+        ids = given["input_ids"]
+        skip = [ids.shape[1] - job.length for job in jobs]
         # An encoder-decoder writes into a sequence of its own, which starts with one token.
-        start = 1 if self.description.encoder_decoder else width
+        start = 1 if self.description.encoder_decoder else ids.shape[1]
         limits = [self._limit(job.item) for job in jobs]
         stops = [_stops(job.item) for job in jobs]
         end = RowEnd(start, limits, self.ends, stops, tokenizer)
@@ -148,11 +159,15 @@ class TextEngine:
         choice = RowChoice([job.item.params for job in jobs], [job.seed for job in jobs], pads, device)
         with torch.inference_mode():
             written = model.generate(
-                input_ids=ids,
-                attention_mask=mask,
+                **given,
                 max_new_tokens=max(limits),
                 stopping_criteria=[end],
                 **({"logits_processor": [choice]} if choice.needed else {}),
+            )
+        if not self.description.encoder_decoder and not torch.equal(written[:, :start], ids):
+            raise Unsupported(
+                f"{type(model).__name__}.generate does not return the prompt with what it wrote, so that its "
+                "texts cannot be told apart; batch generation cannot run it"
             )
         outputs = []
         for row, length, stop in zip(written[:, start:].cpu(), end.lengths.tolist(), stops, strict=True):
@@ -161,7 +176,7 @@ class TextEngine:
         return outputs
 
 
-def _flat(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def flat(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Contents as strings: many templates know nothing of parts."""
     return [
         {

@@ -62,8 +62,8 @@ class HeadSelection(Measurement):
         for name in options:
             if name not in own and name not in rest:
                 raise InputError(f"unknown option {name!r} of {self.name}{did_you_mean(name, [*own, *rest])}")
-        self.method: Any = _built(self.method_class, {k: v for k, v in options.items() if k in own})
-        self.options = _built(Options, {k: v for k, v in options.items() if k in rest})
+        self.method: Any = built(self.method_class, {k: v for k, v in options.items() if k in own})
+        self.options = built(Options, {k: v for k, v in options.items() if k in rest})
         for name, value in (self.method.identity or {}).items():
             if getattr(self.method, name) == value:
                 raise InputError(f"{name}={value!r}: this changes no head, so there is nothing to measure")
@@ -101,7 +101,7 @@ class HeadSelection(Measurement):
             )
         self.offered = self._offered(model)
 
-    def encode(self, tokenizer: Any, positions: int | None) -> None:
+    def encode(self, tokenizer: Any, positions: int | None, processor: Any = None) -> None:
         faults = Faults()
         self.pad = tokenizer.pad_token_id or 0
         rule = self.options.choice_token
@@ -280,7 +280,8 @@ class HeadSelection(Measurement):
         }
 
 
-def _built(cls: Any, values: Mapping[str, Any]) -> Any:
+def built(cls: Any, values: Mapping[str, Any]) -> Any:
+    """An instance of a dataclass of options; InputError with every fault of ``values``."""
     faults: list[str] = []
 
     def fault(path: tuple[Any, ...], reason: str) -> None:

@@ -72,11 +72,12 @@ class Measurement(ABC):
     """Base class of measurements: ``read`` → ``check`` and ``encode`` → ``run``, cheap checks first.
 
     Made from its options, a mapping; InputError when they are wrong. ``option_table`` lists them as
-    (name with its default, help).
+    (name with its default, help). ``needs_data``: whether there is nothing to measure without data.
     """
 
     name: ClassVar[str] = ""
     summary: ClassVar[str] = ""
+    needs_data: ClassVar[bool] = True
 
     @abstractmethod
     def __init__(self, options: Mapping[str, Any]): ...
@@ -95,13 +96,21 @@ class Measurement(ABC):
     def read(self, data: Any) -> None:
         """Read and check the data; InputError with every fault and its file and line."""
 
+    @property
+    def reads_images(self) -> bool:
+        """Whether the data has images, so that ``encode`` needs the model's processor."""
+        return False
+
     @abstractmethod
     def check(self, model: nn.Module) -> None:
         """Raise unless ``model`` can be measured; a model without weights will do."""
 
     @abstractmethod
-    def encode(self, tokenizer: Any, positions: int | None) -> None:
-        """Turn the data into tokens; InputError for what does not fit ``positions`` or cannot be judged."""
+    def encode(self, tokenizer: Any, positions: int | None, processor: Any = None) -> None:
+        """Turn the data into tokens, and its images into what ``processor`` makes of them.
+
+        InputError for what does not fit ``positions`` or cannot be judged.
+        """
 
     @abstractmethod
     def run(self, model: nn.Module, session: Session) -> Calibration:

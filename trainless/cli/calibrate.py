@@ -13,33 +13,41 @@ from .shared import DONE, say
 
 Out = typer.Option(None, "-o", metavar="FILE", help="The calibration file to make.")
 Options = typer.Option(
-    None, "--set", metavar="NAME=VALUE", help="An option; without --data they are listed. Repeatable."
+    None, "--set", metavar="NAME=VALUE", help="An option; without -o they are listed. Repeatable."
 )
 
 
 def command(
-    name: str = typer.Argument(metavar="NAME", help="A measurement, or a method that needs one: act."),
+    name: str = typer.Argument(
+        metavar="NAME", help="A measurement, or a method that needs one: act, sink_dims."
+    ),
     model: str = typer.Argument(metavar="MODEL", help="Hub id, folder, GGUF file, or demo:smollm2."),
-    data: str = typer.Option(None, "--data", metavar="DATA", help="JSONL file, datasets name or folder."),
+    data: str = typer.Option(
+        None,
+        "--data",
+        metavar="DATA",
+        help="Examples (act: JSONL, datasets) or prompts (sink_dims: none needed).",
+    ),
     out: Path = Out,
     set_: list[str] = Options,
     limit: int = typer.Option(None, "--limit", min=1, help="At most N examples, spread over the data."),
 ) -> int:
     """Measure a model and save a calibration file for patches of it.
 
-    Lines of data: {"prompt": "...", "choices": [" no", " yes"], "label": 1}; other
+    Labelled lines: {"prompt": "...", "choices": [" no", " yes"], "label": 1}; other
     columns with --set template="{text} Sentiment:" --set choices="[' bad', ' good']".
     After a stop the same command goes on where it was. Nothing is saved, with
-    exit 1, when no head helps.
+    exit 1, when no head helps, or no dimension marks a sink.
     """
     from ..calibrators.base import Session, Stopped, check_output, get
 
     kind = get(name)
-    if data is None or out is None:
+    if out is None or (data is None and kind.needs_data):
         if data is None and out is None and not set_:
             print(f"{kind.name}: {kind.summary}\noptions for --set:")
             print(table(kind.option_table(), indent=2))
-        raise typer.BadParameter("both are needed to calibrate", param_hint="--data and -o")
+        hint = "--data and -o" if kind.needs_data else "-o"
+        raise typer.BadParameter(f"needed to calibrate {kind.name}", param_hint=hint)
     options = _options(set_ or [], {name, kind.name}, kind.is_text)
     if limit is not None:
         options["limit"] = limit
@@ -54,7 +62,8 @@ def command(
     if description.kind not in ("text", "vlm"):
         raise Unsupported(f"{kind.name} needs a language model, and {model} is a {description.type}")
     measurement.check(skeleton(description))
-    measurement.encode(description.tokenizer, description.positions)
+    processor = description.processor if measurement.reads_images else None
+    measurement.encode(description.tokenizer, description.positions, processor)
     say(f"loading {model}")
     loaded = load(description)
     with Interrupt() as interrupt:

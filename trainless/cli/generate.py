@@ -25,7 +25,7 @@ def command(
         None, "--max-new-tokens", metavar="N", min=1, help="Text: default 64."
     ),
     batch_size: int = typer.Option(
-        None, "--batch-size", metavar="N", min=1, help="Default: text 8, images 1."
+        None, "--batch-size", metavar="N", min=1, help="Default: text 8, with images 4, image pipelines 1."
     ),
     limit: int = typer.Option(None, "--limit", metavar="N", min=1, help="Only the first N prompts."),
     seed: int = typer.Option(0, "--seed", metavar="N", min=0, max=2**63 - 1, help="Seed of the run."),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import Unsupported
 from ..journal import Journal
-from ..seams import AttentionPlan, Entry, Site
+from ..seams import AttentionPlan, Contribution, Entry, Site
 
 ATTRIBUTE = "_trainless"  # where a module keeps its Runtime, a model its Station
 
@@ -66,6 +66,11 @@ class Runtime:
         self.facts: dict[str, Any] = {}  # set by the host's hooks for the call under way
         self.rotate: Callable[[Tensor, Tensor], Tensor] | None = None  # turns keys by so many positions
         self.hooked = False  # the host's own use: whether its hook is in place
+        self.holders: dict[Contribution, nn.Module] = {}  # what holds the tensors of input contributions
+        self.asked: dict[
+            str, Any
+        ] = {}  # the host's own use: facts that somebody here asks for, and who knows
+        self.residual: Tensor | None = None  # what entered the layer around this site, where asked for
 
     def add(self, entries: Sequence[Entry]) -> None:
         self.entries.extend(entries)
@@ -88,6 +93,21 @@ class Runtime:
 
     def _tallies(self, entries: Sequence[Entry]) -> list[Tally]:
         return [self.tallies[o] for o in dict.fromkeys(e.owner for e in entries)]  # type: ignore[index]
+
+    def own_tensors(self, contribution: Contribution) -> dict[str, Tensor]:
+        """The tensors that stand beside the site for ``contribution``, where and as they are now."""
+        holder = self.holders.get(contribution)
+        if holder is None:
+            return {}
+        return {name: getattr(holder, name.replace(".", "_")) for name in contribution.tensors or ()}
+
+    def mark(self) -> tuple[int, bool, dict[str, Any]]:
+        """How the host has equipped this site so far; ``back_to`` takes back what came since."""
+        return len(self.journal.edits), self.hooked, dict(self.asked)
+
+    def back_to(self, mark: tuple[int, bool, dict[str, Any]]) -> None:
+        count, self.hooked, self.asked = mark
+        self.journal.undo(count)
 
     def passed(self) -> None:
         """Count a call for every active patch here."""

@@ -56,9 +56,9 @@ class DiffusersHost:
     def sites(self, model: nn.Module, prefix: str = "", parts: frozenset[str] = frozenset()) -> list[Site]:
         """Every attention module, numbered per part and role in module order.
 
-        Facts of a site: denoiser (the model), family, level and levels (of a UNet), patch (latent pixels
-        per token as (rows, columns), None in a UNet), text_order, video, trained_latent (rows, columns)
-        or None, vae_scale (pixels per latent pixel).
+        Facts of a site: denoiser (the model), local (the site's name inside it), family, level and levels
+        (of a UNet), patch (latent pixels per token as (rows, columns), None in a UNet), text_order, video,
+        trained_latent (rows, columns) or None, vae_scale (pixels per latent pixel).
         """
         owners = _denoisers(model)
         common = {name: self._model_facts(owner) for name, owner in owners.items()}
@@ -71,6 +71,7 @@ class DiffusersHost:
             local = name[len(owner) + 1 :] if owner else name
             facts = {
                 **common[owner],
+                "local": local,
                 "level": levels[owner].of(local) if common[owner]["patch"] is None else 0,
                 "levels": levels[owner].deepest + 1,
                 "text_order": _text_order(module),
@@ -117,9 +118,15 @@ class DiffusersHost:
             if CONTEXT in vars(owner) or _is_vae(owner):
                 continue
             where = name or self.family(model)
-            context = Context(owner)
+            context = Context(owner, runtimes)
             journal.add(AttributeEdit(owner, CONTEXT, context, f"{where}.{CONTEXT}"))
             _hook(journal, owner, context, where)
+
+    def forget_runs(self, model: nn.Module) -> None:
+        """Take the next call of every denoiser inside ``model`` for the first of a run."""
+        for owner in _denoisers(model).values():
+            if CONTEXT in vars(owner):
+                vars(owner)[CONTEXT].forget()
 
 
 def _hook(journal: Journal, module: nn.Module, hooks: AttentionHooks | Context, where: str) -> None:

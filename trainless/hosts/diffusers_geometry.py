@@ -2,7 +2,8 @@
 
 Read once per denoiser call, from the arguments of that call, never from constants: Kontext and control
 pipelines append a second image, prompts have any length, sides need not be equal. Only plain integers
-are kept. Nothing here waits for the device, except for one look at ``img_ids`` per set of ids.
+are kept. Nothing here waits for the device, except for one look at ``img_ids`` per set of ids, and one at the
+timestep per call where a method asks for the number of the step.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import math
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 
 from ..errors import Unsupported
 from ..seams import Site
+from .base import Runtime
+from .diffusers_steps import Steps
 
 Size = tuple[int, int]
 CONTEXT = "_trainless_denoiser"  # where a patched denoiser keeps its Context
@@ -28,13 +31,15 @@ CONTEXT = "_trainless_denoiser"  # where a patched denoiser keeps its Context
 @dataclass(frozen=True)
 class Geometry:
     """One denoiser call. sample: latent (rows, columns). tokens: image tokens of the whole sequence,
-    reference images included; None for a UNet, where they differ from level to level. text: text tokens."""
+    reference images included; None for a UNet, where they differ from level to level. text: text tokens.
+    step: number of the step within its run, where somebody asks for it."""
 
     sample: Size | None = None
     grid: Size | None = None
     tokens: int | None = None
     text: int | None = None
     timestep: Any = None
+    step: int | None = None
 
 
 def product(size: Size) -> int:
@@ -96,9 +101,13 @@ class UNetLevels:
 
 
 class Context:
-    """Stands at a patched denoiser: the geometry of the call under way, one per thread."""
+    """Stands at a patched denoiser: the geometry of the call under way and the runs so far, one per thread.
 
-    def __init__(self, model: nn.Module):
+    ``runtimes``: those of the patched sites, which say whether anybody asks for the step.
+    """
+
+    def __init__(self, model: nn.Module, runtimes: Sequence[Runtime] = ()):
+        self.runtimes = runtimes
         self.names = forward_names(model)
         self.patch = patch_of(model, self.names)
         self.local = threading.local()
@@ -114,9 +123,24 @@ class Context:
     def geometry(self) -> Geometry | None:
         return getattr(self.local, "geometry", None)
 
+    @property
+    def steps(self) -> Steps:
+        if not hasattr(self.local, "steps"):
+            self.local.steps = Steps()
+        found: Steps = self.local.steps
+        return found
+
+    def forget(self) -> None:
+        """Whatever comes next begins a run."""
+        self.local.steps = Steps()
+
     @torch.compiler.disable(reason="trainless notes the size of the call outside compiled regions")
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.local.geometry = self.read({**dict(zip(self.names, args, strict=False)), **kwargs})
+        geometry = self.read({**dict(zip(self.names, args, strict=False)), **kwargs})
+        # Paused patches count as well: their steps go by all the same.
+        if any("step" in e.contribution.asks for runtime in self.runtimes for e in runtime.entries):
+            geometry = replace(geometry, step=self.steps.at(geometry.sample, geometry.timestep))
+        self.local.geometry = geometry
 
     @torch.compiler.disable(reason="trainless notes the size of the call outside compiled regions")
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -172,13 +196,13 @@ def describe(site: Site, geometry: Geometry | None, lq: int, lk: int) -> dict[st
     """Facts of an attention call with ``lq`` queries and ``lk`` keys, as far as they are known.
 
     Returns grid and text for the AttentionCall, and facts: ``image_tokens`` among the keys, ``sample``,
-    ``timestep``, ``level``, ``levels``, and ``grid_at``, a function from a latent size to this layer's grid.
+    ``timestep``, ``step``, ``level``, ``levels``, and ``grid_at``, a function from a latent size to this layer's grid.
     """
     facts: dict[str, Any] = {"levels": site.facts.get("levels", 1), "level": site.facts.get("level", 0)}
     found: dict[str, Any] = {"grid": None, "text": 0, "facts": facts}
     if geometry is None:
         return found
-    facts["sample"], facts["timestep"] = geometry.sample, geometry.timestep
+    facts["sample"], facts["timestep"], facts["step"] = geometry.sample, geometry.timestep, geometry.step
     patch = site.facts.get("patch")
     if patch is None:
         image, grid, facts["level"], grid_at = _in_unet(site, geometry.sample, lq, lk)

@@ -23,9 +23,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..attention import attend
 from ..errors import Unsupported
 from ..journal import MARKER, AttributeEdit, HookEdit, Journal
-from ..kernels.visibility import visibility
+from ..kernels.visibility import bias_times, visibility
 from ..kv import CompressingLayer
 from ..seams import AttentionCall, Site
+from . import transformers_images as images
+from . import transformers_residual as residual
 from .base import ATTRIBUTE, Runtime, runtime_of
 from .rotary import rotation
 from .transformers_cache import before, cache_wrapper, prefill_wrapper
@@ -97,6 +99,7 @@ def _routed(
             "this name is internal: pick another implementation with set_attn_implementation"
         )
     facts = runtime.facts
+    entering, runtime.residual = runtime.residual, None
     if runtime.plan.inert or facts.get("cross"):
         runtime.passed()
         return _user_function(module)(
@@ -108,10 +111,13 @@ def _routed(
         runtime.passed()
         runtime.acted("stock")
         scaling = (query.shape[-1] ** -0.5 if scaling is None else scaling) * constant
+        attention_mask = bias_times(attention_mask, constant, query.shape[2], key.shape[2])
         return _user_function(module)(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
     call = _call(module, runtime, query, key, value, attention_mask, scaling, dropout, kwargs)
+    if runtime.plan.asks:
+        _tell(runtime, call, entering)
 
     def delegate(call: AttentionCall) -> Tensor:
         passed = dict(kwargs)
@@ -137,6 +143,7 @@ def _routed(
 
     facts.pop("weights", None)
     out = attend(runtime, call, delegate)
+    facts.pop("residual", None)  # as large as the layer's activations: not to be kept until the next call
     return out, facts.pop("weights", None)
 
 
@@ -227,6 +234,22 @@ def _call(
     )  # fmt: skip
 
 
+def _tell(runtime: Runtime, call: AttentionCall, entering: Tensor | None) -> None:
+    """Put the facts that somebody asks for into ``call.facts``."""
+    asks, facts = runtime.plan.asks, call.facts
+    if "images" in asks:
+        facts |= runtime.asked["images"].at(
+            runtime.site, call.layer, call.past, call.query, call.key.shape[2]
+        )
+    if "residual" in asks:
+        if entering is None:
+            raise Unsupported(
+                f"{runtime.site.name}: its attention was called outside its layer, so what enters the layer is "
+                "not known; call the model"
+            )
+        facts["residual"] = entering
+
+
 def _user_name(module: nn.Module) -> str | None:
     return vars(module)["config"]._real._attn_implementation
 
@@ -290,14 +313,16 @@ class TransformersHost:
         journal.add(AttributeEdit(module, ATTRIBUTE, runtime, f"{name}.{ATTRIBUTE}"))
         journal.add(AttributeEdit(module, "config", ConfigView(vars(module)["config"]), f"{name}.config"))
 
-    def prepare(self, runtime: Runtime, model: nn.Module) -> None:
+    def prepare(self, runtime: Runtime, model: nn.Module, station: Journal) -> None:
         """What the contributions at a site need beyond the call itself; called when some have been added.
 
         The hook that finds the cache layer and tells self- from cross-attention, unless no call depends on
-        either; the rotation of the model's rotary embedding.
+        either; the rotation of the model's rotary embedding; what finds out the facts that somebody asks for.
+        ``station`` takes edits that several sites share.
         """
         if any(e.contribution.kind == "position" for e in runtime.entries):
             runtime.rotate = rotation(runtime.site, model)
+        self._find_out(runtime, model, station)
         if runtime.hooked or not self._calls_differ(runtime):
             return
         runtime.hooked = True
@@ -319,6 +344,17 @@ class TransformersHost:
             named = inspect.signature(type(runtime.site.module).forward).parameters
             return bool(changing) and bool(OTHER_KEYS & set(named))
         return True
+
+    @staticmethod
+    def _find_out(runtime: Runtime, model: nn.Module, station: Journal) -> None:
+        """Put in place what finds out the facts that somebody at this site asks for."""
+        asks = {fact for e in runtime.entries if not e.contribution.inert for fact in e.contribution.asks}
+        if "images" in asks and "images" not in runtime.asked:
+            at = next(n for n, m in model.named_modules() if m is runtime.site.module)
+            runtime.asked["images"] = images.watch(runtime, model, at, station)
+        if "residual" in asks and "residual" not in runtime.asked:
+            residual.watch(runtime, model)
+            runtime.asked["residual"] = True
 
     def install_model(self, model: nn.Module, journal: Journal, runtimes: Sequence[Runtime]) -> None:
         for name, module in model.named_modules():

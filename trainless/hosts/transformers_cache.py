@@ -12,7 +12,8 @@ from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache, S
 
 from ..errors import InputError, Unsupported
 from ..journal import mark
-from ..kv import CompressingLayer, StatefulMixin, stateful
+from ..kv import CompressingLayer, PackedLayer, StatefulMixin, stateful
+from ..seams import AttentionPlan
 from .base import Lease, Runtime
 
 
@@ -62,8 +63,8 @@ def _adopt(runtime: Runtime, cache: Cache, index: int) -> Any:
 def _ours(runtime: Runtime, layer: Any, index: int) -> Any:
     """The layer that this plan needs in place of ``layer``; refuses what holds tokens already."""
     plan = runtime.plan
-    evictor = next(iter(plan.of["kv"]), None)
-    if evictor is None:
+    first = plan.quantiser or plan.evictor
+    if first is None:
         if isinstance(layer, StatefulMixin | CompressingLayer):
             return layer
         if isinstance(layer, StaticLayer):
@@ -73,27 +74,39 @@ def _ours(runtime: Runtime, layer: Any, index: int) -> Any:
             )
         _must_be_empty(plan.entries[0].method, layer, index)
         return stateful(layer)
-    assert isinstance(evictor.owner, Lease) and evictor.contribution.policy is not None
-    policy = evictor.contribution.policy
     if isinstance(layer, CompressingLayer):
-        if layer.lease is evictor.owner or layer.seen:
-            if layer.lease is not evictor.owner:
-                raise Unsupported(
-                    f"{evictor.method}: this cache was filled under another patch ({layer.lease.name}); "
-                    "start a new cache"
-                )
+        mine = {e.owner for e in plan.of["kv"]}
+        if mine <= layer.leases:
             return layer
-        return CompressingLayer(policy, evictor.owner)
+        if layer.seen:
+            names = " and ".join(sorted({lease.name for lease in layer.leases}))
+            stranger = next(e.method for e in plan.of["kv"] if e.owner not in layer.leases)
+            raise Unsupported(
+                f"{stranger}: this cache was filled under another patch ({names}); start a new cache"
+            )
+        return _compressing(plan)
     plain = DynamicLayer if not isinstance(layer, StatefulMixin) else type(layer)
     if type(layer) is not plain or (
         isinstance(layer, StatefulMixin) and type(layer).__mro__[2] is not DynamicLayer
     ):
         raise Unsupported(
-            f"{evictor.method}: cache layer {index} is a {type(layer).__name__}, and only a plain dynamic layer can "
-            "evict; use a dynamic cache, or leave this layer out with `where: {layers}`"
+            f"{first.method}: cache layer {index} is a {type(layer).__name__}, and only a plain dynamic layer can "
+            f"{'evict' if plan.quantiser is None else 'be packed'}; use a dynamic cache, or leave this layer out "
+            "with `where: {layers}`"
         )
-    _must_be_empty(evictor.method, layer, index)
-    return CompressingLayer(policy, evictor.owner)
+    _must_be_empty(first.method, layer, index)
+    return _compressing(plan)
+
+
+def _compressing(plan: AttentionPlan) -> CompressingLayer:
+    """An empty layer that follows the rules of the plan."""
+    evictor = plan.evictor.owner if plan.evictor is not None else None
+    assert evictor is None or isinstance(evictor, Lease)
+    if plan.quantiser is None or plan.quantise is None:
+        assert plan.evict is not None and evictor is not None
+        return CompressingLayer(plan.evict, evictor)
+    assert isinstance(plan.quantiser.owner, Lease)
+    return PackedLayer(plan.quantise, plan.quantiser.owner, plan.evict, evictor)
 
 
 def _must_be_empty(method: str, layer: Any, index: int) -> None:
@@ -146,7 +159,8 @@ def prefill_wrapper(model: nn.Module, runtimes: Sequence[Runtime]) -> Callable[.
             if runtime.plan.lookahead:
                 raise Unsupported(
                     f"{runtime.plan.lookahead[0].method}: prefill_chunk_size would change its result, because its "
-                    'statistics look at the whole prompt; drop the option, or use statistics="running"'
+                    "statistics look at the whole prompt; drop the option, or choose running statistics where the "
+                    "method has them"
                 )
             leases += [e.owner for e in runtime.plan.of["kv"]]
         try:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import re
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -10,6 +12,7 @@ from transformers import PreTrainedModel
 
 from ..errors import Unsupported
 from ..seams import Site
+from .transformers_images import missing_images, pretrained
 
 CROSS = (
     "crossattention",
@@ -27,9 +30,7 @@ def find(model: nn.Module, family: str, prefix: str = "", parts: frozenset[str] 
 
     Raises Unsupported, naming the family, when the model has attention and none of it dispatches.
     """
-    ancestors: dict[str, nn.Module] = {
-        n: m for n, m in model.named_modules() if isinstance(m, PreTrainedModel)
-    }
+    ancestors = pretrained(model)
     found: list[Found] = [
         (name, module, _parts(name, module, ancestors) | parts, _role(name, module))
         for name, module in model.named_modules()
@@ -37,7 +38,10 @@ def find(model: nn.Module, family: str, prefix: str = "", parts: frozenset[str] 
     ]
     if not found:
         _refuse(model, family)
-    return _numbered(found, prefix)
+    sites = _numbered(ancestors, found, prefix)
+    for site in sites:
+        site.facts["caches"] = _caches(site, ancestors, prefix)  # type: ignore[index]
+    return sites
 
 
 def _refuse(model: nn.Module, family: str) -> None:
@@ -65,6 +69,50 @@ def dispatches(cls: type) -> bool:
     return _dispatching[cls]
 
 
+_comparing: dict[type, bool] = {}
+COMPARED = re.compile(r"self\.config\._attn_implementation\s*(==|!=|in\b|not in\b)")
+
+
+def _refusal(module: nn.Module) -> str | None:
+    """Why no patch can stand here: the module computes something else for each implementation's name."""
+    # GPT-2 looks at the name only to upcast, where it is configured to.
+    if getattr(module, "reorder_and_upcast_attn", True) and _compares(type(module)):
+        return (
+            f"{type(module).__name__} computes something else for each name of an attention implementation, "
+            "so it would not be the same under ours"
+        )
+    return None
+
+
+def _compares(cls: type) -> bool:
+    if cls not in _comparing:
+        try:
+            _comparing[cls] = COMPARED.search(inspect.getsource(cls)) is not None
+        except (OSError, TypeError):
+            _comparing[cls] = False
+    return _comparing[cls]
+
+
+def _caches(site: Site, ancestors: Mapping[str, PreTrainedModel], prefix: str) -> bool:
+    """Whether generating keeps this site's keys: decoders do, and prefix language models (PaliGemma), which read
+    their prompt without causality and then go on token by token."""
+    if site.causal or site.role != "self":
+        return site.causal
+    name = site.name.removeprefix(prefix)
+    around = [m for n, m in ancestors.items() if n == "" or name.startswith(f"{n}.")]
+    generating = any(
+        isinstance(m, PreTrainedModel)
+        and m.can_generate()
+        and not getattr(m.config, "is_encoder_decoder", False)
+        for m in around
+    )
+    return (
+        generating
+        and "text" in site.parts
+        and "past_key_values" in inspect.signature(site.module.forward).parameters
+    )
+
+
 def _role(name: str, module: nn.Module) -> str:
     path = name.lower().split(".")[-3:]
     if getattr(module, "is_cross_attention", False) or any(c in part for part in path for c in CROSS):
@@ -72,7 +120,7 @@ def _role(name: str, module: nn.Module) -> str:
     return "self"
 
 
-def _parts(name: str, module: nn.Module, ancestors: dict[str, nn.Module]) -> frozenset[str]:
+def _parts(name: str, module: nn.Module, ancestors: Mapping[str, PreTrainedModel]) -> frozenset[str]:
     """Which parts of the model a module belongs to, from its nearest pretrained ancestor and its path."""
     path = name.lower().split(".")
     around = [n for n in ancestors if n in ("", name) or name.startswith(f"{n}.")]
@@ -88,7 +136,7 @@ def _parts(name: str, module: nn.Module, ancestors: dict[str, nn.Module]) -> fro
     return frozenset({"vision" if vision else "text", "encoder" if encoder else "decoder"})
 
 
-def _numbered(found: list[Found], prefix: str) -> list[Site]:
+def _numbered(ancestors: Mapping[str, PreTrainedModel], found: list[Found], prefix: str) -> list[Site]:
     groups: dict[tuple[frozenset[str], str], int] = {}
     numbers: list[int] = []
     for _, module, parts, role in found:
@@ -105,7 +153,9 @@ def _numbered(found: list[Found], prefix: str) -> list[Site]:
             Site(
                 name=prefix + name, module=module, host="transformers", role=role, parts=parts, layer=layer,
                 layers=count, causal=bool(getattr(module, "is_causal", False)), heads=heads, kv_heads=kv_heads,
-                head_dim=width, facts=_site_facts(module, layer),
+                head_dim=width,
+                facts={**_site_facts(module, layer), "no_images": missing_images(ancestors, name, parts)},
+                refusal=_refusal(module),
             )
         )  # fmt: skip
     return sites
@@ -148,6 +198,7 @@ def _site_facts(module: nn.Module, layer: int) -> dict[str, Any]:
             getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
         )
     facts["sliding_window"] = sliding
+    facts["hidden_size"] = getattr(config, "hidden_size", None)
     facts["max_positions"] = getattr(config, "max_position_embeddings", None)
     if hasattr(module, "has_relative_attention_bias"):
         facts["position_bias"] = True

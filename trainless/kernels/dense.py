@@ -18,7 +18,7 @@ def evaluate(dense: Any, rows: Tensor, lo: int, hi: int, device: torch.device) -
     if isinstance(dense, Tensor):
         piece = dense[:, :, rows, lo:hi]
         return piece if piece.dtype == torch.bool else hidden_apart(piece)
-    if isinstance(dense, Pairs):
+    if isinstance(dense, Pairs | Picked):
         return dense.at(rows, lo, hi)
     return _block_mask_rows(dense, rows, lo, hi, device)
 
@@ -51,6 +51,21 @@ class Pairs:
         seen = self.predicate((rows + self.offset)[:, None], keys[None, :]).expand(len(rows), len(keys))
         seen = seen[None, None]
         return seen if self.under is None else seen & evaluate(self.under, rows, lo, hi, rows.device)
+
+
+class Picked:
+    """Some rows and keys of one row of the batch, by number, out of a description ``seen`` of all of them."""
+
+    def __init__(self, seen: Any, rows: Tensor, cols: Tensor):
+        self.seen, self.rows, self.cols = seen, rows, cols
+        self.shape = (1, 1 if seen.dense is None else seen.dense.shape[1])
+
+    def at(self, rows: Tensor, lo: int, hi: int) -> Tensor:
+        index = self.cols[lo:hi].expand(1, self.shape[1], -1)
+        found: Tensor | None = self.seen.columns(index, self.rows[rows])
+        if found is None:
+            return torch.ones(1, 1, len(rows), hi - lo, dtype=torch.bool, device=rows.device)
+        return found
 
 
 class BlockMaskRow:

@@ -64,11 +64,19 @@ def available() -> dict[str, Choice]:
     cuda = torch.cuda.is_available()
     missing = triton_missing()
     if cuda and missing is None:
-        return {name: Choice("triton") for name in ("lse", "column_mass", "mass_move")}
+        names = (
+            "lse", "column_mass", "group_mass", "mass_move", "linear", "window2d", "block_sparse", "quant_kv",
+        )  # fmt: skip
+        return {name: Choice("triton") for name in names}
     why = (missing or "triton: no CUDA device",)
     # On a GPU without Triton everything is the blocked form; the fused operator is the CPU's.
     return {
         "lse": Choice("blocked", why) if cuda else Choice("fused"),
         "column_mass": Choice("blocked", why),
+        "group_mass": Choice("blocked", why),
         "mass_move": Choice("blocked", why),
+        "linear": Choice("blocked", why),
+        "window2d": Choice("blocked", why),
+        "block_sparse": Choice("blocked", why),
+        "quant_kv": Choice("blocked", why),
     }

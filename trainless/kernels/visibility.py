@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from .dense import hidden_apart
 from .masks import STEP, Visibility
 
-__all__ = ["Visibility", "visibility"]
+__all__ = ["Visibility", "adds_bias", "bias_times", "visibility"]
 
 # A model passes the same mask object to all its layers: remember what the last few were.
 _RECOGNISED: OrderedDict[tuple[Any, ...], tuple[Any, int, Visibility]] = OrderedDict()
@@ -68,6 +69,25 @@ def visibility(
             raise InputError(f"real: bool (B, {lq}) is needed, got {real.dtype} {tuple(real.shape)}")
         base = replace(base, real=real)
     return base
+
+
+def bias_times(mask: Any, factor: float | Tensor, lq: int, lk: int) -> Any:
+    """``mask`` with the finite values that it adds to the logits times ``factor``; itself when it adds none.
+
+    factor: a number, or a tensor broadcastable to (B, H, Lq, 1).
+    """
+    if not isinstance(mask, Tensor) or not mask.is_floating_point():
+        return mask
+    if mask.dim() == 4 and mask.shape[-1] >= lk and not _recognise(mask, lq, lk).additive:
+        return mask
+    return torch.where(hidden_apart(mask), (mask * factor).to(mask.dtype), mask)
+
+
+def adds_bias(mask: Any, lq: int) -> bool:
+    """Whether ``mask`` adds finite values to the logits of ``lq`` rows, besides hiding keys."""
+    if not isinstance(mask, Tensor) or not mask.is_floating_point() or mask.dim() != 4:
+        return False
+    return _recognise(mask, lq, mask.shape[-1]).additive
 
 
 def _recognise(mask: Any, lq: int, lk: int, device: torch.device | None = None) -> Visibility:

@@ -72,6 +72,11 @@ class CompressingLayer(Slots):
 
     def activate_past_recording(self) -> None:
         """From now on evict only at crop(), which comes after every draft that may be rejected."""
+        if self.policy.chosen and self.lease.active:
+            raise Unsupported(
+                f"{self.lease.name}: it chooses what stays from the tokens that it has seen, and drafts that are taken "
+                "back would have had a say; do without assisted decoding"
+            )
         self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -85,7 +90,9 @@ class CompressingLayer(Slots):
                     "cache.activate_past_recording() before the forward whose tokens you may crop"
                 )
             tail = self.pending.shape[2] if self.pending is not None else 0
-            if self.policy.score and count > tail:
+            if self.policy.last:
+                tail = self.TAIL
+            if self.scored_by() and count > tail:
                 raise Unsupported(
                     f"crop({tokens_to_remove}): the scores of the last {tail} tokens only can be taken back; "
                     "use drafts shorter than that"
@@ -120,13 +127,39 @@ class CompressingLayer(Slots):
         self.ages = [a + g for a, g in zip(self.ages, grown, strict=True)]
         self.counts = [c + g for c, g in zip(self.counts, grown, strict=True)]
 
-    def wants_scores(self) -> bool:
-        """Whether the rule needs to know how much probability each key receives."""
-        return self.policy.score is not None and self.lease.active
+    def scored_by(self) -> str | None:
+        """The statistic that the rule needs of the call under way, None when it needs none."""
+        policy = self.policy
+        if not self.lease.active or policy.score is None or (policy.once and self.done):
+            return None
+        whole = not (self.lease.deferring or self.record_past)
+        if policy.last and whole and policy.capacity is not None and self.seen <= policy.fixed:
+            return (
+                None  # nothing can be over the budget yet, and no later call asks for the scores of this one
+            )
+        return policy.score
+
+    def rows_apart(self) -> int:
+        """How many of a call's last rows the layer wants to be told about one by one, besides their sum."""
+        if self.record_past:
+            return self.TAIL + self.policy.last
+        # Rows that a rule looks at may stand in several chunks of one prefill.
+        return self.policy.last if self.lease.deferring and self.policy.last > 1 else 0
 
     def score(self, mass: Tensor, tail: Tensor | None = None) -> None:
-        """Add column mass (B, H, Lk). ``tail`` (B, H, rows, Lk): its last rows one by one, if they may be cropped."""
+        """Add column mass (B, H, Lk) of the rows that the rule looks at.
+
+        ``tail`` (B, H, rows, Lk): its last rows one by one, as ``rows_apart`` asked.
+        """
         mass = mass.detach()
+        if self.policy.last:
+            # What earlier calls said is forgotten.
+            self.scores = None
+            if tail is None:
+                self.scores = self._grouped(mass[:, :, None])[:, :, 0]
+            else:
+                self._join(self._grouped(tail.detach()))
+            return
         if self.lease.deferring and self.policy.gqa == "max":
             # The largest head is known when the last chunk of the prefill is: until then heads stay apart.
             apart = self.states.setdefault(APART, State())
@@ -152,13 +185,22 @@ class CompressingLayer(Slots):
 
     def _hold_back(self, rows: Tensor, add: Tensor) -> Tensor:
         """Keep the last rows (B, Hkv, rows, S) apart until crop() says which stay; returns what to add now."""
+        surplus = self._join(rows)
+        return add if surplus is None else add + surplus.sum(2)
+
+    def _join(self, rows: Tensor) -> Tensor | None:
+        """Keep the last ``rows_apart`` of the rows so far; returns those that are too many."""
         if self.pending is not None:
             # A draft is fed token by token: the rows of its earlier calls may still be taken back, too.
             short = rows.shape[3] - self.pending.shape[3]
             rows = torch.cat([torch.nn.functional.pad(self.pending, (0, short)), rows], 2)
-        surplus = max(0, rows.shape[2] - self.TAIL)
+        surplus = max(0, rows.shape[2] - self.rows_apart())
         self.pending = rows[:, :, surplus:]
-        return add + rows[:, :, :surplus].sum(2) if surplus else add
+        return rows[:, :, :surplus] if surplus else None
+
+    def choose(self, keep: Tensor | None) -> None:
+        """What stays after this call, for a rule that leaves it to the method: bool (B, S); None: everything."""
+        self.keep = keep
 
     def valid(self) -> Tensor | None:
         """(B, Hkv, S) bool: which slots hold a token; None when all of them do."""
@@ -176,11 +218,15 @@ class CompressingLayer(Slots):
         valid = self.valid()
         if valid is None and mask is None:
             return None, causal or rows > 1
-        held = self.positions.shape[2] - rows
-        device = self.keys.device
         if rows == 1:
             heads = self.positions >= 0
             return heads[:, :, None, :], False
+        held = self.positions.shape[2] - rows
+        return self._with_new(self.positions[:, :1, :held] >= 0, mask, rows), False
+
+    def _with_new(self, held: Tensor, mask: Any, rows: int) -> Tensor:
+        """(B, 1|Hkv, rows, held + rows): what is ``held`` (B, 1|Hkv, n) exists or not, new tokens as ``mask`` says."""
+        device = self.keys.device
         if mask is not None and not isinstance(mask, Tensor):
             own = torch.arange(rows, device=device)
             mask = evaluate(mask, own, self.seen - rows, self.seen, device)
@@ -193,10 +239,9 @@ class CompressingLayer(Slots):
             new = torch.ones(rows, rows, dtype=torch.bool, device=device).tril()[None, None]
         elif new.dtype != torch.bool:
             new = new > torch.finfo(new.dtype).min / 2
-        b = self._batch()
-        old = self.positions[:, :1, None, :held] >= 0
-        whole = torch.cat([old.expand(b, 1, rows, held), new.expand(b, -1, rows, rows)], 3)
-        return whole, False
+        b, heads = self._batch(), max(held.shape[1], new.shape[1])
+        old = held[:, :, None].expand(b, -1, rows, -1).repeat_interleave(heads // held.shape[1], 1)
+        return torch.cat([old, new.expand(b, heads, rows, rows)], 3)
 
     def shifts(self) -> Tensor | None:
         """(B, Hkv, S): how far each key must move so that kept tokens look contiguous; None for nowhere.
@@ -215,15 +260,30 @@ class CompressingLayer(Slots):
         gone = (ages - counts) - (positions - rank)
         return gone.masked_fill(positions < 0, 0)
 
-    def settle(self) -> bool:
-        """Evict what the rule says, now that the call is over; True when something was dropped or scored."""
+    @property
+    def leases(self) -> set[Lease]:
+        """Whose rules this layer follows."""
+        return {self.lease}
+
+    @property
+    def active(self) -> bool:
+        """Whether a patch still cares for this layer."""
+        return self.lease.active
+
+    @property
+    def packed(self) -> bool:
+        """Whether the attention is given less than all that is held."""
+        return False
+
+    def settle(self) -> set[Lease]:
+        """Evict what the rule says, now that the call is over; returns the leases that changed something."""
         if not self.lease.active or self.lease.deferring or self.record_past:
-            return False
+            return set()
         apart = self.states.pop(APART, None)
         if apart is not None:
             self._add_scores(self._grouped(apart.tensors["mass"][:, :, None])[:, :, 0])
         self._commit()
-        return self._evict()
+        return {self.lease} if self._evict() else set()
 
     def kept(self) -> list[list[list[int]]]:
         """Positions kept, ascending, per row and key/value head."""
@@ -249,6 +309,8 @@ class CompressingLayer(Slots):
     def _grouped(self, mass: Tensor) -> Tensor:
         """(B, H, rows, Lk) of query heads to (B, Hkv, rows, Lk), as the rule says."""
         b, _, rows, lk = mass.shape
+        if self.policy.shared:
+            return mass.mean(1, keepdim=True).expand(b, self.keys.shape[1], rows, lk)
         groups = mass.reshape(b, self.keys.shape[1], -1, rows, lk)
         if self.policy.gqa == "sum":
             return groups.sum(2)
@@ -259,10 +321,14 @@ class CompressingLayer(Slots):
         return groups[:, :, 0]
 
     def _commit(self) -> None:
-        if self.pending is not None:
+        if self.pending is None:
+            return
+        if self.policy.last:
+            self.scores = self.pending[:, :, -self.policy.last :].sum(2)
+        else:
             assert self.scores is not None
             self.scores.add_(self.pending.sum(2))
-            self.pending = None
+        self.pending = None
 
     def _freeze(self) -> None:
         """Fix the budgets of every row from the length of its own prompt."""
@@ -275,6 +341,18 @@ class CompressingLayer(Slots):
     def _evict(self) -> bool:
         if not self.budgets:
             self._freeze()
+        if self.policy.chosen:
+            return self._keep_chosen()
+        if self.policy.once and self.done:
+            self.free = None  # the slot is taken, and the next token needs another
+            return False
+        dropped = self._over_budget()
+        self.done = True
+        if self.policy.last:
+            self.scores = None  # they were about this call
+        return dropped
+
+    def _over_budget(self) -> bool:
         if self.positions is None:
             if self.real is None:
                 stored = [self.seen] * self._batch()
@@ -291,6 +369,37 @@ class CompressingLayer(Slots):
             self._select()
         return True
 
+    def _keep_chosen(self) -> bool:
+        keep, self.keep = self.keep, None
+        if keep is None:
+            self.free = None  # the slot is taken, and the next token needs another
+            return False
+        if self.positions is None:
+            stored = self._ones(self.seen) if self.real is None else self.real
+            if bool(keep[stored].all()):
+                return False
+            self._locate(stored.sum(1).tolist())
+        assert self.positions is not None
+        left = keep[:, None] & (self.positions >= 0)
+        self._keep_only(left, left[:, 0].sum(1).tolist())
+        return True
+
+    def _keep_only(self, keep: Tensor, after: list[int]) -> None:
+        """Drop what is not in ``keep`` (B, Hkv, S), of which each row has ``after`` per head."""
+        assert self.positions is not None
+        self.positions = self.positions.masked_fill(~keep, -1)
+        order = self.positions.argsort(dim=2, stable=True)
+        self._take(order[:, :, order.shape[2] - max(after) :])
+        self.counts, self.free = after, None
+        self._blank()
+
+    def _blank(self) -> None:
+        """Nothing of a dropped token may linger: its values would still be multiplied by zero."""
+        assert self.positions is not None
+        if len(set(self.counts)) > 1:
+            empty = (self.positions < 0)[..., None]
+            self.keys, self.values = self.keys.masked_fill(empty, 0), self.values.masked_fill(empty, 0)
+
     def _protected(self) -> Tensor:
         """(B, Hkv, S): first tokens, recent tokens and the newest one. Empty slots are not among them."""
         assert self.positions is not None
@@ -305,10 +414,23 @@ class CompressingLayer(Slots):
         assert self.positions is not None
         if self.scores is None:
             return self.positions.to(torch.float64)
+        if self.policy.pool > 1:
+            return self._pooled()
         if not self.policy.normalise:
             return self.scores
         readers = self._rowwise(self.ages) - self.positions
         return self.scores / readers.clamp_min(1)
+
+    def _pooled(self) -> Tensor:
+        """The scores of the tokens that are free to go, each pooled with its neighbours among them."""
+        assert self.scores is not None
+        # Slots are still in the order of the prompt here, and pads and protected tokens count as zero.
+        free = self.scores.masked_fill(self._protected(), 0)
+        kernel, around = self.policy.pool, self.policy.pool // 2
+        pool = (
+            torch.nn.functional.max_pool1d if self.policy.pooling == "max" else torch.nn.functional.avg_pool1d
+        )
+        return pool(free, kernel, stride=1, padding=around)
 
     def _evict_one(self, over: list[bool]) -> None:
         """A decode step: drop at most one token per row and head; its slot is the next token's."""
@@ -334,8 +456,8 @@ class CompressingLayer(Slots):
             self.counts = [c - o for c, o in zip(self.counts, over, strict=True)]
         self.free = None  # rows differ, or nothing was dropped: look for (or make) a slot next time
 
-    def _select(self) -> None:
-        """After a prefill or a turn: keep the protected tokens and the best of the rest, in order."""
+    def _best(self) -> tuple[Tensor, Tensor, list[int]]:
+        """(slots to keep (B, Hkv, W), which of these are too many for their row, tokens left per row)."""
         assert self.positions is not None
         worth = self._worth().masked_fill(self._protected(), float("inf"))
         worth = worth.masked_fill(self.positions < 0, float("-inf"))
@@ -344,17 +466,18 @@ class CompressingLayer(Slots):
         length = worth.shape[2]
         # Newest first, then a stable sort by worth: among equals the newer one stays.
         best = length - 1 - worth.flip(2).sort(dim=2, descending=True, stable=True).indices[:, :, :width]
-        surplus = self._surplus(best, after)
+        return best, self._surplus(best, after), after
+
+    def _select(self) -> None:
+        """After a prefill or a turn: keep the protected tokens and the best of the rest, in order."""
+        best, surplus, after = self._best()
+        assert self.positions is not None
         kept = torch.gather(self.positions, 2, best).masked_fill(surplus, -1)
         self.positions = self.positions.scatter(2, best, kept)
         order = kept.argsort(dim=2, stable=True)
         self._take(torch.gather(best, 2, order))
-        empty = self.positions < 0
-        if len(set(after)) > 1:
-            # Nothing of a dropped token may linger: its values would still be multiplied by zero.
-            self.keys = self.keys.masked_fill(empty[..., None], 0)
-            self.values = self.values.masked_fill(empty[..., None], 0)
         self.counts, self.free = after, None
+        self._blank()
 
     @staticmethod
     def _surplus(best: Tensor, after: list[int]) -> Tensor:

@@ -51,6 +51,8 @@ class Slots(Carrier, DynamicLayer):
         self.firsts: list[int] = []
         self.counts: list[int] = []  # real tokens stored, per row
         self.ages: list[int] = []  # real tokens seen, per row
+        self.keep: Tensor | None = None  # (B, S): what a method chose to keep after the call under way
+        self.done = False  # whether a prefill has been through the rule
 
     @property
     def evicted(self) -> bool:

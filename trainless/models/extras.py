@@ -9,7 +9,7 @@ from ..errors import InputError
 # import name -> (extra of this package, what it enables)
 EXTRAS = {
     "diffusers": ("diffusers", "image pipelines"),
-    "PIL": ("diffusers", "reading and writing images"),
+    "PIL": ("vlm", "reading and writing images"),
     "gguf": ("gguf", "GGUF files and demo:smollm2"),
     "sentencepiece": ("gguf", "sentencepiece tokenizers"),
     "pyarrow": ("parquet", "Parquet prompt files"),

@@ -44,7 +44,7 @@ class AttnTemperature(Method):
     )
 
     def check(self) -> None:
-        if not math.isfinite(self.temperature) or self.temperature <= 0:
+        if not (self.temperature > 0 and 0 < 1.0 / self.temperature < math.inf):
             raise InputError(
                 f"temperature={self.temperature!r}: must be a positive number; 1.0 changes nothing"
             )

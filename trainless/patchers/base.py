@@ -45,7 +45,8 @@ class Method:
     None); ``calibration_sets`` (parameters that such a file holds as tensors of the same name; they
     cannot be given beside it); ``calibration_settings`` (parameters that the file records as the
     settings of its measurement, in groups: used unless the user gives one of the group); ``site_kind`` ("attention", or
-    "module" to be offered every module); ``evicts`` (whether it drops cache entries).
+    "module" to be offered every module); ``evicts`` (whether it drops cache entries); ``packs`` (whether it
+    stores cache entries at a lower precision).
     """
 
     name: ClassVar[str] = ""
@@ -61,6 +62,7 @@ class Method:
     calibration_settings: ClassVar[tuple[tuple[str, ...], ...]] = ()
     site_kind: ClassVar[str] = "attention"
     evicts: ClassVar[bool] = False
+    packs: ClassVar[bool] = False
 
     def calibrated(self, tensors: dict[str, Any], facts: dict[str, Any]) -> Method:
         """These parameters with what a calibration file holds for ``calibration_sets``; settings are in already."""

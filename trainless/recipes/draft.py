@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from ..errors import nearest
 from ..patchers import Method, parameters_of
 from .faults import Faults, key_text
 from .text import At, Source
-from .typed import hints_of, plain
+from .typed import arms, hints_of, plain
 from .values import build, values_of
 from .where import Where
 
@@ -63,6 +64,7 @@ class Draft:
         """The method and its Where, or None after reporting every fault."""
         values = {name: g.value for name, g in self.given.items()}
         calibration = self._calibration(values, faults)
+        self._files(values, faults)
         method = build(self.cls, values, self._reporter(self.given, "with", faults))
         narrowed = {name: g.value for name, g in self.where.items()}
         where = build(Where, narrowed, self._reporter(self.where, "where", faults))
@@ -70,6 +72,23 @@ class Draft:
             return None
         digest = hashlib.sha256(calibration.read_bytes()).hexdigest() if calibration is not None else None
         return Use(self.id, method, where, calibration, digest, frozenset(self.given))
+
+    def _files(self, values: dict[str, Any], faults: Faults) -> None:
+        """Files and folders that are parameters: made absolute, relative to the recipe that names them."""
+        for name, hint in hints_of(self.cls).items():
+            if name not in parameters_of(self.cls) or name == "calibration" or Path not in arms(hint):
+                continue
+            value = values.get(name)
+            if not isinstance(value, (str, Path)) or not str(value):
+                continue
+            given = self.given[name]
+            if "://" in str(value):
+                given.fault(faults, (), f"{value!r} is a URL; download it and name it by its path")
+                continue
+            path = (Path(given.source.folder or Path.cwd()) / Path(value).expanduser()).absolute()
+            if not path.exists():
+                given.fault(faults, (), f"there is no file or folder {str(value)!r}")
+            values[name] = path
 
     def _reporter(self, given: dict[str, Given], part: str, faults: Faults) -> Any:
         def fault(path: At, reason: str) -> None:
@@ -161,12 +180,31 @@ class Use:
         return data
 
     def fingerprint(self) -> dict[str, Any]:
-        """What decides the results: like ``resolved``, with the calibration's contents for its path."""
+        """What decides the results: like ``resolved``, with the contents of files for their paths."""
         data = self.resolved()
         del data["id"]
         if self.calibration is not None:
             data["with"]["calibration"] = self.calibration_digest
+        for name in data["with"]:
+            if name != "calibration" and isinstance(path := getattr(self.method, name), Path):
+                data["with"][name] = contents_digest(path)
         return data
+
+
+def contents_digest(path: Path) -> str:
+    """SHA-256 of a file, or of the names and contents of a folder's files; read again when they change."""
+    files = [path] if path.is_file() else sorted(f for f in path.glob("*") if f.is_file())
+    return _digest(path.is_dir(), tuple((f, f.stat().st_mtime_ns, f.stat().st_size) for f in files))
+
+
+@functools.lru_cache(maxsize=32)
+def _digest(named: bool, stamps: tuple[tuple[Path, int, int], ...]) -> str:
+    total = hashlib.sha256()
+    for path, _, _ in stamps:
+        with path.open("rb") as file:
+            inside = hashlib.file_digest(file, "sha256").hexdigest()
+        total.update(f"{path.name if named else ''}:{inside};".encode())
+    return total.hexdigest()
 
 
 def separate(drafts: list[Draft]) -> list[Draft]:

@@ -106,7 +106,11 @@ def convert(hint: Any, value: Any, fault: Fault, path: tuple[Any, ...] = ()) -> 
         return None
     for plain in (int, float, str):  # numpy scalars and enums become plain values
         if origin is plain:
-            return plain(value)
+            try:
+                return plain(value)
+            except OverflowError:
+                fault(path, f"must be finite; got {shown(value)}")
+                return None
     return Path(value) if origin is Path else value
 
 

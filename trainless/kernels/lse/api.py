@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,8 @@ from ..common import Terms, check_shapes
 from ..dispatch import Choice, triton_reasons
 from ..visibility import Visibility
 from . import blocked
+
+ONE_BY_ONE = 1 << 20  # elements from which on a half-precision operand is widened matrix by matrix
 
 
 def choose(query: Tensor, key: Tensor, value: Tensor, *, visibility: Visibility, terms: Terms) -> Choice:
@@ -65,34 +69,43 @@ def attention(
 
 
 def row_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, valid: Tensor | None = None, **terms: Any
+) -> tuple[Tensor, Tensor]:
+    """Attention of one row or a few, with its probabilities; for decoding.
+
+    Arguments as for ``row_probabilities``, and value (B, Hkv, Lk, Dv). Returns out (B, H, Lq, Dv) in the dtype of
+    ``query`` and probabilities (B, H, Lq, Lk); a row without a valid key gives zeros in both.
+    """
+    b, h, lq, _ = query.shape
+    hkv, lk, width = value.shape[1:]
+    weights = row_probabilities(query, key, valid=valid, **terms)
+    rows = weights.reshape(b * hkv, (h // hkv) * lq, lk)
+    out = widened_product(rows, value.reshape(b * hkv, lk, width)).to(query.dtype)
+    return out.view(b, h, lq, width), weights
+
+
+def row_probabilities(
     query: Tensor,
     key: Tensor,
-    value: Tensor,
     *,
     scale: float,
     valid: Tensor | None = None,
     position_bias: Tensor | None = None,
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Attention of one row or a few, with its probabilities; for decoding.
+) -> Tensor:
+    """Probabilities (B, H, Lq, Lk) of one row or a few, in float32 (float64 for float64 input).
 
-    query (B, H, Lq, D), key and value (B, Hkv, Lk, D). valid: bool (B, Hkv, Lk), (B|1, Hkv|1, Lq, Lk) or
-    (B|1, H, Lq, Lk), True for keys that exist. Keys are never repeated over a group. Returns out
-    (B, H, Lq, Dv) in the dtype of ``query`` and probabilities (B, H, Lq, Lk) in float32 (float64 for
-    float64 input); a row without a valid key gives zeros in both.
+    query (B, H, Lq, D), key (B, Hkv, Lk, D). valid: bool (B, Hkv, Lk), (B|1, Hkv|1, Lq, Lk) or
+    (B|1, H, Lq, Lk), True for keys that exist. Keys are never repeated over a group. A row without a valid key
+    gives zeros.
     """
     b, h, lq, d = query.shape
     hkv, lk = key.shape[1:3]
     n, wide = b * hkv, torch.float64 if query.dtype == torch.float64 else torch.float32
     # (group, row) pairs of one key head are the rows of one small product.
     q = query.reshape(n, (h // hkv) * lq, d)
-    keys = key.reshape(n, lk, d).transpose(1, 2)
-    values = value.reshape(n, lk, value.shape[3])
-    # Logits rounded to half precision would be off by several per cent; and on the CPU small products in
-    # half precision take several times as long as widening the operands first.
-    keys, values = keys.to(wide), values.to(wide)
-    z = torch.bmm(q.to(wide), keys) * scale
+    z = widened_product(q.to(wide), key.reshape(n, lk, d).transpose(1, 2)) * scale
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
     if position_bias is not None:
@@ -105,10 +118,24 @@ def row_attention(
         z = z.view(b, hkv, -1, lq, lk).masked_fill(~mask, -torch.inf).view(z.shape)
     if sink_logits is not None:
         sink = sink_logits.to(wide).view(1, h, 1, 1).expand(b, h, lq, 1).reshape(n, -1, 1)
-        weights = torch.softmax(torch.cat([z, sink], -1), -1)[..., :-1]
-    else:
-        weights = torch.softmax(z, -1)
-        if valid is not None:
-            weights = weights.nan_to_num(0.0)  # rows without a valid key
-    out = torch.bmm(weights, values).to(query.dtype)
-    return out.view(b, h, lq, -1), weights.reshape(b, h, lq, lk)
+        return torch.softmax(torch.cat([z, sink], -1), -1)[..., :-1].reshape(b, h, lq, lk)
+    weights = torch.softmax(z, -1)
+    if valid is not None:
+        weights = weights.nan_to_num(0.0)  # rows without a valid key
+    return weights.view(b, h, lq, lk)
+
+
+def widened_product(left: Tensor, right: Tensor) -> Tensor:
+    """``left`` (n, rows, k) times ``right`` (n, k, m) in the dtype of ``left``.
+
+    Logits rounded to half precision would be off by several per cent; and on the CPU small products in half
+    precision take several times as long as widening the operand first. A large one is widened one matrix at a
+    time into the same memory: asking for as much as all of it takes would cost more than the product.
+    """
+    if right.dtype == left.dtype:
+        return torch.bmm(left, right)
+    graph = torch.is_grad_enabled() and (left.requires_grad or right.requires_grad)
+    if graph or right.device.type != "cpu" or right.numel() < ONE_BY_ONE:
+        return torch.bmm(left, right.to(left.dtype))
+    wide = torch.empty_like(right[0], dtype=left.dtype)
+    return torch.stack([torch.mm(a, wide.copy_(b)) for a, b in zip(left, right, strict=True)])

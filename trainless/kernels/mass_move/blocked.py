@@ -21,7 +21,7 @@ from ..column_mass import RowScale
 from ..column_mass.together import LOG2E
 from ..common import BLOCK, Terms, bias_block, key_heads_of, statistics_dtype, take
 from ..visibility import Visibility
-from . import rest
+from . import by_rows, rest
 
 # c beyond which a row takes the other form. o carries rounding errors, and c multiplies them. On SmolLM2's
 # calls, against float64: 2 in float32 gives a root mean square error 1.3 times that of edited probabilities in
@@ -71,6 +71,12 @@ def mass_move(
     if row_scale is not None:
         limit = max(limit, SAME_ROUNDING)
     new = out.clone()
+    if target is not None and active is not None:
+        by_rows.edit(
+            query, key, value, new, lse, source=source, keep=kept, target=target, active=active,
+            heads=chosen, seen=visibility, terms=terms,
+        )  # fmt: skip
+        return new
     start = torch.full(source.shape[:2], lq, device=query.device)
     if target is None and lq >= LONG and rest.possible(query, key, value, visibility, terms):
         start = _starts(query, key, value, lse, source, kept, chosen, limit, visibility, terms)

@@ -1,0 +1,155 @@
+"""Attention of one decode step on a packed cache, against the stock cache and fused attention in the same dtype.
+
+    python benchmarks/quant_decode.py [--lengths 8192] [--dtypes float32 bfloat16] [--repeats 15]
+
+Stock is what a step of a DynamicCache layer does: the new key and value are joined to all that is held, then
+scaled_dot_product_attention reads them; fused alone leaves the joining out. Packed reads the codes of all but the
+last 128 tokens. All take turns in one run; a form that is wrong against float64 on what it unpacks to gets no number.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from record import Claim, about, write
+from torch import Tensor
+
+from trainless.kernels.common import Terms
+from trainless.kernels.quant_kv import packed_rows, quantise, raw, reference
+
+GROUP, RESIDUAL = 64, 128
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+
+
+@dataclass(frozen=True)
+class Shape:
+    name: str
+    heads: int
+    key_heads: int
+    width: int
+    batch: int = 1
+
+
+SHAPES = [Shape("Llama-3.1-8B layer", 32, 8, 128), Shape("SmolLM2-135M layer", 9, 3, 64)]
+
+
+class Step:
+    """One layer's cache of ``length`` tokens, as it is and packed, and a token that comes."""
+
+    def __init__(self, shape: Shape, length: int, dtype: torch.dtype, device: torch.device):
+        g = torch.Generator(device).manual_seed(0)
+
+        def make(tokens: int, heads: int) -> Tensor:
+            size = (shape.batch, heads, tokens, shape.width)
+            return torch.randn(size, generator=g, device=device).to(dtype)
+
+        self.query = make(1, shape.heads)
+        self.key, self.value = make(length, shape.key_heads), make(length, shape.key_heads)
+        self.new = make(1, shape.key_heads), make(1, shape.key_heads)
+        self.scale, self.packed = shape.width**-0.5, (length - RESIDUAL) // GROUP * GROUP
+        self.tail = self.key[:, :, self.packed :], self.value[:, :, self.packed :]
+
+    def segments(self, k_bits: int, v_bits: int, group: int = GROUP) -> list:
+        size = group or self.packed
+        grouped = [t[:, :, : self.packed].unflatten(2, (-1, size)) for t in (self.key, self.value)]
+        return [quantise(grouped[0], grouped[1], k_bits, v_bits), raw(*self.tail)]
+
+    def stock(self) -> Tensor:
+        key, value = (torch.cat([t, n], 2) for t, n in zip((self.key, self.value), self.new, strict=True))
+        return F.scaled_dot_product_attention(self.query, key, value, scale=self.scale, enable_gqa=True)
+
+    def fused(self) -> Tensor:
+        return F.scaled_dot_product_attention(
+            self.query, self.key, self.value, scale=self.scale, enable_gqa=True
+        )
+
+    def on_codes(self, segments: list) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            near = [torch.cat([t, n], 2) for t, n in zip(self.tail, self.new, strict=True)]
+            return packed_rows(self.query, [segments[0], raw(near[0], near[1])], scale=self.scale)[0]
+
+        return run
+
+    def error(self, segments: list) -> float:
+        near = [torch.cat([t, n], 2) for t, n in zip(self.tail, self.new, strict=True)]
+        whole = [segments[0], raw(near[0], near[1])]
+        want = reference.rows(self.query.double(), whole, Terms(self.scale))[0]
+        return float((self.on_codes(segments)().double() - want).abs().max())
+
+
+def timed(run: Callable[[], Tensor], device: torch.device) -> float:
+    start = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def measure(shape: Shape, length: int, dtype: torch.dtype, device: torch.device, repeats: int) -> list[Claim]:
+    step, kind = Step(shape, length, dtype, device), str(dtype).removeprefix("torch.")
+    own = sum(t.untyped_storage().nbytes() for t in (step.key, step.value))
+    runs: list[tuple[Claim, Callable[[], Tensor]]] = [
+        (Claim(f"fused attention alone, {shape.name}, {length} tokens", kind), step.fused)
+    ]
+    for k_bits, v_bits, group in ((4, 4, GROUP), (4, 4, 0), (2, 2, GROUP), (8, 8, GROUP)):
+        segments = step.segments(k_bits, v_bits, group)
+        held = sum(s.code_bytes + s.parameter_bytes for s in segments[:1])
+        held += sum(t.numel() * t.element_size() for t in step.tail)
+        name = f"packed {k_bits} bits, groups of {group or 'all'}, {shape.name}, {length} tokens"
+        first = (k_bits, group) == (4, GROUP)
+        claim = Claim(
+            name, kind, high=1.0 if first and length >= 8192 else None, note=f"{held / own:.1%} of the bytes"
+        )
+        wrong = step.error(segments)
+        if wrong > TOLERANCE[dtype]:
+            claim.withheld = f"wrong: off by {wrong:.1e}"
+        runs.append((claim, step.on_codes(segments)))
+    for _, run in runs:
+        run()
+    base = []
+    for i in range(repeats):
+        turn = runs if i % 2 == 0 else runs[::-1]
+        base.append(timed(step.stock, device))
+        for claim, run in turn:
+            if not claim.withheld:
+                claim.ratios.append(timed(run, device) / base[-1])
+    print(f"{shape.name}, {kind}, {length} tokens: stock {sorted(base)[len(base) // 2] * 1e3:.2f} ms")
+    return [claim for claim, _ in runs]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[8192])
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=sorted(str(t).removeprefix("torch.") for t in TOLERANCE)
+    )
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=15)
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    facts, claims = about(), []
+    for dtype in options.dtypes or (["bfloat16"] if device.type == "cuda" else ["float32", "bfloat16"]):
+        for shape in SHAPES:
+            for length in options.lengths:
+                batched = Shape(shape.name, shape.heads, shape.key_heads, shape.width, options.batch)
+                claims += measure(batched, length, getattr(torch, dtype), device, options.repeats)
+    for claim in claims:
+        print("  ".join(cell for cell in claim.cells() if cell), flush=True)
+    notes = [
+        f"batch {options.batch}; ratios of time to a stock step (join, then fused attention) in the same dtype; one "
+        f"layer; the last {RESIDUAL} tokens and the new one are not packed"
+    ]
+    for path in write("quant-decode", "A decode step on a packed cache", facts, claims, notes):
+        print(path)
+
+
+if __name__ == "__main__":
+    main()

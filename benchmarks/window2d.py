@@ -1,0 +1,226 @@
+"""What attention in a disc costs: window2d against fused attention over everything, in one run.
+
+    python benchmarks/window2d.py [--grids 96 128] [--radius 8] [--dtypes float32 bfloat16] [--repeats 7]
+                                  [--heads 4] [--width 64] [--text 0] [--no-flex] [--large] [--device cpu]
+
+The base is ``F.scaled_dot_product_attention`` of the same shape without a mask, which is as fast as it gets
+densely. The two take turns, and a figure is the median over rounds of the base's time over the window's: how
+many times faster. Beside it stands what the pairs alone would allow, with tiles of 8 x 8 and their halo and
+with the disc itself, and how much of the former is reached. FlexAttention, compiled, computes the same mask
+where that works on this machine. Before anything is timed the forms are checked against float64; a form that
+is wrong gets no number. ``--large`` runs one layer as in FLUX at 4096 x 4096 pixels (65,536 + 512 tokens, 24
+heads of 128) in bfloat16 and says what time and memory it took; dense attention of it is not run, only
+reckoned from the FLOPs. Run it on a machine that does nothing else. Results: benchmarks/results/window2d-<device>.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from record import Claim, about, write
+from torch import Tensor
+
+from trainless.bench.measure import Clock
+from trainless.kernels import Window2d, window2d
+from trainless.kernels.window2d import reference
+
+CHECKED = (22, 28)  # a grid on which the forms are held against float64
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+TARGETS = {96: 10.0, 128: 20.0}  # times faster than dense, at radius 8
+TILE = 8
+
+
+class Call:
+    """Inputs on one grid; tokens before heads in memory, as image transformers have them."""
+
+    def __init__(self, window: Window2d, heads: int, width: int, dtype: torch.dtype, device: torch.device):
+        torch.manual_seed(window.tokens)
+        self.window, self.scale, self.dtype, self.device = window, width**-0.5, dtype, device
+        self.q, self.k, self.v = (
+            torch.randn(1, window.tokens, heads, width, device=device, dtype=torch.float32)
+            .to(dtype)
+            .transpose(1, 2)
+            for _ in range(3)
+        )
+
+    def exact(self) -> Tensor:
+        q, k, v = (t.double() for t in (self.q, self.k, self.v))
+        return reference.window2d(q, k, v, window=self.window, scale=self.scale)[0]
+
+
+def dense(c: Call) -> Tensor:
+    return F.scaled_dot_product_attention(c.q, c.k, c.v, scale=c.scale)
+
+
+def in_window(c: Call) -> Tensor:
+    return window2d(c.q, c.k, c.v, window=c.window, scale=c.scale)[0]
+
+
+class Flex:
+    """FlexAttention with the same mask, compiled; block masks are built once per window, outside the timing."""
+
+    def __init__(self) -> None:
+        from torch.nn.attention.flex_attention import flex_attention
+
+        self.compiled = torch.compile(flex_attention, dynamic=False)
+        self.masks: dict[Window2d, Any] = {}
+
+    def __call__(self, c: Call) -> Tensor:
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        w = c.window
+        if w not in self.masks:
+            (first, stop), columns, most = w.image, w.grid[1], w.most
+
+            def rule(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+                dy = (q - first) // columns - (k - first) // columns
+                dx = (q - first) % columns - (k - first) % columns
+                text = (q < first) | (q >= stop) | (k < first) | (k >= stop)
+                return text | (dy * dy + dx * dx <= most)
+
+            n = w.tokens
+            self.masks[w] = create_block_mask(rule, None, None, n, n, device=str(c.device), _compile=n > 4096)
+        found: Tensor = self.compiled(c.q, c.k, c.v, block_mask=self.masks[w], scale=c.scale)
+        return found
+
+
+def fault(run: Callable[[Call], Tensor], c: Call) -> str:
+    """Why a form gets no number, or nothing."""
+    try:
+        error = float((run(c).double() - c.exact()).abs().max())
+    except Exception as problem:  # a form that this machine cannot run is reported, not fatal
+        return (
+            f"does not run here: {type(problem).__name__}: {str(problem).strip().splitlines()[0][:90]}"
+            if str(problem).strip()
+            else f"does not run here: {type(problem).__name__}"
+        )
+    allowed = TOLERANCE[c.dtype]
+    return "" if error <= allowed else f"wrong: off by {error:.1e}, {allowed:.0e} is allowed"
+
+
+def limits(window: Window2d) -> tuple[float, float]:
+    """How many times fewer pairs there are: with tiles of 8 x 8 that compute their whole halo, and in the disc."""
+    n, reach = window.tokens, window.reach
+    rows, columns = window.grid
+    halo = (TILE + 2 * reach) ** 2
+    text = window.text
+    tiled = rows * columns * (halo + text) + text * n
+    return n * n / tiled, n * n / int(window.counts().sum())
+
+
+def timed(
+    call: Call, check: Call, target: float | None, flex: Flex | None, repeats: int
+) -> tuple[list[Claim], str]:
+    """Claims of one grid and dtype, and a note with the milliseconds."""
+    w, kind = call.window, str(call.dtype).removeprefix("torch.")
+    where = f"{w.grid[0]} x {w.grid[1]} tokens, radius {w.radius:g}"
+    claim = Claim(
+        f"window2d, {where}: times faster than dense", kind, low=target, withheld=fault(in_window, check)
+    )
+    claims, turns = [claim], [("dense", dense), ("window", in_window)]
+    if flex is not None:
+        against = Claim(f"window2d, {where}: times faster than FlexAttention", kind, low=1.0)
+        against.withheld = claim.withheld or fault(flex, check)
+        claims.append(against)
+        if not against.withheld:
+            turns.append(("flex", flex))
+    if claim.withheld:
+        return claims, f"{kind}, {where}: not timed"
+    times: dict[str, list[float]] = {name: [] for name, _ in turns}
+    for _, run in turns:
+        run(call)
+    for i in range(repeats):
+        for name, run in turns if i % 2 == 0 else reversed(turns):
+            inner = 1 if name == "dense" else 3
+            clock = Clock(call.device)
+            for _ in range(inner):
+                run(call)
+            times[name].append(clock.lap() / inner)
+    claim.ratios = [a / b for a, b in zip(times["dense"], times["window"], strict=True)]
+    tiled, disc = limits(w)
+    claim.note = (
+        f"tiles of 8 x 8 allow {tiled:.1f}, of which {(claim.value or 0) / tiled:.0%}; the disc {disc:.0f}"
+    )
+    if "flex" in times:
+        claims[1].ratios = [a / b for a, b in zip(times["flex"], times["window"], strict=True)]
+    said = ", ".join(f"{name} {sorted(found)[len(found) // 2] * 1e3:.1f} ms" for name, found in times.items())
+    return claims, f"{kind}, {where}: {said}"
+
+
+def large(device: torch.device) -> list[str]:
+    """One layer of FLUX at 4096 x 4096 pixels."""
+    notes = []
+    for radius in (8, 16):
+        call = Call(Window2d((256, 256), radius, text=512), 24, 128, torch.bfloat16, device)
+        clock = Clock(device)
+        in_window(call)
+        seconds = clock.lap()
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        pairs = int(call.window.counts().sum())
+        notes.append(
+            f"65,536 + 512 tokens, 24 heads of 128, bfloat16, radius {radius}: {seconds:.1f} s, peak of the process "
+            f"{peak:.1f} GiB; {call.window.tokens**2 / pairs:.0f} times fewer pairs than dense attention"
+        )
+        print(notes[-1], flush=True)
+    return notes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    gpu = torch.cuda.is_available()
+    parser.add_argument("--device", default="cuda" if gpu else "cpu")
+    parser.add_argument("--grids", type=int, nargs="+", default=[96, 128])
+    parser.add_argument("--radius", type=float, default=8)
+    parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--heads", type=int, default=24 if gpu else 4)
+    parser.add_argument("--width", type=int, default=128 if gpu else 64)
+    parser.add_argument("--text", type=int, default=0)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--no-flex", action="store_true")
+    parser.add_argument("--large", action="store_true")
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    facts = about()
+    facts["shape"] = {k: getattr(options, k) for k in ("heads", "width", "text", "radius")}
+    if device.type == "cuda":
+        facts["cpu"] = torch.cuda.get_device_name(device)
+    flex = None if options.no_flex else Flex()
+    claims: list[Claim] = []
+    notes: list[str] = []
+    for name in options.dtypes or (["bfloat16"] if gpu else ["float32", "bfloat16"]):
+        for side in options.grids:
+            dtype = getattr(torch, name)
+            made = [
+                Call(
+                    Window2d(grid, options.radius, text=options.text),
+                    options.heads,
+                    options.width,
+                    dtype,
+                    device,
+                )
+                for grid in ((side, side), CHECKED)
+            ]
+            target = TARGETS.get(side) if options.radius == 8 and not options.text and not gpu else None
+            found, note = timed(made[0], made[1], target, flex, options.repeats)
+            claims += found
+            notes.append(note)
+            for claim in found:
+                print("  ".join(cell for cell in claim.cells() if cell), flush=True)
+    notes.append(f"batch 1, {options.heads} heads of {options.width}, {options.text} text tokens")
+    if options.large:
+        notes += large(device)
+    if device.type != "cuda":
+        notes.append("the Triton form was not timed: there was no GPU")
+    for path in write("window2d", "A window on a grid against dense attention", facts, claims, notes):
+        print(path)
+
+
+if __name__ == "__main__":
+    main()

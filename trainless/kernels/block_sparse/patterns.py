@@ -1,0 +1,100 @@
+"""Which pairs a sparse call computes, on top of what its mask lets be seen.
+
+Shapes: B batch, H query heads, Lq queries, Lk keys. Rows and keys are numbered as they stand in the call; under
+a causal mask row i is the key i + Lk - Lq.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...errors import InputError
+
+
+@dataclass(frozen=True, eq=False)
+class Subset:
+    """Only the chosen queries attend, and only to the chosen keys; the other rows are zero.
+
+    queries: bool (B|1, Lq). keys: bool (B|1, Lk). Each row of the batch has a subset of its own.
+    """
+
+    queries: Tensor
+    keys: Tensor
+
+    def check(self, b: int, h: int, lq: int, lk: int, causal: bool) -> None:
+        for name, tensor, length in (("queries", self.queries, lq), ("keys", self.keys, lk)):
+            if tensor.dtype != torch.bool or tensor.dim() != 2 or tensor.shape[1] != length:
+                raise InputError(f"{name} {tensor.dtype} {tuple(tensor.shape)}: bool {(b, length)} is needed")
+            if tensor.shape[0] not in (1, b):
+                raise InputError(f"{name} has batch {tensor.shape[0]}, the call has {b}")
+
+    def allows(self, batch: int, heads: Tensor, rows: Tensor, keys: Tensor, offset: int) -> Tensor:
+        """bool (h|1, n, m) for the query heads (h,), rows (n,) and keys (m,) of one row of the batch."""
+        asks = self.queries[batch if self.queries.shape[0] > 1 else 0, rows]
+        offers = self.keys[batch if self.keys.shape[0] > 1 else 0, keys]
+        return (asks[:, None] & offers)[None]
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """Each block of ``size`` queries attends to the listed blocks of ``size`` keys.
+
+    index: int64 (B|1, H|1, ceil(Lq / size), n), numbers of key blocks, each at most once; -1 for none.
+    """
+
+    index: Tensor
+    size: int
+
+    def check(self, b: int, h: int, lq: int, lk: int, causal: bool) -> None:
+        index, blocks = self.index, -(-lq // self.size) if self.size > 0 else -1
+        if self.size < 16 or self.size & (self.size - 1):
+            raise InputError(f"size={self.size}: a power of two, 16 or more, is needed")
+        fits = index.dim() == 4 and index.shape[0] in (1, b) and index.shape[1] in (1, h)
+        if not fits or index.shape[2] != blocks or index.dtype != torch.int64:
+            raise InputError(
+                f"index {index.dtype} {tuple(index.shape)}: int64 {(b, h, blocks, 'n')} is needed, where batch "
+                "and heads may be 1"
+            )
+        last = -(-lk // self.size) - 1
+        if index.numel() and not -1 <= int(index.min()) <= int(index.max()) <= last:
+            raise InputError(f"key blocks {int(index.min())} to {int(index.max())}: the call has 0 to {last}")
+        ordered = index.sort(-1).values
+        if ((ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)).any():
+            raise InputError("index names a key block twice; its keys would be counted twice")
+
+    def allows(self, batch: int, heads: Tensor, rows: Tensor, keys: Tensor, offset: int) -> Tensor:
+        """See ``Subset.allows``."""
+        listed = self.index[batch if self.index.shape[0] > 1 else 0]
+        listed = listed[heads] if listed.shape[0] > 1 else listed
+        listed = listed[:, rows // self.size]  # (h|1, n, listed)
+        return (listed[..., None, :] == (keys // self.size)[:, None]).any(-1)
+
+
+@dataclass(frozen=True, eq=False)
+class Spans:
+    """Each head sees its own number of latest keys, and the first ``sinks`` keys besides. Causal calls only.
+
+    span: int64 (H,), 1 or more: row i sees the keys from i + Lk - Lq - span + 1 to i + Lk - Lq.
+    """
+
+    span: Tensor
+    sinks: int = 0
+
+    def check(self, b: int, h: int, lq: int, lk: int, causal: bool) -> None:
+        if self.span.dtype != torch.int64 or tuple(self.span.shape) != (h,) or int(self.span.min()) < 1:
+            raise InputError(f"span {self.span.dtype} {tuple(self.span.shape)}: int64 {(h,)}, all 1 or more")
+        if self.sinks < 0:
+            raise InputError(f"sinks={self.sinks}: a number of keys cannot be negative")
+        if not causal:
+            raise InputError("spans reach back from each row, so the call has to be causal")
+
+    def allows(self, batch: int, heads: Tensor, rows: Tensor, keys: Tensor, offset: int) -> Tensor:
+        """See ``Subset.allows``."""
+        gap = (rows + offset)[:, None] - keys
+        return (gap >= 0) & ((gap < self.span[heads, None, None]) | (keys < self.sinks))
+
+
+Pattern = Subset | Blocks | Spans

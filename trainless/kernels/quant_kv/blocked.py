@@ -1,0 +1,226 @@
+"""Attention on packed keys and values in torch, a tile of tokens at a time.
+
+Nothing is dequantised: a tile of codes becomes numbers, no more. K's step and minimum are folded into the query
+(q·(step·c + min) = (q·step)·c + q·min), V's step and minimum into the probabilities, and V's root multiplies the
+finished sum. Nor are codes taken out of their bytes: byte & mask_p = Σ_{j <= p} code_j · base^j, so two such
+numbers differ by one code, and taking differences is left to the query (for K) and the sum (for V).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ..common import Terms, statistics_dtype
+from .format import RAW, Segment, per_byte, unpack
+
+# Numbers in a tile: smaller ones cost more in calls than they save in the cache, larger ones save nothing.
+TILE = 1 << 19
+
+
+def rows(
+    query: Tensor, segments: Sequence[Segment], terms: Terms, valid: Tensor | None = None, lse: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """See ``api.packed_rows``."""
+    b, h, lq, d = query.shape
+    hkv = segments[0].key.shape[1]
+    wide = statistics_dtype(query)
+    r = h // hkv * lq
+    q = query.reshape(b, hkv, r, d).to(wide)
+    z = q.new_empty(b, hkv, r, sum(s.slots for s in segments))
+    start = 0
+    for segment in segments:
+        _logits(q, segment, z[..., start : start + segment.slots])
+        start += segment.slots
+    z = _finish(z.view(b, h, lq, -1), terms, valid, hkv)
+    sinks = terms.sink_logits
+    total = torch.logsumexp(z, -1) if lse else None
+    if sinks is not None:
+        sink = sinks.to(wide)[None, :, None, None].expand(b, h, lq, 1)
+        p = torch.softmax(torch.cat([z, sink], -1), -1)[..., :-1]
+        if total is not None:
+            total = torch.where(total.isneginf(), total, torch.logaddexp(total, sink[..., 0]))
+    else:
+        p = torch.softmax(z, -1)
+        if valid is not None:
+            p = p.nan_to_num_(0.0)  # rows without a valid key
+    return weigh(p, segments).to(query.dtype), p, total
+
+
+def _finish(z: Tensor, terms: Terms, valid: Tensor | None, hkv: int) -> Tensor:
+    z.mul_(terms.scale)
+    if terms.softcap is not None:
+        z.div_(terms.softcap).tanh_().mul_(terms.softcap)
+    if terms.position_bias is not None:
+        z += terms.position_bias
+    if valid is not None:
+        b, h, lq, slots = z.shape
+        grouped = z.view(b, hkv, h // hkv, lq, slots)
+        seen = valid.unflatten(1, (hkv, -1)) if valid.shape[1] == h else valid[:, :, None]
+        grouped.masked_fill_(~seen, -torch.inf)
+    return z
+
+
+def weigh(p: Tensor, segments: Sequence[Segment]) -> Tensor:
+    """Probabilities (B, H, Lq, K) times packed values: (B, H, Lq, Dv) in the dtype of ``p``."""
+    b, h, lq, _ = p.shape
+    hkv = segments[0].value.shape[1]
+    p = p.reshape(b, hkv, h // hkv * lq, -1)
+    out, start = None, 0
+    for segment in segments:
+        part = _values(p[..., start : start + segment.slots], segment)
+        out = part if out is None else out + part
+        start += segment.slots
+    assert out is not None
+    return out.view(b, h, lq, -1)
+
+
+def dequantise(segment: Segment, lo: int, hi: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Keys and values of the slots [lo, hi) as numbers, (B, Hkv, hi - lo, D); for a block at a time."""
+    key, value = segment.key.flatten(2, 3)[:, :, lo:hi], segment.value.flatten(2, 3)[:, :, lo:hi]
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    if segment.k_bits != RAW:
+        step, least = (_spread(t, segment, lo, hi).to(wide) for t in (segment.key_step, segment.key_min))
+        key = unpack(key, segment.k_bits).to(wide).mul_(step).add_(least)
+    if segment.v_bits != RAW:
+        assert segment.value_step is not None and segment.value_min is not None
+        step, least = (t.flatten(2, 3)[:, :, lo:hi, None] for t in (segment.value_step, segment.value_min))
+        value = unpack(value, segment.v_bits).to(wide).mul_(step).add_(least)
+        value = value.mul_(_spread(segment.value_root, segment, lo, hi).to(wide))
+    return key.to(dtype), value.to(dtype)
+
+
+def _spread(table: Tensor | None, segment: Segment, lo: int, hi: int) -> Tensor:
+    """Parameters of the groups to which the slots [lo, hi) belong, one row per slot."""
+    assert table is not None
+    if segment.index is not None:
+        index = segment.index[:, :, lo:hi].long()[..., None]
+        return table.gather(2, index.expand(*index.shape[:3], table.shape[-1]))
+    size = segment.key.shape[3]
+    if lo // size == (hi - 1) // size:
+        return table[:, :, lo // size, None]
+    first = lo // size * size
+    some = table[:, :, lo // size : (hi - 1) // size + 1].repeat_interleave(size, 2)
+    return some[:, :, lo - first : hi - first]
+
+
+def _pieces(segment: Segment, width: int) -> Iterator[tuple[int, int, int, int]]:
+    """Tiles (g0, g1, s0, s1): whole groups, or part of one where a group is larger than a tile."""
+    b, hkv, groups, size = segment.key.shape[:4]
+    tokens = max(1, TILE // max(1, b * hkv * width))
+    if size > tokens:
+        step = -(-size // -(-size // tokens))
+        for g in range(groups):
+            for s in range(0, size, step):
+                yield g, g + 1, s, min(size, s + step)
+        return
+    step = max(1, tokens // max(1, size))
+    for g in range(0, groups, step):
+        yield g, min(groups, g + step), 0, size
+
+
+def _numbers(codes: Tensor, bits: int, like: Tensor) -> Tensor:
+    """Bytes (…, W) as numbers (…, D): block p holds byte & mask_p; what is stored as it is, as it is."""
+    if bits == RAW:
+        return codes.to(like.dtype)
+    n, w = per_byte(bits), codes.shape[-1]
+    out = like.new_empty(*codes.shape[:-1], n * w)
+    # Four bytes at a time where they lie so.
+    four = w % 4 == 0 and codes.storage_offset() % 4 == 0 and all(s % 4 == 0 for s in codes.stride()[:-1])
+    lanes = codes.view(torch.int32) if four else codes
+    for p in range(n - 1):
+        mask = (1 << (bits * (p + 1))) - 1
+        low = lanes & (mask * 0x01010101 if four else mask)
+        out[..., p * w : (p + 1) * w].copy_(low.view(torch.uint8))
+    out[..., (n - 1) * w :].copy_(codes)
+    return out
+
+
+def _logits(q: Tensor, segment: Segment, z: Tensor) -> None:
+    """q·k for every slot into z (B, Hkv, r, slots)."""
+    b, hkv, _, d = q.shape
+    if not segment.slots:
+        return
+    if segment.index is not None:
+        step = max(1, TILE // (b * hkv * d))
+        for lo in range(0, segment.slots, step):
+            hi = min(segment.slots, lo + step)
+            key, _ = dequantise(_keys_only(segment), lo, hi, q.dtype)
+            z[..., lo:hi] = q @ key.mT
+        return
+    size, bits = segment.key.shape[3], segment.k_bits
+    least = None
+    if bits != RAW:
+        assert segment.key_step is not None and segment.key_min is not None
+        # (B, Hkv, G, r, D): the query as each group reads it, then as each block of masked bytes does.
+        folded = q[:, :, None] * segment.key_step[:, :, :, None].to(q.dtype)
+        folded = _differences(folded, bits)
+        least = torch.matmul(q, segment.key_min.to(q.dtype).mT)  # (B, Hkv, r, G)
+    for g0, g1, s0, s1 in _pieces(segment, d):
+        tile = _numbers(segment.key[:, :, g0:g1, s0:s1], bits, q)
+        if least is None:
+            part = torch.matmul(q[:, :, None], tile.mT)
+        else:
+            part = torch.matmul(folded[:, :, g0:g1], tile.mT)
+        into = z[..., g0 * size : g1 * size].unflatten(3, (g1 - g0, size))[..., s0:s1]
+        part = part.transpose(2, 3)
+        into.copy_(part if least is None else part + least[..., g0:g1, None])
+
+
+def _differences(folded: Tensor, bits: int) -> Tensor:
+    """Weights of masked bytes that equal the weights (…, D) of codes."""
+    n, base = per_byte(bits), 1 << bits
+    if n == 1:
+        return folded
+    w = folded.shape[-1] // n
+    parts = [folded[..., p * w : (p + 1) * w] / base**p for p in range(n)]
+    return torch.cat([*(parts[p] - parts[p + 1] for p in range(n - 1)), parts[-1]], -1)
+
+
+def _values(p: Tensor, segment: Segment) -> Tensor:
+    """Probabilities (B, Hkv, r, slots) times the values of a segment: (B, Hkv, r, Dv)."""
+    b, hkv, r, slots = p.shape
+    dv, bits = segment.widths[1], segment.v_bits
+    out = p.new_zeros(b, hkv, r, dv)
+    if not slots:
+        return out
+    size, groups = segment.value.shape[3], segment.value.shape[2]
+    if segment.index is not None:
+        step = max(1, TILE // (b * hkv * dv))
+        for lo in range(0, slots, step):
+            hi = min(slots, lo + step)
+            _, value = dequantise(_values_only(segment), lo, hi, p.dtype)
+            out += p[..., lo:hi] @ value
+        return out
+    if bits == RAW:
+        for g0, g1, s0, s1 in _pieces(segment, dv):
+            tile = _numbers(segment.value[:, :, g0:g1, s0:s1], bits, p).flatten(2, 3)
+            out += p.unflatten(3, (groups, size))[..., g0:g1, s0:s1].flatten(3) @ tile
+        return out
+    assert segment.value_step is not None and segment.value_min is not None
+    assert segment.value_root is not None
+    weights = (p * segment.value_step.to(p.dtype).flatten(2)[:, :, None]).unflatten(3, (groups, size))
+    weights = weights.transpose(2, 3)  # (B, Hkv, G, r, S)
+    least = (p * segment.value_min.to(p.dtype).flatten(2)[:, :, None]).unflatten(3, (groups, size)).sum(4)
+    root = segment.value_root.to(p.dtype)
+    n, base, w = per_byte(bits), 1 << bits, segment.value.shape[4]
+    for g0, g1, s0, s1 in _pieces(segment, dv):
+        tile = _numbers(segment.value[:, :, g0:g1, s0:s1], bits, p)
+        part = torch.matmul(weights[:, :, g0:g1, :, s0:s1], tile)  # (B, Hkv, g, r, D), sums of masked bytes
+        for q in range(n - 1, 0, -1):
+            part[..., q * w : (q + 1) * w].sub_(part[..., (q - 1) * w : q * w]).div_(base**q)
+        out += (part * root[:, :, g0:g1, None]).sum(2)
+    # The minimum of a token is the same number in every channel, before the root.
+    return out.add_(torch.matmul(least, root))
+
+
+def _keys_only(s: Segment) -> Segment:
+    return Segment(s.k_bits, RAW, s.key, s.key, s.key_step, s.key_min, index=s.index)
+
+
+def _values_only(s: Segment) -> Segment:
+    return Segment(
+        RAW, s.v_bits, s.value, s.value, None, None, s.value_step, s.value_min, s.value_root, s.index
+    )

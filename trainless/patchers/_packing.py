@@ -1,0 +1,27 @@
+"""From a rule of precision to contributions: the part that quantising methods share. Not a method itself."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..kernels.quant_kv import per_byte
+from ..seams import Quantise, Site
+
+
+def width_refusal(rule: Quantise, site: Site) -> str | None:
+    """Why the heads of ``site`` cannot be packed by ``rule``, or None."""
+    for bits in (*rule.k_bits, *rule.v_bits):
+        if site.head_dim is not None and site.head_dim % per_byte(bits):
+            return f"{site.head_dim} channels of {bits} bits are not a whole number of bytes"
+    return None
+
+
+def best_share(score: Tensor, among: Tensor, count: Tensor) -> Tensor:
+    """bool (B, h, W): the ``count`` (B, h) highest of ``score`` among the marked; ties go to the newer."""
+    ranked = score.masked_fill(~among, -torch.inf)
+    width = ranked.shape[2]
+    order = width - 1 - ranked.flip(2).sort(dim=2, descending=True, stable=True).indices
+    rank = torch.empty_like(order)
+    rank.scatter_(2, order, torch.arange(width, device=order.device).expand_as(order))
+    return (rank < count[..., None]) & among

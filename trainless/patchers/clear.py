@@ -1,0 +1,230 @@
+"""CLEAR: in an image transformer each image token attends to a disc around it, and to the text.
+
+What     Image token i sees image token j where (y_i - y_j)² + (x_i - x_j)² < r², strictly, on the layer's own
+         grid, cut off at the borders; every token sees the text, and text sees everything. Softmax, scale,
+         rotation and projections stay. ``pool`` = f adds one key and value for each f × f patch of image
+         keys and values (a weighted sum, 1/f² each without weights), which image tokens see and text does not.
+Source   "CLEAR: Conv-Like Linearization Revs Pre-Trained Diffusion Transformers Up", its code and weights.
+Seams    pattern: the disc, as a window on the call's grid. keys: the pooled patches. weights: the distilled
+         projections, in the published names, all of them or none.
+Exact    bitwise the identity where the radius is larger than the grid's diagonal, without pool and weights,
+         and in the dense steps and layers. What the base model held comes back bitwise with the removal.
+Costs    r = 8 leaves 193 image keys per token, 16 leaves 793, 32 leaves 3205, and all of the text. Memory is
+         linear. With pool the pairs are N²/f² again. Other methods that want statistics or edits at the
+         same layer, and masks, take the way of a predicate: exact, but as slow as dense attention.
+Differs  Text length and grid come from each call and not from constants, so sizes and pipelines mix. Keys of
+         the weights are checked strictly. Layers and first steps that stay dense are ours. Nothing of its
+         high-resolution recipe is in here: attention as sharp as in training is `entropy`, which counts the
+         keys that the disc leaves; the base of the rotation is the model's own.
+
+What it does not do. A radius of 8 needs its distilled weights, and gives repetitive patterns with them
+unless it is pooled as well. Nobody has published a quality figure for any radius without weights, and
+neither do we: compare your own images, dense first steps on and off, before you rely on it. A second image
+beside the generated one (Kontext, in-context control) has no place on its grid and is refused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError, Unsupported
+from ..kernels import Window2d
+from ..layers import check_layers, layer_numbers
+from ..seams import AttentionCall, Contribution, ExtraKeys, Site, State, Statistics
+from ._distilled import Distilled, check_keys, distilled, shape_at
+from .base import Method, option, register
+
+LEAST = 16  # the smallest radius that is not refused without weights
+PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
+POOLING = "processor.spatial_weight"  # how published files call the weights of the patches, per layer
+
+
+@register
+@dataclass(frozen=True)
+class Clear(Method):
+    """Attend to a disc around each image token in the self- and joint attention of a denoiser.
+
+    Raises InputError for a radius under 16 without weights (unless ``force``), for weights that do not fit
+    the model key by key, and for layers that do not exist; at a call Unsupported where the image's grid is
+    not known or is not alone, InputError where ``pool`` does not divide it.
+    """
+
+    name: ClassVar[str] = "clear"
+    summary: ClassVar[str] = "image tokens attend to a disc around them and to the text"
+    source: ClassVar[str] = "CLEAR: Conv-Like Linearization Revs Pre-Trained Diffusion Transformers Up"
+    parts: ClassVar[frozenset[str]] = frozenset({"denoiser"})
+    roles: ClassVar[frozenset[str]] = frozenset({"self", "joint"})
+    hosts: ClassVar[frozenset[str]] = frozenset({"diffusers"})
+    identity: ClassVar[dict[str, Any]] = {"radius": 1 << 20, "weights": None, "pool": None}
+
+    radius: int = option(16, help="image tokens nearer than this are seen", origin="published", low=1)
+    weights: Path | None = option(
+        None, help="distilled weights, a safetensors file or a folder of them; made for one radius and pool"
+    )
+    pool: int | None = option(
+        None, help="side of the patches whose means every image token sees as well; published: 4", low=1
+    )
+    dense_steps: int = option(0, help="so many first steps of a run stay dense", low=0)
+    dense_layers: tuple[int | str, ...] = option(
+        (), help="layers that stay dense and keep their weights: numbers, slices or globs on module names"
+    )
+    force: bool = option(False, help="allow a radius under 16 without weights")
+
+    def check(self) -> None:
+        if self.radius < LEAST and self.weights is None and not self.force:
+            raise InputError(
+                f"radius={self.radius}: under {LEAST} an image falls apart unless the model has the weights that "
+                "were distilled for that radius; give weights=, a larger radius, or force=True to see it"
+            )
+        for given in self.dense_layers:
+            if isinstance(given, str) and _is_slice(given):
+                check_layers(given, "dense_layers")
+
+    def refuses(self, site: Site) -> str | None:
+        if site.facts.get("video"):
+            return "a video's tokens do not lie on a grid of rows and columns"
+        return None
+
+    # ------------------------------------------------------------------ which layers
+
+    def validate(self, sites: Sequence[Site]) -> None:
+        for given in self.dense_layers:
+            if not any(_names(given, site) for site in sites):
+                last = max(site.layer for site in sites)
+                raise InputError(
+                    f"dense_layers: {given!r} is none of the {len(sites)} layers, 0 to {last}, the first of "
+                    f"which is {sites[0].name!r}"
+                )
+        if self.weights is not None:
+            source = distilled(self.weights, self.name)
+            if self.pool is None and any(key.endswith(POOLING) for key in source.shapes):
+                raise InputError(
+                    "weights: these were distilled with pooled patches; give pool= as well (published: 4)"
+                )
+            expected = {key: shape_at(site, name) for site in sites for name, key in _keys(site).items()}
+            if self.pool is not None:
+                shape = (1, 1, 1, self.pool, 1, self.pool, 1)
+                expected |= {f"{_local(site)}.{POOLING}": shape for site in sites}
+            check_keys(source, expected, self.name)
+
+    def wants_layer(self, site: Site) -> bool:
+        return not any(_names(given, site) for given in self.dense_layers)
+
+    # ------------------------------------------------------------------ what happens there
+
+    def contribute(self, site: Site) -> list[Contribution]:
+        asks = frozenset({"step"}) if self.dense_steps else frozenset()
+
+        def pattern(call: AttentionCall, statistics: Statistics, state: State) -> Window2d | None:
+            window = self._window(call)
+            return None if window is None or window.everything else window
+
+        found = [Contribution("pattern", pattern, asks=asks)]
+        source = None if self.weights is None else distilled(self.weights, self.name)
+        if self.pool is not None:
+            weight = _pooling(source, site, self.pool)
+
+            def pooled(call: AttentionCall, statistics: Statistics, state: State) -> ExtraKeys | None:
+                window = self._window(call)
+                return None if window is None else _patches(call, window, weight)
+
+            found.append(Contribution("keys", pooled, asks=asks))
+        if source is not None:
+            found.append(Contribution("weights", tensors=source.under(_keys(site))))
+        return found
+
+    def _window(self, call: AttentionCall) -> Window2d | None:
+        """The disc on this call's grid; None in a dense step."""
+        where = call.site.name if call.site is not None else "this attention"
+        if self.dense_steps:
+            step = call.facts.get("step")
+            if step is None:
+                raise Unsupported(
+                    f"clear: {where} was called without a timestep, so dense_steps={self.dense_steps} cannot be "
+                    "counted; call the denoiser, or use dense_steps=0"
+                )
+            if step < self.dense_steps:
+                return None
+        image = call.facts.get("image_tokens")
+        if image is None:
+            raise Unsupported(
+                f"clear: which of the {call.key.shape[2]} tokens at {where} are the image's is not known from the "
+                "denoiser's inputs; leave the layer out with dense_layers"
+            )
+        if call.grid is None or call.grid[0] * call.grid[1] != image:
+            raise Unsupported(
+                f"clear: the {image} image tokens at {where} are not one grid of rows and columns: another image "
+                "stands beside the generated one (Kontext, in-context control), or tokens were merged; remove "
+                "the patch for such calls"
+            )
+        return Window2d(call.grid, self.radius, text=call.text, text_first=call.text_first)
+
+
+# ---------------------------------------------------------------- pooled patches
+
+
+def _pooling(source: Distilled | None, site: Site, pool: int) -> Tensor:
+    """(pool, pool): how much each token of a patch counts; the mean where nothing was learned."""
+    if source is None:
+        return torch.full((pool, pool), 1 / pool**2)
+    return source[f"{_local(site)}.{POOLING}"].reshape(pool, pool)
+
+
+def _patches(call: AttentionCall, window: Window2d, weight: Tensor) -> ExtraKeys:
+    """A key and a value for each patch of the image, seen by the image's rows alone."""
+    (rows, columns), side = window.grid, weight.shape[0]
+    if rows % side or columns % side:
+        raise InputError(
+            f"pool={side}: patches of {side} × {side} do not tile this grid of {rows} × {columns} tokens; "
+            "choose a size that they divide, or another pool"
+        )
+    first, stop = window.image
+    factors = weight.to(call.statistics_dtype).tolist()
+
+    def pooled(tokens: Tensor) -> Tensor:
+        patches = tokens[:, :, first:stop].unflatten(2, (rows // side, side, columns // side, side))
+        total: Tensor | None = None
+        for y, x in ((y, x) for y in range(side) for x in range(side)):
+            part = patches[:, :, :, y, :, x].to(call.statistics_dtype) * factors[y][x]
+            total = part if total is None else total.add_(part)
+        assert total is not None
+        return total.flatten(2, 3).to(tokens.dtype)
+
+    return ExtraKeys(pooled(call.key), pooled(call.value), rows=window.image)
+
+
+# ---------------------------------------------------------------- names
+
+
+def _is_slice(text: str) -> bool:
+    return re.fullmatch(r"[\s\d:-]+", text) is not None
+
+
+def _names(given: int | str, site: Site) -> bool:
+    """Whether an item of ``dense_layers`` means this site; layers are counted within a role."""
+    if isinstance(given, str) and not _is_slice(given):
+        return fnmatchcase(site.name, given) or fnmatchcase(_local(site), given)
+    if isinstance(given, int) and not -site.layers <= given < site.layers:
+        return False
+    return site.layer in layer_numbers(given, site.layers, "dense_layers")
+
+
+def _local(site: Site) -> str:
+    """The site's name inside its denoiser, which is how published weights call it."""
+    model = site.facts["denoiser"]
+    return next((name for name, module in model.named_modules() if module is site.module), site.name)
+
+
+def _keys(site: Site) -> Mapping[str, str]:
+    """The site's parameters that are distilled, each with its key in the published weights."""
+    names = [f"{layer}.{kind}" for layer in PROJECTIONS for kind in ("weight", "bias")]
+    local = _local(site)
+    return {name: f"{local}.{name}" for name in names if shape_at(site, name) is not None}

@@ -1,0 +1,56 @@
+"""TOVA: keep the cache entries that the newest token attends to.
+
+What     s_j = mean over the heads of the layer of A_ij, i the last row of the call: the newest token. After
+         each call the ``capacity`` tokens with the largest s stay, the same ones for every head.
+Source   "Transformers are Multi-State RNNs", the policy TOVA (token omission via attention).
+Seams    kv (evict, scored by the column mass of the last row, which replaces the scores of earlier calls).
+Exact    bitwise the identity while capacity covers the sequence.
+Costs    one row of queries against the keys per call, over the budget; the rest is the stock kernel at prefill.
+         What it evicts at one step is chosen by one row, so a token that matters again later may be gone.
+Differs  A prompt is attended to densely and then compressed once by its last row; the paper's policy drops one
+         token a step from the beginning. The newest token always stays, where the paper lets it compete.
+         shared=False gives every key/value head its own set, by the mean over its query heads; the paper
+         averages over all heads of a layer, as here by default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from ..errors import InputError
+from ..seams import Budget, Contribution, Evict, Site, check_budget
+from ._eviction import evicting
+from .base import Method, option, register
+
+
+@register
+@dataclass(frozen=True)
+class Tova(Method):
+    """Keep the ``capacity`` tokens that the newest one attends to most.
+
+    capacity: an int is tokens, a float in (0, 1] a fraction of the row's own prompt, pads not counted, frozen
+    at its first prefill. Raises InputError when nothing at all would be kept.
+    """
+
+    name: ClassVar[str] = "tova"
+    summary: ClassVar[str] = "keep the cache entries that the newest token attends to most"
+    source: ClassVar[str] = "Transformers are Multi-State RNNs (TOVA)"
+    parts: ClassVar[frozenset[str]] = frozenset({"text"})
+    identity: ClassVar[dict[str, Any]] = {"capacity": 1 << 30}
+    evicts: ClassVar[bool] = True
+
+    capacity: Budget = option(512, help="tokens to keep, in all", origin="ours")
+    shared: bool = option(
+        True, help="one kept set per layer, scored by the mean over its heads", origin="published"
+    )
+
+    def check(self) -> None:
+        check_budget("capacity", self.capacity)
+        if self.capacity == 0:
+            raise InputError("capacity=0 keeps nothing; keep at least one token")
+
+    def contribute(self, site: Site) -> Sequence[Contribution]:
+        rule = Evict(capacity=self.capacity, score="probe_mass", last=1, gqa="mean", shared=self.shared)
+        return evicting(rule, site)

@@ -1,0 +1,259 @@
+"""ZipVL: as few tokens as a layer's attention needs take part in its prefill; the others get few bits, or go.
+
+What     a_j = sum over probe rows i and all heads of A_ij; n_j probe rows see token j. p is the fewest tokens whose
+         largest a_j make up ``tau`` of the whole sum; T holds the p tokens with the largest a_j / n_j, and the
+         probe rows at the end. One T per layer. At prefill the queries of T attend to the keys of T, and every
+         other token gets nothing from this layer's attention: its residual stream passes by. Then the cache holds T
+         at bits[0] and the others at bits[1] ("quantise"), or T alone ("discard"). Later tokens attend to all that
+         is held; whenever ``interval`` of them have come, the newest row scores that chunk in the same way.
+Source   "ZipVL: Efficient Large Vision-Language Models with Dynamic Token Sparsification and KV Cache
+         Compression"; no code of its authors was found. Its second version discards, its first one quantises.
+Seams    pattern (dynamic: a subset of the tokens); kv (quantise, or evict: either way the method chooses the
+         tokens), on statistics over chosen rows.
+Exact    tau=1 with mode="discard", or with bits=(16, 16), bitwise; a prompt below min_tokens is left alone, bitwise.
+Costs    the probe rows against all keys, then attention among T: r of the tokens cost r² of the dense call. The
+         logits of a prompt token outside T are those of a model without this attention: perplexity over them means
+         nothing. Tasks that read dense text lose most: the paper has ChartQA at 58.2 against 66.2 (LLaVA-NeXT-13B).
+Differs  The number of probe rows is not published; 64 at the end and 64 random ones here. Rows at the end are always
+         in T, or the next token's logits break. The threshold is a share of the probes' own sum, which is
+         what the published one comes to with all rows. Prompts below min_tokens are left alone with all that
+         follows them. The newest token always stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..seams import (
+    AttentionCall,
+    Budget,
+    Contribution,
+    Evict,
+    Quantise,
+    Site,
+    State,
+    Statistics,
+    Tokens,
+    check_bits,
+    check_budget,
+    tokens_of,
+)
+from ._eviction import last_rows
+from ._packing import width_refusal
+from .base import Method, option, register
+
+# What ``waiting`` says of a stored token: its chunk was settled, it came with this call, it came earlier.
+SETTLED, NEW, OLD = 0, 1, 2
+PROBE_MASS = frozenset({"probe_mass"})
+
+
+@register
+@dataclass(frozen=True)
+class ZipVL(Method):
+    """Prefill among the tokens that make up ``tau`` of the attention, and compress the cache accordingly.
+
+    probes: (last, random) rows, each tokens or a fraction of the row's own prompt. bits: of important and of other
+    tokens, for mode="quantise". Raises InputError for a tau of 0, for widths that codes do not have and for
+    numbers that are no budgets.
+    """
+
+    name: ClassVar[str] = "zipvl"
+    summary: ClassVar[str] = "let only the tokens that make up most of a layer's attention take part"
+    source: ClassVar[str] = "ZipVL: Dynamic Token Sparsification and KV Cache Compression"
+    parts: ClassVar[frozenset[str]] = frozenset({"text"})
+    identity: ClassVar[dict[str, Any]] = {"tau": 1.0, "bits": (16, 16)}
+    evicts: ClassVar[bool] = True
+    packs: ClassVar[bool] = True
+
+    tau: float = option(
+        0.975,
+        help="share of the attention that the important tokens hold",
+        origin="published",
+        low=0.0,
+        high=1.0,
+    )
+    bits: tuple[int, int] = option(
+        (4, 2), help="bits per number of important and of other tokens", origin="published"
+    )
+    probes: tuple[Budget, Budget] = option((64, 64), help="last and random rows that choose", origin="ours")
+    interval: int = option(100, help="new tokens that are compressed together", origin="published", low=1)
+    min_tokens: int = option(512, help="shorter prompts are left alone", origin="ours", low=0)
+    mode: Literal["quantise", "discard"] = option(
+        "quantise",
+        help='what becomes of the other tokens: "quantise" holds them at bits[1], "discard" drops them',
+        origin="published",
+    )
+    seed: int = option(0, help="seed of the random rows", origin="ours")
+
+    def check(self) -> None:
+        if not self.tau > 0:
+            raise InputError(f"tau={self.tau!r}: a share above 0 is needed; 1.0 keeps everything")
+        for name, bits in zip(("bits: important", "bits: others"), self.bits, strict=True):
+            check_bits(name, bits)
+        for name, budget in zip(("probes: last", "probes: random"), self.probes, strict=True):
+            check_budget(name, budget)
+
+    def _rule(self) -> Quantise:
+        return Quantise(self.bits, self.bits, interval=self.interval, start=self.min_tokens, chosen=True)
+
+    def refuses(self, site: Site) -> str | None:
+        return width_refusal(self._rule(), site) if self.mode == "quantise" else None
+
+    def contribute(self, site: Site) -> Sequence[Contribution]:
+        whole = self.tau >= 1.0
+        pattern = Contribution(
+            "pattern", self._taking_part, needs=self._at_prefill, probes=self._rows, statistics=PROBE_MASS,
+            dynamic=True, lookahead=True, inert=whole,
+        )  # fmt: skip
+        if self.mode == "discard":
+            cache = Contribution(
+                "kv", self._staying, policy=Evict(chosen=True), needs=self._when_due, probes=last_rows(1),
+                statistics=PROBE_MASS, inert=whole,
+            )  # fmt: skip
+        else:
+            cache = Contribution(
+                "kv", self._precise, policy=self._rule(), needs=self._when_packing, probes=last_rows(1),
+                statistics=PROBE_MASS, lookahead=True, inert=self._rule().exact,
+            )  # fmt: skip
+        return [pattern, cache]
+
+    # ------------------------------------------------------------------ the prefill
+
+    def _at_prefill(self, call: AttentionCall, state: State) -> frozenset[str]:
+        return PROBE_MASS if call.fresh and any(self._long(call)) else frozenset()
+
+    def _long(self, call: AttentionCall) -> list[bool]:
+        return [n >= self.min_tokens for n in _own(call)]
+
+    def _rows(self, call: AttentionCall, state: State) -> Tensor:
+        """The probe rows of each row of the batch, (B, P) or (P,); the same for a prompt wherever it stands."""
+        device = call.query.device
+        if call.real is None:
+            return self._chosen(call.query.shape[2]).to(device)
+        found = []
+        for real in call.real:
+            columns = real.nonzero().flatten()
+            found.append(columns[self._chosen(len(columns)).to(device)])
+        return torch.nn.utils.rnn.pad_sequence(found, batch_first=True, padding_value=-1)
+
+    def _chosen(self, length: int) -> Tensor:
+        last = self._last(length)
+        random = min(length - last, tokens_of(self.probes[1], length))
+        drawn = torch.randperm(length - last, generator=torch.Generator().manual_seed(self.seed))[:random]
+        return torch.cat([drawn.sort().values, torch.arange(length - last, length)])
+
+    def _last(self, length: int) -> int:
+        return min(length, max(1, tokens_of(self.probes[0], length)))
+
+    def _taking_part(self, call: AttentionCall, stats: Statistics, state: State) -> Tokens | None:
+        """T at prefill; None where it is everything."""
+        assert stats.probe_mass is not None and stats.probe_rows is not None
+        b, _, _, lq, _ = call.shape
+        real = call.real if call.real is not None else call.query.new_ones(b, lq, dtype=torch.bool)
+        keep = most(stats.probe_mass.sum(1), stats.probe_rows, real, self.tau)
+        own = _own(call)
+        left = real.long().flip(1).cumsum(1).flip(1)  # real tokens from here on
+        last = torch.tensor([self._last(n) for n in own], device=left.device)
+        short = torch.tensor([n < self.min_tokens for n in own], device=left.device)
+        keep = (keep | (left <= last[:, None]) | short[:, None]) & real
+        if torch.equal(keep, real):
+            return None
+        state.set("important", keep[:, None], keys=2)
+        return Tokens(keep)
+
+    # ------------------------------------------------------------------ the cache, quantised
+
+    def _when_packing(self, call: AttentionCall, state: State) -> frozenset[str]:
+        due = not call.fresh and self.tau < 1.0 and getattr(call.layer, "due", False)
+        return PROBE_MASS if due else frozenset()
+
+    def _precise(self, call: AttentionCall, stats: Statistics, state: State) -> Tensor | None:
+        """bool (B, Hkv or 1, W): which of the tokens that wait are important; None for all of them."""
+        if call.fresh:
+            return state.take("important")
+        if stats.probe_mass is None or stats.probe_rows is None:
+            return None
+        packing: Tensor = call.layer.packing()
+        b, hkv, width = packing.shape
+        mass, seen = stats.probe_mass[..., -width:].sum(1), stats.probe_rows[:, -width:]
+        each = packing.flatten(0, 1)  # heads differ only where another method evicts
+        found = most(mass.repeat_interleave(hkv, 0), seen.repeat_interleave(hkv, 0), each, self.tau)
+        newest = packing & (packing.long().flip(2).cumsum(2).flip(2) == 1)
+        return found.view(b, hkv, width) | newest
+
+    # ------------------------------------------------------------------ the cache, discarding
+
+    def _staying(self, call: AttentionCall, stats: Statistics, state: State) -> Tensor | None:
+        """bool (B, S): the stored tokens that stay after this call; None when no chunk is settled in it."""
+        b, _, hkv, _, lk = call.shape
+        if call.fresh:
+            important = state.take("important")
+            settled = torch.full((b, hkv, lk), SETTLED, dtype=torch.uint8, device=call.query.device)
+            state.set("waiting", settled, keys=2, fill=NEW)
+            state.set("counts", torch.zeros(b, dtype=torch.long))
+            state.set("long", torch.tensor(self._long(call)))
+            return None if important is None else important[:, 0]
+        waiting, counts = state.get("waiting"), state.get("counts")
+        assert waiting is not None and counts is not None
+        due = self._due(call, state)
+        keep = None
+        counts = counts + torch.tensor(_own(call), device=counts.device)
+        if any(due):
+            assert stats.probe_mass is not None and stats.probe_rows is not None
+            now = torch.tensor(due, device=waiting.device)[:, None]
+            arrived, there = waiting[:, 0], stats.probe_rows > 0
+            chunk = (arrived != SETTLED) & there & now
+            number = torch.arange(arrived.shape[1], device=waiting.device).expand(b, -1)
+            newest = number.masked_fill(~((arrived == NEW) & there), -1).amax(1, keepdim=True)
+            stays = most(stats.probe_mass.sum(1), stats.probe_rows, chunk, self.tau) | (number == newest)
+            keep = ~chunk | stays
+            waiting = torch.where(now[:, None], SETTLED, waiting)
+            counts = torch.where(now[:, 0].to(counts.device), 0, counts)
+        state.set("waiting", waiting.masked_fill(waiting == NEW, OLD), keys=2, fill=NEW)
+        state.set("counts", counts)
+        return keep
+
+    def _when_due(self, call: AttentionCall, state: State) -> frozenset[str]:
+        return PROBE_MASS if not call.fresh and any(self._due(call, state)) else frozenset()
+
+    def _due(self, call: AttentionCall, state: State) -> list[bool]:
+        """For each row of the batch, whether this call completes a chunk."""
+        counts, long = state.get("counts"), state.get("long")
+        if counts is None or long is None:
+            return [False] * call.shape[0]
+        arriving = _own(call)
+        return [
+            ok and before + now >= self.interval
+            for before, now, ok in zip(counts.tolist(), arriving, long.tolist(), strict=True)
+        ]
+
+
+def _own(call: AttentionCall) -> list[int]:
+    """Tokens of this call that are not padding, for each row of the batch."""
+    if call.real is None:
+        return [call.query.shape[2]] * call.query.shape[0]
+    return [int(n) for n in call.real.sum(1).tolist()]
+
+
+def most(mass: Tensor, seen: Tensor, among: Tensor, tau: float) -> Tensor:
+    """bool (B, Lk): of the keys ``among``, the p with the largest mass / seen, ties to the newer.
+
+    mass, seen (B, Lk): what the probe rows gave to each key, and how many of them see it. p is the fewest keys
+    whose largest mass makes up ``tau`` of the whole.
+    """
+    a = mass.double().masked_fill(~among, 0)
+    whole = a.sum(1, keepdim=True)
+    falling = a.sort(1, descending=True).values.cumsum(1)
+    size = ((falling < tau * whole).sum(1, keepdim=True) + 1).clamp_max(among.sum(1, keepdim=True))
+    share = (a / seen.clamp_min(1)).masked_fill(~among, -1)
+    length = share.shape[1]
+    # Newest first, then a stable sort: among equals the newer one is chosen.
+    best = length - 1 - share.flip(1).sort(dim=1, descending=True, stable=True).indices
+    rank = torch.arange(length, device=best.device).expand_as(best)
+    return torch.zeros_like(among).scatter(1, best, rank < size) & among

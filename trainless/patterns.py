@@ -1,0 +1,73 @@
+"""Static patterns of a call: how many keys they leave, and whether a kernel of their own can take the call."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import InputError
+from .kernels.masks import STEP
+from .kernels.window2d import Window2d
+from .seams import AttentionCall, ExtraKeys, Pairs
+
+Pattern = Pairs | Window2d
+
+
+def visible_keys(patterns: Sequence[Pattern], lq: int, lk: int, device: torch.device) -> Tensor:
+    """(lq,) int64: keys that each row sees through all of ``patterns``; a few rows at a time where it must be."""
+    if not patterns:
+        return torch.full((lq,), lk, device=device)
+    if len(patterns) == 1 and isinstance(patterns[0], Window2d):
+        return _counts(patterns[0], device).clone()  # callers add to it
+    found, keys = [], torch.arange(lk, device=device)[None]
+    for start in range(0, lq, STEP):
+        rows = torch.arange(start, min(lq, start + STEP), device=device)[:, None] + lk - lq
+        seen = torch.ones(len(rows), lk, dtype=torch.bool, device=device)
+        for pattern in patterns:
+            seen = seen & pattern.visible(rows, keys)
+        found.append(seen.sum(1))
+    return torch.cat(found)
+
+
+@functools.lru_cache(maxsize=8)
+def _counts(window: Window2d, device: torch.device) -> Tensor:
+    """The same window comes from all layers of a model."""
+    return window.counts(device)
+
+
+def window_of(call: AttentionCall, patterns: Sequence[Pattern]) -> tuple[Window2d | None, tuple[str, ...]]:
+    """The window that its kernel can compute for this call; or None, and why it cannot, where there is one.
+
+    Raises InputError for a window that is not over this call's tokens.
+    """
+    windows = [p for p in patterns if isinstance(p, Window2d)]
+    for window in windows:
+        if not window.tokens == call.query.shape[2] == call.key.shape[2]:
+            raise InputError(
+                f"a window over {window.tokens} tokens was given for attention with {call.query.shape[2]} "
+                f"queries and {call.key.shape[2]} keys"
+            )
+    if not windows:
+        return None, ()
+    present = {
+        "another pattern": len(patterns) > 1,
+        "a mask": call.mask is not None or call.causal or call.sliding_window is not None,
+        "a position bias": call.position_bias is not None,
+        "a soft-cap": call.softcap is not None,
+        "learned sinks": call.sink_logits is not None,
+    }
+    reasons = tuple(f"window2d: the call has {name}" for name, there in present.items() if there)
+    return (None, reasons) if reasons else (windows[0], ())
+
+
+def extra_of_image(window: Window2d, extra: Sequence[ExtraKeys]) -> tuple[Any, list[ExtraKeys]]:
+    """(keys and values for the kernel or None, those that have to be merged afterwards)."""
+    mine = [e for e in extra if e.visible is None and e.rows == window.image]
+    if not mine:
+        return None, list(extra)
+    key, value = (torch.cat([getattr(e, name) for e in mine], 2) for name in ("key", "value"))
+    return (key, value), [e for e in extra if e not in mine]

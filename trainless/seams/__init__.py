@@ -1,0 +1,56 @@
+"""The vocabulary: where a method may act, what it may contribute there, and how contributions meet.
+
+A method never forks a model's forward. It *contributes* to *sites*. A contribution is a kind, what
+it needs to know, and one function ``(call, statistics, state) -> value``. The engine
+(``attention.py``) merges the contributions of all methods at a site into an ``AttentionPlan`` and
+runs it; the cache layers (``kv``) carry out the rules of eviction and precision. Nothing in here knows a
+model or a method.
+
+Shapes: B batch, H query heads, Hkv key/value heads, Lq queries and Lk keys of this call, D head width.
+"""
+
+from __future__ import annotations
+
+from .calls import AttentionCall, Groups, Site, State, Statistics
+from .contributions import Contribution, Probes, Value
+from .eviction import Budget, Evict, check_budget, tokens_of
+from .kinds import BESIDE, EXCLUSIVE, FACTS, KINDS, STATISTICS
+from .parameters import parameter_of, unwrapped
+from .plans import AttentionPlan, Entry, check_conflicts, conflicts
+from .precision import BITS, Quantise, check_bits
+from .values import ExtraKeys, Formed, MassMove, Pairs, RowEdit, Tokens
+
+__all__ = [
+    "BESIDE",
+    "BITS",
+    "EXCLUSIVE",
+    "FACTS",
+    "KINDS",
+    "STATISTICS",
+    "AttentionCall",
+    "AttentionPlan",
+    "Budget",
+    "Contribution",
+    "Entry",
+    "Evict",
+    "ExtraKeys",
+    "Formed",
+    "Groups",
+    "MassMove",
+    "Pairs",
+    "Probes",
+    "Quantise",
+    "RowEdit",
+    "Site",
+    "State",
+    "Statistics",
+    "Tokens",
+    "Value",
+    "check_bits",
+    "check_budget",
+    "check_conflicts",
+    "conflicts",
+    "parameter_of",
+    "tokens_of",
+    "unwrapped",
+]

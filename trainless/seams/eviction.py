@@ -1,0 +1,99 @@
+"""What a cache layer keeps, as a value: budgets and the rule made of them; the cache layers carry it out."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import InputError
+
+Budget = int | float  # a float in (0, 1] is a fraction of the row's own prompt; an int is tokens
+
+
+def tokens_of(budget: Budget, length: int) -> int:
+    """A budget in tokens for a prompt of ``length`` real tokens (fractions round down)."""
+    if isinstance(budget, float):
+        # 0.1 * 30 is 3.0000000000000004 and 0.7 * 10 is 7.000000000000001, but 0.29 * 100 is
+        # 28.999999999999996: a value within rounding of an integer is that integer.
+        exact = budget * length
+        return round(exact) if abs(exact - round(exact)) < 1e-9 * max(1.0, exact) else int(exact)
+    return budget
+
+
+def check_budget(name: str, budget: Any) -> None:
+    """InputError unless ``budget`` is an int >= 0 or a float in (0, 1]."""
+    if isinstance(budget, bool) or not isinstance(budget, (int, float)):
+        raise InputError(f"{name}={budget!r}: give tokens as an int, or a fraction as a float in (0, 1]")
+    if isinstance(budget, float) and not 0.0 < budget <= 1.0:
+        instead = f"; for tokens write {name}={max(0, int(budget))}" if math.isfinite(budget) else ""
+        raise InputError(
+            f"{name}={budget!r}: a float is a fraction of the prompt and must lie in (0, 1]{instead}"
+        )
+    if isinstance(budget, int) and budget < 0:
+        raise InputError(f"{name}={budget!r}: a number of tokens cannot be negative")
+
+
+@dataclass(frozen=True)
+class Evict:
+    """A rule for what a cache layer keeps after each call: first + recent + the best of the rest.
+
+    sinks: the first visible tokens. recent: the last ones. heavy: those among the rest with the
+    highest score. The newest token is always kept; ties go to the newer one.
+
+    capacity: how many tokens stay in all, whatever ``heavy`` says; a fraction that comes to less than the
+    sinks and the recent tokens means those.
+
+    score: "column_mass" adds up the probability that each key received from every row so far;
+    "probe_mass" is what it received from the ``last`` real rows of this call alone, and earlier calls have no
+    say. None scores nothing (heavy must then be 0). gqa: how the query heads of a group share a key/value
+    head's score: sum, first, max, mean; shared: one score for the whole layer, the mean over its heads, so
+    that all key/value heads keep the same tokens. normalise: divide each score by the rows that could see the
+    key. pool: the scores of the tokens that are free to go are pooled over so many neighbours first
+    (odd; stride 1, zeros beyond both ends), pooling: avg or max.
+
+    chosen: the method itself says after a call what stays, by the contribution's value: bool (B, Lk) over the
+    columns of ``call.key``, the same for all heads, or None to keep everything; no budget applies. Tokens
+    cannot be taken back, so assisted decoding is refused.
+
+    once: choose at the end of the first prefill, and keep everything that comes after it.
+    rolled: keys are presented as if the kept tokens were contiguous.
+    """
+
+    sinks: Budget = 0
+    recent: Budget = 0
+    heavy: Budget = 0
+    capacity: Budget | None = None
+    score: str | None = None
+    last: int = 0
+    gqa: str = "sum"
+    shared: bool = False
+    normalise: bool = False
+    pool: int = 1
+    pooling: str = "avg"
+    once: bool = False
+    chosen: bool = False
+    rolled: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.score == "probe_mass") != (self.last > 0):
+            raise InputError(
+                'score="probe_mass" needs last=, the number of rows to score by, and only it does'
+            )
+        if self.pool % 2 == 0 or (self.pool > 1 and not self.once):
+            raise InputError(f"pool={self.pool}: an odd number of neighbours, with once=True")
+
+    def total(self, length: int) -> int:
+        """Tokens that a row with a prompt of ``length`` tokens keeps: at least 1, the newest."""
+        if self.chosen:
+            return length
+        if self.capacity is None:
+            return max(1, sum(tokens_of(b, length) for b in (self.sinks, self.recent, self.heavy)))
+        protected = sum(tokens_of(b, length) for b in (self.sinks, self.recent))
+        return max(1, tokens_of(self.capacity, length), min(length, protected))
+
+    @property
+    def fixed(self) -> int:
+        """Tokens that every row keeps, whatever the length of its prompt."""
+        budgets = (self.sinks, self.recent, self.heavy) if self.capacity is None else (self.capacity,)
+        return sum(b for b in budgets if isinstance(b, int))

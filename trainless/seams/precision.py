@@ -1,0 +1,80 @@
+"""How precisely a cache holds its tokens: a rule, as a value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import InputError
+
+BITS = (2, 4, 8, 16)  # widths that a code may have; 16 means the model's own dtype, unquantised
+
+
+def check_bits(name: str, bits: Any) -> None:
+    """InputError unless ``bits`` is a width that codes may have."""
+    if isinstance(bits, bool) or bits not in BITS:
+        widths = ", ".join(str(b) for b in BITS[:-1])
+        raise InputError(f"{name}={bits!r}: give {widths}, or 16 for the model's own dtype, unquantised")
+
+
+@dataclass(frozen=True)
+class Quantise:
+    """A rule for how precisely a cache layer holds its tokens. Each is packed once, and never again.
+
+    Tokens wait in the model's own dtype. When, after a call, at least ``interval`` of a row's waiting tokens are
+    more than its ``residual`` (tokens, or a fraction of the row's own prompt), these become a packed chunk: the
+    oldest, and whole groups where ``group`` is given. Without groups a first prefill is packed whatever
+    ``interval`` says. A row whose prompt has fewer than ``start`` tokens never packs any. Pads are dropped and
+    influence nothing.
+
+    k_bits, v_bits: bits per number, of BITS, for the (high, low) tier. chosen: the contribution's ``value``
+    says which tokens go high: bool (B, Hkv or 1, W) over the W columns of ``call.key``, which are the tokens
+    that wait, newest last; only those that ``call.layer.packing()``, bool (B, Hkv, W), marks are read. None
+    means all. It is asked only in a call that ends with packing, which ``call.layer.due`` tells; ``needs`` may
+    depend on that. On a packed layer a statistic over keys has more columns than ``call.key``: the last W are
+    about it. Without ``chosen`` all tokens go high.
+
+    Packing is asymmetric between minimum and maximum, with parameters in the model's own dtype. K: per channel,
+    over ``group`` tokens (0: over all tokens of a chunk's tier). V: per token, after division of each channel
+    by the root of its largest absolute value among the same tokens.
+    """
+
+    k_bits: tuple[int, int] = (4, 4)
+    v_bits: tuple[int, int] = (4, 4)
+    group: int = 0
+    residual: int | float = 0
+    interval: int = 1
+    start: int = 0
+    chosen: bool = False
+    high: int | float = 1.0  # tokens of a chunk (or their share) that are expected to go high, for estimates
+
+    @property
+    def exact(self) -> bool:
+        """Whether nothing would be rounded at all."""
+        return {*self.k_bits, *self.v_bits} == {16}
+
+    def packs(self, waiting: int, residual: int, fresh: bool) -> int:
+        """How many of ``waiting`` tokens to pack now; fresh: after the row's first prefill."""
+        over = waiting - residual
+        least = 1 if fresh and not self.group else max(1, self.interval)
+        if over < least or self.exact:
+            return 0
+        return over // self.group * self.group if self.group else over
+
+    def nbytes(self, held: int, residual: int, width: int, itemsize: int) -> int:
+        """Bytes of one head after a prefill of which ``held`` tokens are kept: codes, parameters, those that wait.
+
+        width: channels of a key, and of a value; itemsize: bytes of a number of the model's own dtype.
+        """
+        packed = self.packs(held, residual, True)
+        high = min(packed, int(self.high * packed + 1e-9) if isinstance(self.high, float) else self.high)
+        total = (held - packed) * 2 * width * itemsize
+        for n, k_bits, v_bits in zip((high, packed - high), self.k_bits, self.v_bits, strict=True):
+            groups = -(-n // self.group) if self.group else min(n, 1)
+            numbers = (2 * groups * width if k_bits < 16 else 0) + (
+                groups * width + 2 * n if v_bits < 16 else 0
+            )
+            for bits in (k_bits, v_bits):
+                total += n * width * itemsize if bits == 16 else n * width * bits // 8
+            total += numbers * itemsize
+        return total
