@@ -1,0 +1,251 @@
+"""Train demo:shapes, a text-to-image pipeline for scenes of coloured shapes, from nothing.
+
+    python examples/shapes/train_pipeline.py --out out/shapes --minutes 110 --export out/demo-shapes
+
+Two stages, one after the other: the autoencoder, then denoiser and text encoder together on latents that
+are computed once. Kill it whenever you like; the same command takes it up again. With --minutes the stages
+share that time; without, they take all their steps (and the weights depend on the seed alone).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pipeline_models as models
+import torch
+import training
+from scenes import SIDE, Array, caption, draw, rng_for, sample_scene
+from torch import Tensor, nn
+from tqdm import tqdm
+from world import sample_picture
+
+VAE, LATENTS, UNET, PROMPTS = range(4)  # what random numbers are for
+VAE_SHARE = 0.2  # of the minutes
+
+
+@dataclass(frozen=True)
+class Setting:
+    sizes: models.Sizes
+    vae: training.Plan
+    unet: training.Plan
+    vae_batch: int
+    unet_batch: int
+    scenes: int  # that latents are computed of
+    drop: float = 0.1  # captions left out, so that guidance has something to guide away from
+
+
+FULL = Setting(
+    models.FULL,
+    vae=training.Plan(steps=3000, rate=1.5e-3, average=0.995),
+    unet=training.Plan(steps=7000, rate=1e-3, warmup=200, average=0.9985),
+    vae_batch=16, unet_batch=32, scenes=40_000,
+)  # fmt: skip
+TINY = Setting(
+    models.TINY,
+    vae=training.Plan(steps=3, rate=1e-3, warmup=1),
+    unet=training.Plan(steps=3, rate=1e-3, warmup=1),
+    vae_batch=2, unet_batch=2, scenes=8,
+)  # fmt: skip
+
+
+def batch(images: Sequence[Array], device: torch.device) -> Tensor:
+    """Pictures (H, W, 3) in 0..1 as (B, 3, H, W) in -1..1."""
+    stacked = torch.stack([torch.from_numpy(image) for image in images]).permute(0, 3, 1, 2)
+    return (stacked * 2 - 1).contiguous().to(device)
+
+
+class PipelineTraining:
+    """Both stages in one folder."""
+
+    def __init__(self, setting: Setting, out: Path, *, seed: int, device: torch.device, minutes: float | None,
+                 save_every: float, dtype: str):  # fmt: skip
+        self.setting, self.out, self.seed, self.device = setting, out, seed, device
+        self.minutes, self.save_every, self.dtype = minutes, save_every, dtype
+        torch.manual_seed(seed)  # of the first weights
+        self.tokenizer = models.build_tokenizer()
+        self.vae = models.build_vae(setting.sizes).to(device)
+        painter = models.Painter(
+            models.build_unet(setting.sizes), models.build_text_encoder(setting.sizes, self.tokenizer)
+        )
+        self.painter = painter.to(device)
+        self.stages: dict[str, dict[str, Any]] = {}
+
+    def stage(
+        self, name: str, module: nn.Module, plan: training.Plan, minutes: float | None
+    ) -> training.Stage:
+        settings = {"sizes": repr(self.setting.sizes), "dtype": self.dtype}
+        return training.Stage(
+            name, nn.ModuleDict({name: module}), plan, self.out, seed=self.seed, minutes=minutes,
+            save_every=self.save_every, settings=settings,
+        )  # fmt: skip
+
+    def run(self) -> None:
+        share = None if self.minutes is None else self.minutes * VAE_SHARE
+        self.settle_type()
+        stage = self.stage("vae", self.vae, self.setting.vae, share)
+        stage.run(self.vae_loss)
+        self.stages["vae"] = stage.summary()
+        latents, ids, seconds = self.latents()
+        rest = None if self.minutes is None else self.minutes - (stage.seconds + seconds) / 60
+        stage = self.stage("unet", self.painter, self.setting.unet, rest)
+        stage.run(lambda step: self.unet_loss(step, latents, ids))
+        self.stages["unet"] = stage.summary()
+
+    def settle_type(self) -> None:
+        def loss(name: str) -> Tensor:
+            self.dtype = name
+            return self.vae_loss(1)[0]
+
+        self.dtype = training.settle_type(self.dtype, self.out / "dtype.json", self.device, loss)
+
+    # ------------------------------------------------------------ the autoencoder
+
+    def vae_loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
+        rng = rng_for(self.seed, VAE, step)
+        # Every fourth batch is larger pictures, so that the decoder is no weak point at other sizes.
+        side, number = (
+            (SIDE, self.setting.vae_batch) if step % 4 else (96, max(self.setting.vae_batch * 4 // 9, 1))
+        )
+        pixels = batch([draw(sample_picture(rng, side, side)) for _ in range(number)], self.device)
+        with training.autocast(self.device, self.dtype):
+            latent = self.vae.encode(pixels).latent_dist
+            noise = torch.randn(
+                latent.mean.shape,
+                generator=training.noise_for(self.device, self.seed, VAE, step),
+                device=self.device,
+            )
+            decoded = self.vae.decode(latent.mean + latent.std * noise).sample
+        ground = pixels.flatten(2).median(-1).values[..., None, None]
+        weight = 1 + 3 * ((pixels - ground).abs().amax(1, keepdim=True) > 0.1)  # most pixels are background
+        difference = decoded.float() - pixels
+        rebuilt = (weight * (difference.abs() + difference.square())).mean()
+        spread = latent.kl().mean() / latent.mean[0].numel()
+        return rebuilt + 2e-4 * spread, {"mae": difference.abs().mean().item(), "kl": spread.item()}
+
+    # ------------------------------------------------------------ latents, once
+
+    @torch.no_grad()
+    def latents(self) -> tuple[Tensor, Tensor, float]:
+        """Latents (N, 4, 16, 16) of captioned scenes, tokens of their captions, and the seconds that it took.
+
+        Kept in a file; the autoencoder is normalised by them.
+        """
+        file, began = self.out / "latents.pt", time.monotonic()
+        if not file.exists():
+            rng, size = rng_for(self.seed, LATENTS), min(64, self.setting.scenes)
+            means, captions = [], []
+            for _ in tqdm(range(self.setting.scenes // size), desc="latents", dynamic_ncols=True):
+                scenes = [sample_scene(rng) for _ in range(size)]
+                captions += [caption(request) for request, _ in scenes]
+                pixels = batch([draw(scene) for _, scene in scenes], self.device)
+                means.append(self.vae.encode(pixels).latent_dist.mean.float().cpu())
+            latents = torch.cat(means)
+            mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+            latents = (latents - mean.view(1, -1, 1, 1)) / std.view(1, -1, 1, 1)
+            found = {
+                "latents": latents.half(),
+                "ids": models.tokens(self.tokenizer, captions),
+                "mean": mean,
+                "std": std,
+                "seconds": time.monotonic() - began,
+            }
+            training.write_atomically(file, found)
+        found = torch.load(file, weights_only=True)
+        models.normalise(self.vae, found["mean"].to(self.device), found["std"].to(self.device))
+        return found["latents"], found["ids"], found["seconds"]
+
+    # ------------------------------------------------------------ denoiser and text encoder
+
+    def unet_loss(self, step: int, latents: Tensor, ids: Tensor) -> tuple[Tensor, dict[str, float]]:
+        number = self.setting.unet_batch
+        generator = training.noise_for(torch.device("cpu"), self.seed, UNET, step)
+        chosen = torch.randint(len(latents), (number,), generator=generator)
+        clean, words = latents[chosen].float(), ids[chosen].clone()
+        words[torch.rand(number, generator=generator) < self.setting.drop] = self.empty
+        noise = torch.randn(clean.shape, generator=generator)
+        # One time from each of equal parts: every batch sees all levels of noise.
+        parts = (
+            torch.randperm(number, generator=generator) + torch.rand(number, generator=generator)
+        ) / number
+        times = (parts * 1000).long().clamp(max=999)
+        scheduler = models.build_scheduler()
+        noisy, target = scheduler.add_noise(clean, noise, times), scheduler.get_velocity(clean, noise, times)
+        noisy = noisy.to(self.device)
+        with training.autocast(self.device, self.dtype):
+            made = self.painter(noisy, times.to(self.device), words.to(self.device))
+        return (made.float() - target.to(self.device)).square().mean(), {}
+
+    @property
+    def empty(self) -> Tensor:
+        return models.tokens(self.tokenizer, [""])[0]
+
+    # ------------------------------------------------------------ export
+
+    def export(self, folder: Path, prompts: int) -> None:
+        """The pipeline in bfloat16 with TRAINED.md, scored by the reader on ``prompts`` new captions."""
+        from evaluate import load_pipeline, score_pipeline
+
+        pipeline = models.assemble(self.vae, self.painter, self.tokenizer, torch.bfloat16)
+        pipeline.save_pretrained(folder)
+        loaded = load_pipeline(str(folder))
+        scores = (
+            score_pipeline(loaded, prompts=prompts, sizes=[(SIDE, SIDE)], seed=self.seed + 1)
+            if prompts
+            else {}
+        )
+        facts = {
+            "command": shlex.join(["python", *sys.argv]),
+            "seed": self.seed,
+            "device": str(self.device),
+            "threads": torch.get_num_threads(),
+            "dtype of training": self.dtype,
+            "parameters": models.parameters(self.vae, self.painter),
+            "bytes of weights": training.size_of(folder),
+            "settings": json.dumps(asdict(self.setting)),
+            "torch": torch.__version__,
+        }
+        training.write_report(folder, "demo:shapes", facts, self.stages, scores)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("out/shapes"), help="checkpoints; taken up if there are any"
+    )
+    parser.add_argument("--export", type=Path, help="folder for the finished pipeline, in bfloat16")
+    parser.add_argument("--minutes", type=float, help="time for both stages, earlier runs included")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: the faster one"
+    )
+    parser.add_argument("--save-seconds", type=float, default=60, help="between checkpoints")
+    parser.add_argument(
+        "--score-prompts", type=int, default=128, help="captions that the exported pipeline paints"
+    )
+    parser.add_argument(
+        "--tiny", action="store_true", help="three steps of a model that learns nothing, for tests"
+    )
+    given = parser.parse_args(arguments)
+    work = PipelineTraining(
+        TINY if given.tiny else FULL, given.out, seed=given.seed, device=torch.device(given.device),
+        minutes=given.minutes, save_every=given.save_seconds, dtype=given.dtype,
+    )  # fmt: skip
+    work.run()
+    if given.export:
+        work.export(given.export, given.score_prompts)
+        print(f"exported to {given.export}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
