@@ -117,6 +117,10 @@ FAULTS = [
     ({"prompt": "<image>", "image": "torn.png"}, "image 'torn.png' cannot be decoded (OSError: "),
     ({"prompt": "<image>", "image": "text.png"}, "image 'text.png' cannot be decoded (UnidentifiedImageError"),
     ({"prompt": "<image>", "image": "https://x.org/a.png"}, "is remote, and nothing is fetched"),
+    ({"prompt": "<image>", "image": "iVBORw0KGgo" * 500}, "cannot be read (File name too long)"),
+    ({"prompt": "<image>", "image": "s3:" + "x" * 5000}, "is remote, and nothing is fetched"),
+    ({"prompt": "<image>", "image": "a\0b.png"}, "is no file"),
+    ({"prompt": "<image>", "image": "float.tiff"}, "cannot be decoded (ValueError: its pixels are of mode F"),
     ({"prompt": "<image>", "image": "data:image/png,xyz"}, "a data URL must read"),
     ({"prompt": "<image>", "image": "data:image/png;base64,@@"}, "not valid base64"),
     ({"prompt": "what?", "image": "0.png"}, "has 0 placeholders '<image>' and 1 image; write '<image>' where"),
@@ -135,9 +139,12 @@ FAULTS = [
 
 
 def test_faults_are_all_found_before_weights_load(run, vlms, llama, pictures, tmp_path, monkeypatch):
+    from PIL import Image
+
     monkeypatch.setattr("trainless.batch.request.load", never)
     (tmp_path / "torn.png").write_bytes(pictures[0].read_bytes()[:300])
     (tmp_path / "text.png").write_text("no image")
+    Image.new("F", (16, 16), 0.5).save(tmp_path / "float.tiff")
     write_lines("p.jsonl", [{"prompt": "<image>fine", "image": "0.png"}, *(row for row, _ in FAULTS)])
     code, _, err = run("generate", vlms["llava"], "p.jsonl", "-o", "out")
     lines = " ".join(err.split())
@@ -164,6 +171,19 @@ def test_faults_are_all_found_before_weights_load(run, vlms, llama, pictures, tm
     (bare / "processor_config.json").unlink()
     code, _, err = run("generate", "bare", "r.jsonl", "-o", "out")
     assert code == 1 and "processor" in err
+
+
+def test_images_of_16_bits_are_not_cut_to_white(tmp_path):
+    from PIL import Image
+
+    from trainless.batch.pictures import picture
+
+    for value in (0, 300, 30000, 65535):
+        Image.new("I;16", (2, 3), value).save(tmp_path / "deep.png")
+        opened = picture("deep.png", tmp_path).open()
+        assert (opened.mode, opened.size) == ("RGB", (2, 3)) and opened.getpixel((1, 2)) == (
+            value // 256,
+        ) * 3
 
 
 def test_templates_of_text_models_and_bad_ones(run, vlms, pictures, tmp_path):

@@ -24,6 +24,7 @@ from torch.overrides import _get_current_function_mode_stack
 import trainless
 from trainless.hosts import diffusers_calls
 from trainless.hosts.diffusers import DiffusersHost, denoiser_of, denoisers_of, text_encoders_of
+from trainless.hosts.diffusers_geometry import Context
 from trainless.hosts.diffusers_pipelines import default_size, pipeline_facts
 
 from .denoising import TRAINED, run, watched
@@ -144,6 +145,26 @@ def test_a_reference_image_behind_the_own_one_is_not_the_grid():
     with watched(model) as calls:
         model(**given)
     assert {(c.facts["image_tokens"], c.text, c.facts["sample"]) for c in calls} == {(30, 3, (8, 12))}
+
+
+@pytest.mark.parametrize("grid", [(258, 2), (2, 300), (260, 261), (300, 1), (1, 300), (1, 1)])
+def test_the_grid_of_large_images_whose_ids_are_rounded(grid):
+    """Pipelines make the ids in the model's dtype: in bfloat16 rows 256 and 257 have the same."""
+    rows, columns = grid
+    ids = torch.zeros(rows, columns, 3)
+    ids[..., 1], ids[..., 2] = torch.arange(rows)[:, None], torch.arange(columns)
+    read = Context(models.build("flux"))._packed_grid
+    for dtype in (torch.bfloat16, torch.float32):
+        assert read({"img_ids": ids.reshape(-1, 3).to(dtype)}) == grid
+
+
+def test_ids_that_are_no_single_grid():
+    ids = models.inputs("flux", height=8, width=12)["img_ids"]
+    read = Context(models.build("flux"))._packed_grid
+    beside = ids + torch.tensor([0.0, 0.0, 6.0])
+    for other in (torch.cat([ids, ids]), torch.cat([ids, beside]), ids[:-1], ids[1:], ids.flip(0), ids[::2]):
+        assert read({"img_ids": other.contiguous()}) is None
+    assert read({"img_ids": ids + 3}) == (4, 6)
 
 
 # ---------------------------------------------------------------- what it costs and what it leaves

@@ -366,6 +366,20 @@ def test_tensors_missing_left_over_and_misshapen_are_named_together(tmp_path):
     )
 
 
+def test_quantised_tensors_are_refused_and_a_damaged_one_comes_off_again(tmp_path):
+    model = small()
+    _, config, tensors = made_for(model, tmp_path / "good", 4)
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    codes = {**tensors, "0.to_q.weight": (tensors["0.to_q.weight"] * 100).to(torch.int8)}
+    _refused(model, publish(tmp_path / "int8", config, codes), r"'0\.to_q\.weight' as I8.*quantised")
+    tensors["0.to_q.weight"][0, 0] = torch.nan
+    patch = trainless.patch(model, "linfusion", weights=publish(tmp_path / "nan", config, tensors))
+    with patch.paused():
+        assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    patch.remove()
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+
+
 def test_weights_of_another_base_model(tmp_path):
     other = {base: models.build("unet", **SHAPES[base]) for base in SHAPES}
     folders = {base: made_for(model, tmp_path / base, 4)[0] for base, model in other.items()}

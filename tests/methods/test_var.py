@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import nullcontext
 
 import pytest
@@ -157,6 +158,27 @@ def test_what_is_wrong_is_said(made, tmp_path):
     with trainless.patched(model, "var", **{**GIVEN, "sink_dims": [50], "tau": 9.0, "layers": "1:"}):
         with pytest.warns(UserWarning, match="may be those of another model"):
             vlms.replay(model, None, given, [given.prompt, 1])
+
+
+def test_unknown_sinks_are_claimed_only_of_prompts_that_were_looked_at(made):
+    """Not of a sequence whose sinks an earlier patch has found, nor of one that began without an image."""
+    model, given = made("llava")
+    one, more = vlms.row(model, given, 0), torch.tensor([[5]])
+    cache = DynamicCache()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with trainless.patched(model, "var", layers="1:", **GIVEN):
+            model(**one.inputs(), past_key_values=cache)
+        with trainless.patched(model, "var", layers="1:", **GIVEN) as patch:
+            model(input_ids=more, past_key_values=cache)
+            assert patch.report().methods[0].acted > 0
+    cache, inputs = DynamicCache(), one.inputs()
+    with trainless.patched(model, "var", layers="1:", **GIVEN), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        model(input_ids=inputs["input_ids"][:, :2], past_key_values=cache)
+        model(**{**inputs, "input_ids": inputs["input_ids"][:, 2:]}, past_key_values=cache)
+        model(input_ids=more, past_key_values=cache)
+    assert ["no image" in str(w.message) for w in said] == [True]
 
 
 def test_a_calibration_file_brings_the_dimensions(made, tmp_path):

@@ -32,6 +32,12 @@ class Picture:
 
         with Image.open(BytesIO(self.read())) as image:
             upright = ImageOps.exif_transpose(image) or image
+            if upright.mode.startswith("I;16"):  # Pillow would cut all above 255 to white
+                upright = upright.point(lambda value: value * (1 / 256)).convert("L")
+            elif upright.mode in ("I", "F"):
+                raise ValueError(
+                    f"its pixels are of mode {upright.mode}, without a range; save it with 8 or 16 bits"
+                )
             return upright.convert("RGB")
 
 
@@ -45,13 +51,13 @@ def picture(name: str, folder: Path) -> Picture | str:
         if place.netloc not in ("", "localhost"):
             return f"image {name!r} is on another machine; give a file of this one"
         path = Path(unquote(place.path))
-    elif scheme and not (folder / name).is_file():
+    elif scheme and not _is_file(folder / name):
         return f"image {_short(name)!r} is remote, and nothing is fetched; download it and give its path"
     else:
         path = folder / Path(name).expanduser()
-    if not path.is_file():
-        return f"image {_short(name)!r} is no file (looked for {path})"
     try:
+        if not path.is_file():
+            return f"image {_short(name)!r} is no file (looked for {_short(str(path))})"
         path.open("rb").close()
     except OSError as error:
         return f"image {_short(name)!r} cannot be read ({error.strerror})"
@@ -67,6 +73,13 @@ def _inline(url: str) -> Picture | str:
     except (binascii.Error, ValueError) as error:
         return f"image {_short(url)!r} is not valid base64 ({error})"
     return Picture(f"{head},… ({len(data)} bytes)", data=data)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # too long to be the name of one
+        return False
 
 
 def _short(name: str) -> str:

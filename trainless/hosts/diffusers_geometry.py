@@ -178,11 +178,30 @@ class Context:
             return self.seen[2]
         # The same ids serve every step of an image: this is the one place that waits for the device.
         table = ids.reshape(-1, ids.shape[-1]) if ids.dim() == 2 else ids[0]
-        own = table[table[:, 0] == table[0, 0]]
-        rows, columns = (int(own[:, axis].max() - own[:, axis].min()) + 1 for axis in (1, 2))
-        grid = (rows, columns) if rows * columns == own.shape[0] else None
+        grid = _row_by_row(table[table[:, 0] == table[0, 0]])
         self.seen = (weakref.ref(ids), version, grid)
         return grid
+
+
+def _row_by_row(ids: Tensor) -> Size | None:
+    """Rows and columns of the tokens at ``ids`` (N, 3), where they are one grid, row by row; else None.
+
+    Pipelines make ids in the model's dtype, and bfloat16 has no odd number beyond 256: a size read off the
+    largest id would be wrong for large images.
+    """
+    y, x = ids[:, 1], ids[:, 2]
+    returns = (x[1:] < x[:-1]).nonzero()
+    # Where x never returns there is a single row, or a single column.
+    columns = int(returns[0]) + 1 if len(returns) else 1 if bool((x == x[0]).all()) else len(x)
+    if len(x) % columns:
+        return None
+    y, x = y.view(-1, columns), x.view(-1, columns)
+    counted = all(
+        bool((axis == (axis[0].double() + torch.arange(len(axis), device=axis.device)).to(axis.dtype)).all())
+        for axis in (y[:, 0], x[0])
+    )
+    alike = bool((y == y[:, :1]).all()) and bool((x == x[0]).all())
+    return (y.shape[0], columns) if counted and alike else None
 
 
 def _length(tensor: Any, axis: int) -> int | None:

@@ -96,7 +96,7 @@ def _read(place: Path, stamps: tuple[tuple[Path, int, int], ...], method: str) -
     files: dict[str, Path] = {}
     shapes: dict[str, Shape] = {}
     config: dict[str, Any] = {}
-    twice = ""
+    twice = quantised = ""
     for path, _, _ in stamps:
         try:
             if path.name == CONFIG:
@@ -105,11 +105,19 @@ def _read(place: Path, stamps: tuple[tuple[Path, int, int], ...], method: str) -
             with safe_open(path, framework="pt") as file:
                 for key in file.keys():
                     twice = twice or (key if key in files else "")
-                    files[key], shapes[key] = path, tuple(file.get_slice(key).get_shape())
+                    held = file.get_slice(key)
+                    files[key], shapes[key] = path, tuple(held.get_shape())
+                    if "F" not in held.get_dtype():
+                        quantised = quantised or f"{key!r} as {held.get_dtype()}"
         except (SafetensorError, OSError, ValueError) as error:
             raise InputError(f"{method}: {path} cannot be read ({error}); download it again") from None
     if twice:
         raise InputError(f"{method}: {place} holds {twice!r} in more than one file; leave one of them there")
+    if quantised:
+        raise InputError(
+            f"{method}: {place} holds {quantised}, which is no floating-point number: quantised weights are not "
+            "read; give the ones that were published"
+        )
     if not isinstance(config, dict):
         raise InputError(f"{method}: {place / CONFIG} is not a JSON object; download it again")
     return Distilled(place, files, shapes, config)

@@ -155,15 +155,18 @@ class Var(Method):
                 self._found.append(True)
             state.set("sinks", found[:, None], keys=2)
             state.set("visual", (found & images[:, 0]).any(1))
-        elif not self._found:
-            self._say(
-                "no token of the prompt was a sink at any layer, not even its first, so nothing is changed; "
-                f"sink_dims={self.sink_dims} may be those of another model, or tau too high: see "
-                "`trainless calibrate sink_dims`"
-            )
         sinks, visual = state.get("sinks"), state.get("visual")
         if sinks is None or visual is None:
             return None  # the first image came in a later turn
+        if not self._found and not call.fresh:
+            if bool(sinks.any()):  # of a prompt that an earlier patch has read
+                self._found.append(True)
+            else:
+                self._say(
+                    "no token of the prompt was a sink at any layer, not even its first, so nothing is changed; "
+                    f"sink_dims={self.sink_dims} may be those of another model, or tau too high: see "
+                    "`trainless calibrate sink_dims`"
+                )
         rows = ~call.facts["image_rows"] & visual[:, None]
         rows = rows if call.real is None else rows & call.real
         if not bool(rows.any()):
