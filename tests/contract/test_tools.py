@@ -250,7 +250,7 @@ def test_gradients_flow_through(case: Case):
     model = build("llama", layers=3)
     trainless.patch(model, case.method, **case.parameters)
     # A longer edited prefill has no gradient (torch says so); its forward works, see the next test.
-    ids = models.prompt(14 if case.method == "act" or case.pattern else 18)
+    ids = models.prompt(14 if case.method == "act" else 18)
     embedded = model.get_input_embeddings()(ids)
     with torch.enable_grad():
         leaf = embedded.clone().requires_grad_()

@@ -84,9 +84,11 @@ def check_heads(heads: Sequence[int] | Tensor | None, h: int) -> list[int] | Non
 def shared_logits(
     products: Tensor, terms: Terms, seen: Visibility, heads: Tensor | None, rows: Tensor, lo: int, hi: int
 ) -> Tensor:
-    """Finish logits in place. products: scale·q·k, (B, h, rows, hi - lo); hidden entries become -inf."""
+    """Finish logits, in place unless gradients are computed. products: scale·q·k, (B, h, rows, hi - lo); hidden entries become -inf."""
     if terms.softcap is not None:
-        products.div_(terms.softcap).tanh_().mul_(terms.softcap)
+        products.div_(terms.softcap).tanh_()
+        # The gradient of tanh is computed from its result, which must stay as it is.
+        products = products * terms.softcap if products.requires_grad else products.mul_(terms.softcap)
     if terms.position_bias is not None:
         products += bias_block(terms.position_bias, heads, rows, lo, hi)
     added = seen.bias_at(rows, lo, hi)

@@ -129,7 +129,9 @@ def blocked(
         blind = torch.isneginf(total)
         if terms.sink_logits is not None:
             total = torch.logaddexp(total, terms.sink_logits.to(wide).view(1, -1, 1))
+        if z.requires_grad:
+            z = z.clone()  # the sum above needs these logits again when gradients are computed
         weights = z.sub_(total.masked_fill(blind, 0)[..., None]).exp_().view(b, hkv, -1, hi - lo)
         out[:, :, i0:i1] = (weights @ values[:, :, lo:hi]).view(b, h, i1 - i0, dv)
-        lse[:, :, i0:i1] = total.masked_fill_(blind, -torch.inf)
+        lse[:, :, i0:i1] = total.masked_fill(blind, -torch.inf)
     return out, lse
