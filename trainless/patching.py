@@ -141,6 +141,12 @@ class Patch:
         """Inside, the model behaves as if this patch were not there; others stay."""
         if not self.applied:
             raise InputError("this patch is removed, so it cannot be paused; patch again")
+        foreign = [e.where for e in self.journal.edits if not e.is_ours()]
+        if foreign:
+            raise ForeignEdit(
+                f"{', '.join(foreign)} was changed by somebody else since, so the patch cannot be paused; undo that "
+                "change, or remove the patch"
+            )
         self._switch(False)
         try:
             yield self

@@ -235,3 +235,19 @@ def test_weights_that_somebody_trained_on_are_left_alone():
         patch.remove()
     assert torch.equal(model.lm_head.weight, torch.full_like(model.lm_head.weight, 1.25))
     assert "save_pretrained" not in vars(model)
+
+
+@with_toys(Norms)
+def test_a_weight_that_somebody_else_changed_is_not_paused_in_silence():
+    model = build("llama")
+    patch = trainless.patch(model, "toy_norms")
+    weight = model.model.layers[0].input_layernorm.weight
+    theirs = torch.full_like(weight, 7.0)
+    with torch.no_grad():
+        weight.copy_(theirs)
+    with pytest.raises(trainless.ForeignEdit, match="cannot be paused"), patch.paused():
+        pass
+    assert patch.report().state == "active"
+    with pytest.raises(trainless.ForeignEdit):
+        patch.remove()
+    assert torch.equal(weight, theirs)

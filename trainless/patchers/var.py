@@ -151,19 +151,20 @@ class Var(Method):
             return None
         if call.fresh:
             found = self._sinks(call, images[:, 0])
-            if not self._found and bool(found.any()):
+            seen = (found & images[:, 0]).any(1)
+            if not self._found and bool(seen.any()):
                 self._found.append(True)
             state.set("sinks", found[:, None], keys=2)
-            state.set("visual", (found & images[:, 0]).any(1))
+            state.set("visual", seen)
         sinks, visual = state.get("sinks"), state.get("visual")
         if sinks is None or visual is None:
             return None  # the first image came in a later turn
         if not self._found and not call.fresh:
-            if bool(sinks.any()):  # of a prompt that an earlier patch has read
+            if bool(visual.any()):  # of a prompt that an earlier patch has read
                 self._found.append(True)
             else:
                 self._say(
-                    "no token of the prompt was a sink at any layer, not even its first, so nothing is changed; "
+                    "no image token of the prompt was a sink at any layer, so nothing is changed; "
                     f"sink_dims={self.sink_dims} may be those of another model, or tau too high: see "
                     "`trainless calibrate sink_dims`"
                 )
@@ -220,7 +221,7 @@ class Var(Method):
 
     @functools.cached_property
     def _found(self) -> list[bool]:
-        """Not empty once any layer has found a sink."""
+        """Not empty once any layer has found a visual sink."""
         return []
 
     @functools.cached_property
