@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .errors import Unsupported
@@ -51,6 +52,7 @@ class _Run(PackedRun):
                 layer.note(call.real)
             self.edited = layer.evicted
             self._refuse_bias(layer)
+            self._refuse_hidden_past(layer)
         self._position()
         extra = self._extra_keys()
         # Asked for before the scale, which may depend on how many keys a row is left with.
@@ -90,6 +92,32 @@ class _Run(PackedRun):
             raise Unsupported(
                 f"{layer.lease.name}: {self.runtime.site.name} was given a mask that adds a bias to the logits, key by "
                 "key, and its cache has dropped or packed keys; use a mask that only hides keys"
+            )
+
+    def _refuse_hidden_past(self, layer: CompressingLayer) -> None:
+        """Where keys are dropped or packed, a row sees every token held: a mask cannot hide one that was real."""
+        call, rows = self.call, self.call.query.shape[2]
+        mask, past = call.mask, layer.seen - rows
+        if (
+            not (layer.evicted or layer.packed)
+            or not isinstance(mask, Tensor)
+            or mask.shape[-1] != layer.seen
+        ):
+            return
+        last = mask if mask.dim() == 2 else mask[:, 0, -1]
+        shown = (
+            last if last.dtype == torch.bool or mask.dim() == 2 else last > torch.finfo(last.dtype).min / 2
+        )
+        counts = shown[:, :past].bool().sum(1).expand(len(layer.ages)).tolist()
+        new = [(rows, 1)] * len(counts)
+        if call.real is not None:
+            new = torch.stack([call.real.sum(1), call.real[:, -1].long()], 1).tolist()
+        # A row whose last token is padding says nothing of what it sees.
+        if any(n < age - own and ends for n, age, (own, ends) in zip(counts, layer.ages, new, strict=True)):
+            raise Unsupported(
+                f"{layer.lease.name}: {self.runtime.site.name} was given a mask that hides earlier tokens which were no "
+                "padding when they came, and its cache has dropped or packed keys; start a new cache, or give "
+                "attention_mask=1 for them (generate() without one takes every pad token in the text for padding)"
             )
 
     def direct(self) -> Tensor:

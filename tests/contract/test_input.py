@@ -142,3 +142,24 @@ def test_a_bias_inside_the_mask_is_refused_once_keys_are_dropped_or_packed(use):
             continue
         with pytest.raises(trainless.Unsupported, match="adds a bias"):
             model(ids[:, :n], past_key_values=cache, attention_mask=mask)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [("h2o", {"heavy": 3, "recent": 3}), ("tova", {"capacity": 6}), ("kvquant", {"group": 2, "residual": 0})],
+)
+def test_hiding_earlier_tokens_is_refused_once_keys_are_dropped_or_packed(use):
+    """Without a patch the mask would be followed; here every held token is seen. Padding stays hidden, as ever."""
+    model = build("llama")
+    ids, mask = models.left_padded([20, 12])
+    trainless.patch(model, use[0], **use[1])
+    for hidden in (False, True):
+        cache = DynamicCache(config=model.config)
+        model(ids, attention_mask=mask, past_key_values=cache)
+        later = torch.cat([mask, mask.new_ones(2, 1)], 1)
+        if not hidden:
+            model(ids[:, :1], attention_mask=later, past_key_values=cache)
+            continue
+        later[0, 5:9] = 0
+        with pytest.raises(trainless.Unsupported, match="hides earlier tokens"):
+            model(ids[:, :1], attention_mask=later, past_key_values=cache)

@@ -84,7 +84,10 @@ def check_heads(heads: Sequence[int] | Tensor | None, h: int) -> list[int] | Non
 def shared_logits(
     products: Tensor, terms: Terms, seen: Visibility, heads: Tensor | None, rows: Tensor, lo: int, hi: int
 ) -> Tensor:
-    """Finish logits, in place unless gradients are computed. products: scale·q·k, (B, h, rows, hi - lo); hidden entries become -inf."""
+    """Finish logits, in place unless gradients are computed; hidden entries become -inf.
+
+    products: scale·q·k, (B, h, rows, hi - lo).
+    """
     if terms.softcap is not None:
         products.div_(terms.softcap).tanh_()
         # The gradient of tanh is computed from its result, which must stay as it is.
