@@ -128,6 +128,12 @@ def cache_wrapper(model: nn.Module, runtimes: Sequence[Runtime]) -> Callable[...
 
     @functools.wraps(original)
     def prepare(generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        compressing = [e for r in runtimes for e in (r.plan.evictor, r.plan.quantiser) if e is not None]
+        if compressing and generation_config.use_cache is False:
+            raise Unsupported(
+                f"{compressing[0].method}: generate(use_cache=False) keeps no cache, so there is nothing to compress; "
+                "leave use_cache on, or remove the patch"
+            )
         result = original(generation_config, model_kwargs, *args, **kwargs)
         cache = model_kwargs.get("past_key_values")
         cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
