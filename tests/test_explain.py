@@ -222,3 +222,9 @@ def test_a_family_that_cannot_be_reached_fits_nothing() -> None:
 def test_no_model_is_an_error() -> None:
     with pytest.raises(InputError):
         trainless.methods(3)
+
+
+def test_a_cache_that_depends_on_the_prompt_is_not_estimated():
+    found = trainless.explain(meta(), [{"use": "zipvl", "with": {"mode": "discard"}}])
+    assert [point.patched for point in found.cache.points] == [None, None]
+    assert "depends on the prompt" in str(found)

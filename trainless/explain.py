@@ -166,12 +166,16 @@ def _layers(sites: Sequence[Any]) -> tuple[int, ...]:
 def _cache_text(cache: CacheEstimate) -> str:
     rows = [["KV cache, one sequence", "unpatched", "patched"]]
     for point in cache.points:
-        rows.append([f"  {point.tokens:,} tokens", size(point.unpatched), size(point.patched)])
+        rows.append([f"  {point.tokens:,} tokens", size(point.unpatched), _patched_text(point.patched)])
     text = table(rows, right=(1, 2))
     known = f"{cache.dtype}, {cache.layers} layers; an estimate for after the prefill, which needs all of it"
     if any(point.beyond for point in cache.points):
         known += f"; the model was made for {cache.positions:,} positions"
     return f"{text}\n{wrapped(known, 2)}"
+
+
+def _patched_text(patched: int | None) -> str:
+    return "depends on the prompt" if patched is None else size(patched)
 
 
 __all__ = ["Explanation", "MethodPlan", "Problem", "explain"]

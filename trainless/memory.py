@@ -18,11 +18,14 @@ LENGTHS = (4096, 32768)
 
 @dataclass(frozen=True)
 class CachePoint:
-    """Bytes of keys and values of one sequence of ``tokens`` tokens. beyond: more than the model's positions."""
+    """Bytes of keys and values of one sequence of ``tokens`` tokens. beyond: more than the model's positions.
+
+    patched: None where a method chooses by the prompt how many tokens stay.
+    """
 
     tokens: int
     unpatched: int
-    patched: int
+    patched: int | None
     beyond: bool
 
     def to_dict(self) -> dict[str, Any]:
@@ -63,15 +66,21 @@ def estimate(
     points = []
     for tokens in lengths:
         before = after = 0
+        chosen = False  # whether some method decides by what it reads how many tokens stay
         for site in sites:
             per_token = 2 * (site.kv_heads or 0) * (site.head_dim or 0) * width.itemsize
             window = site.facts.get("sliding_window")
             held = min(tokens, window) if window else tokens
             plan = _plan(site, planned[site.module][1] if site.module in planned else [])
             before += held * per_token
+            chosen = chosen or (plan.evict is not None and plan.evict.chosen)
             held = held if plan.evict is None else min(held, plan.evict.total(tokens))
             after += _bytes(plan, held, tokens, site, per_token, width.itemsize)
-        points.append(CachePoint(tokens, before, after, positions is not None and tokens > positions))
+        points.append(
+            CachePoint(
+                tokens, before, None if chosen else after, positions is not None and tokens > positions
+            )
+        )
     return CacheEstimate(len(sites), str(width).removeprefix("torch."), positions, tuple(points))
 
 

@@ -78,7 +78,7 @@ class ZipCache(Method):
         help='what a token\'s sum is divided by: "visible": the probe rows that see it; "published": all later rows',
         origin="ours",
     )
-    seed: int = option(0, help="seed of the random rows", origin="ours", low=0)
+    seed: int = option(0, help="seed of the random rows", origin="ours", low=0, high=2**63 - 1)
 
     def check(self) -> None:
         check_budget("salient", self.salient)

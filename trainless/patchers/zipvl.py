@@ -89,7 +89,7 @@ class ZipVL(Method):
         help='what becomes of the other tokens: "quantise" holds them at bits[1], "discard" drops them',
         origin="published",
     )
-    seed: int = option(0, help="seed of the random rows", origin="ours")
+    seed: int = option(0, help="seed of the random rows", origin="ours", low=0, high=2**63 - 1)
 
     def check(self) -> None:
         if not self.tau > 0:
