@@ -1,9 +1,9 @@
 # Triton code names its compile-time constants in capitals and carries no annotations.
 # ruff: noqa: N803
 # mypy: disable-error-code="no-untyped-def"
-"""Triton form of ``linear_attention``: sums over spans of keys, one product per tile of queries; and causal.
+"""Triton form of ``linear_attention``: sums over pieces of keys, one product per tile of queries; and causal.
 
-Without a causal mask the keys are cut into spans, one program each, whose sums are added up afterwards: no
+Without a causal mask the keys are cut into pieces, one program each, whose sums are added up afterwards: no
 atomics, the same bits every time. Then one program per tile of queries. The causal form walks through a head
 in chunks with the sums in registers. Registered as ``trainless::linear_reduce``, ``linear_apply`` and
 ``linear_causal``. Speed on a GPU has not been measured yet; correctness is tested on the CPU through
@@ -66,7 +66,7 @@ def load_keys(k, v, keys, at, cols, k_n, k_d, v_n, v_d, keys_k, lk, d, dv,
 @triton.jit
 def _reduce(
     k, k_b, k_h, k_n, k_d, v, v_b, v_h, v_n, v_d, keys, keys_b, keys_k, state, total,
-    hkv, lk, d, dv, span, spans,
+    hkv, lk, d, dv, span, pieces,
     FEATURE: tl.constexpr, KEYS: tl.constexpr, EXACT: tl.constexpr,
     BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
@@ -83,7 +83,7 @@ def _reduce(
         acc += multiply(tl.trans(phi), value, EXACT)
         mean += tl.sum(phi, 0)
     rows, wide = tl.arange(0, BD), at + tl.arange(0, BV)
-    base = (lane * spans + part) * d
+    base = (lane * pieces + part) * d
     where = state + (base + rows[:, None]) * dv + wide[None, :]
     tl.store(where, acc, mask=(rows[:, None] < d) & (wide[None, :] < dv))
     if at == 0:
@@ -171,15 +171,15 @@ def linear_reduce_op(key: Tensor, value: Tensor, keys: Tensor | None, feature: i
     b, hkv, lk, d = key.shape
     dv, width = value.shape[3], width_of(d)
     bn = 64 if width <= 128 else 32
-    spans = max(1, min(triton.cdiv(lk, 4 * bn), SPANS // max(1, b * hkv)))
-    span = triton.cdiv(triton.cdiv(lk, spans), bn) * bn
-    spans = triton.cdiv(lk, span)
-    state = torch.empty(b, hkv, spans, d, dv, dtype=torch.float32, device=key.device)
-    total = torch.empty(b, hkv, spans, d, dtype=torch.float32, device=key.device)
+    pieces = max(1, min(triton.cdiv(lk, 4 * bn), SPANS // max(1, b * hkv)))
+    span = triton.cdiv(triton.cdiv(lk, pieces), bn) * bn
+    pieces = triton.cdiv(lk, span)
+    state = torch.empty(b, hkv, pieces, d, dv, dtype=torch.float32, device=key.device)
+    total = torch.empty(b, hkv, pieces, d, dtype=torch.float32, device=key.device)
     mask, mask_b, mask_k = _keys(key, keys)
-    _reduce[(spans, b * hkv, triton.cdiv(dv, BV))](
+    _reduce[(pieces, b * hkv, triton.cdiv(dv, BV))](
         key, *key.stride(), value, *value.stride(), mask, mask_b, mask_k, state, total,
-        hkv, lk, d, dv, span, spans,
+        hkv, lk, d, dv, span, pieces,
         FEATURE=feature, KEYS=keys is not None, EXACT=key.dtype == torch.float32, BN=bn, BD=width, BV=BV,
     )  # fmt: skip
     if keys is None:
