@@ -7,8 +7,9 @@ from transformers import DynamicCache
 
 import trainless
 from trainless.kv import CompressingLayer
+from trainless.patchers import get
 
-from .cases import BUDGETED, LANGUAGE, MAIN_CAUSAL, Case, named
+from .cases import LANGUAGE, MAIN_CAUSAL, Case, named
 from .tools import build, same
 
 ON_LLAMA = [c for c in LANGUAGE if "llama" in c.families]
@@ -145,7 +146,11 @@ def test_embeddings_instead_of_ids(case: Case):
     same(embedded.logits, by_ids.logits)
 
 
-@pytest.mark.parametrize(**named([c for c in ON_LLAMA if not c.evicts or c.pattern]))
+def _compresses(case: Case) -> bool:
+    return get(case.method).evicts or get(case.method).packs
+
+
+@pytest.mark.parametrize(**named([c for c in ON_LLAMA if not _compresses(c)]))
 def test_without_a_cache_every_call_is_a_prefill(case: Case):
     model = build("llama")
     trainless.patch(model, case.method, **case.parameters)
@@ -156,16 +161,20 @@ def test_without_a_cache_every_call_is_a_prefill(case: Case):
         same([logits], [whole.float()], 2e-6)
 
 
-@pytest.mark.parametrize(**named(BUDGETED))
-def test_without_a_cache_there_is_nothing_to_evict(case: Case):
+@pytest.mark.parametrize(**named([c for c in ON_LLAMA if _compresses(c)]))
+def test_without_a_cache_there_is_nothing_to_compress(case: Case):
+    """Generating so is refused; a call by itself is what it is without a cache, and the report says so."""
     model = _model()
     ids = models.prompt(15)
-    stock = _generate(model, ids, tokens=4, use_cache=False)
+    stock = model(ids, use_cache=False).logits
     with trainless.patched(model, case.method, **case.parameters) as patch:
-        found = _generate(model, ids, tokens=4, use_cache=False)
-        assert patch.report().methods[0].acted == 0
-        assert "changed nothing" in str(patch.report())
-    same(found.logits, stock.logits)
+        with pytest.raises(trainless.Unsupported, match=f"{case.method}: generate.use_cache=False"):
+            _generate(model, ids, tokens=4, use_cache=False)
+        found = model(ids, use_cache=False).logits
+        if not case.pattern:
+            same([found], [stock])
+            assert patch.report().methods[0].acted == 0
+            assert "changed nothing" in str(patch.report())
 
 
 @pytest.mark.parametrize(**named(MAIN_CAUSAL))

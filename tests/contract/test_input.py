@@ -163,12 +163,3 @@ def test_hiding_earlier_tokens_is_refused_once_keys_are_dropped_or_packed(use):
         later[0, 5:9] = 0
         with pytest.raises(trainless.Unsupported, match="hides earlier tokens"):
             model(ids[:, :1], attention_mask=later, past_key_values=cache)
-
-
-@pytest.mark.parametrize("method", ["h2o", "kvquant", "zipvl"])
-def test_generating_without_a_cache_is_refused_where_the_cache_is_the_point(method):
-    model = build("llama")
-    trainless.patch(model, method)
-    with pytest.raises(trainless.Unsupported, match=f"{method}: generate.use_cache=False"):
-        model.generate(models.prompt(6, 4), max_new_tokens=2, use_cache=False, do_sample=False)
-    model.generate(models.prompt(6, 4), max_new_tokens=2, do_sample=False)
