@@ -16,8 +16,8 @@ from torch import Tensor
 from ..common import Terms, statistics_dtype
 from .format import RAW, Segment, per_byte, unpack
 
-# Numbers in a tile: smaller ones cost more in calls than they save in the cache, larger ones save nothing.
-TILE = 1 << 19
+# Numbers in a tile, measured: smaller ones cost more in calls than they save in the cache; larger ones cost memory.
+TILE = 1 << 20
 
 
 def rows(
@@ -121,21 +121,45 @@ def _pieces(segment: Segment, width: int) -> Iterator[tuple[int, int, int, int]]
         yield g, min(groups, g + step), 0, size
 
 
-def _numbers(codes: Tensor, bits: int, like: Tensor) -> Tensor:
-    """Bytes (…, W) as numbers (…, D): block p holds byte & mask_p; what is stored as it is, as it is."""
-    if bits == RAW:
-        return codes.to(like.dtype)
-    n, w = per_byte(bits), codes.shape[-1]
-    out = like.new_empty(*codes.shape[:-1], n * w)
-    # Four bytes at a time where they lie so.
-    four = w % 4 == 0 and codes.storage_offset() % 4 == 0 and all(s % 4 == 0 for s in codes.stride()[:-1])
-    lanes = codes.view(torch.int32) if four else codes
-    for p in range(n - 1):
-        mask = (1 << (bits * (p + 1))) - 1
-        low = lanes & (mask * 0x01010101 if four else mask)
-        out[..., p * w : (p + 1) * w].copy_(low.view(torch.uint8))
-    out[..., (n - 1) * w :].copy_(codes)
-    return out
+class _Numbers:
+    """Bytes (…, W) as numbers, one contiguous tile (N, S, W) per code of a byte: tile p holds byte & mask_p.
+
+    The tiles lie in memory that the next call uses again.
+    """
+
+    def __init__(self, bits: int, like: Tensor):
+        self.bits, self.like = bits, like
+        self.count = 1 if bits == RAW else per_byte(bits)
+        self.tiles: list[Tensor] = []
+        self.low: Tensor | None = None
+
+    def of(self, codes: Tensor) -> list[Tensor]:
+        """codes (B, Hkv, G, S, W), N = B·Hkv·G; what is stored as it is stays as it is."""
+        if self.bits == RAW:
+            return [codes.to(self.like.dtype).flatten(0, 2)]
+        shape, count = codes.shape, codes.numel()
+        if not self.tiles:  # the first piece is the largest
+            self.tiles = [self.like.new_empty(count) for _ in range(self.count)]
+        # Four bytes at a time where they lie so.
+        four = (
+            shape[-1] % 4 == 0
+            and codes.storage_offset() % 4 == 0
+            and all(s % 4 == 0 for s in codes.stride()[:-1])
+        )
+        lanes = codes.view(torch.int32) if four else codes
+        found = []
+        for p, tile in enumerate(self.tiles):
+            part, low = tile[:count].view(shape), codes
+            if p < self.count - 1:
+                mask = (1 << (self.bits * (p + 1))) - 1
+                if self.low is None:
+                    self.low = torch.empty(count, dtype=torch.uint8, device=codes.device)
+                low = self.low[:count]
+                room = (low.view(torch.int32) if four else low).view(lanes.shape)
+                torch.bitwise_and(lanes, mask * 0x01010101 if four else mask, out=room)
+                low = low.view(shape)
+            found.append(part.copy_(low).flatten(0, 2))
+        return found
 
 
 def _logits(q: Tensor, segment: Segment, z: Tensor) -> None:
@@ -151,22 +175,28 @@ def _logits(q: Tensor, segment: Segment, z: Tensor) -> None:
             z[..., lo:hi] = q @ key.mT
         return
     size, bits = segment.key.shape[3], segment.k_bits
-    least = None
+    numbers = _Numbers(bits, q)
+    least = folded = None
     if bits != RAW:
         assert segment.key_step is not None and segment.key_min is not None
         # (B, Hkv, G, r, D): the query as each group reads it, then as each block of masked bytes does.
         folded = q[:, :, None] * segment.key_step[:, :, :, None].to(q.dtype)
         folded = _differences(folded, bits)
-        least = torch.matmul(q, segment.key_min.to(q.dtype).mT)  # (B, Hkv, r, G)
+        least = torch.matmul(q, segment.key_min.to(q.dtype).mT).transpose(2, 3)[
+            ..., None
+        ]  # (B, Hkv, G, r, 1)
     for g0, g1, s0, s1 in _pieces(segment, d):
-        tile = _numbers(segment.key[:, :, g0:g1, s0:s1], bits, q)
-        if least is None:
-            part = torch.matmul(q[:, :, None], tile.mT)
+        tiles = numbers.of(segment.key[:, :, g0:g1, s0:s1])
+        if folded is None or least is None:
+            part = torch.bmm(q[:, :, None].expand(-1, -1, g1 - g0, -1, -1).flatten(0, 2), tiles[0].mT)
         else:
-            part = torch.matmul(folded[:, :, g0:g1], tile.mT)
+            part = least[:, :, g0:g1].flatten(0, 2)
+            for weights, tile in zip(
+                folded[:, :, g0:g1].flatten(0, 2).chunk(len(tiles), -1), tiles, strict=True
+            ):
+                part = torch.baddbmm(part, weights, tile.mT)
         into = z[..., g0 * size : g1 * size].unflatten(3, (g1 - g0, size))[..., s0:s1]
-        part = part.transpose(2, 3)
-        into.copy_(part if least is None else part + least[..., g0:g1, None])
+        into.copy_(part.view(b, hkv, g1 - g0, *part.shape[1:]).transpose(2, 3))
 
 
 def _differences(folded: Tensor, bits: int) -> Tensor:
@@ -196,7 +226,7 @@ def _values(p: Tensor, segment: Segment) -> Tensor:
         return out
     if bits == RAW:
         for g0, g1, s0, s1 in _pieces(segment, dv):
-            tile = _numbers(segment.value[:, :, g0:g1, s0:s1], bits, p).flatten(2, 3)
+            tile = segment.value[:, :, g0:g1, s0:s1].to(p.dtype).flatten(2, 3)
             out += p.unflatten(3, (groups, size))[..., g0:g1, s0:s1].flatten(3) @ tile
         return out
     assert segment.value_step is not None and segment.value_min is not None
@@ -205,12 +235,14 @@ def _values(p: Tensor, segment: Segment) -> Tensor:
     weights = weights.transpose(2, 3)  # (B, Hkv, G, r, S)
     least = (p * segment.value_min.to(p.dtype).flatten(2)[:, :, None]).unflatten(3, (groups, size)).sum(4)
     root = segment.value_root.to(p.dtype)
-    n, base, w = per_byte(bits), 1 << bits, segment.value.shape[4]
+    base, numbers = 1 << bits, _Numbers(bits, p)
     for g0, g1, s0, s1 in _pieces(segment, dv):
-        tile = _numbers(segment.value[:, :, g0:g1, s0:s1], bits, p)
-        part = torch.matmul(weights[:, :, g0:g1, :, s0:s1], tile)  # (B, Hkv, g, r, D), sums of masked bytes
-        for q in range(n - 1, 0, -1):
-            part[..., q * w : (q + 1) * w].sub_(part[..., (q - 1) * w : q * w]).div_(base**q)
+        tiles = numbers.of(segment.value[:, :, g0:g1, s0:s1])
+        own = weights[:, :, g0:g1, :, s0:s1].flatten(0, 2)
+        sums = [torch.bmm(own, tile) for tile in tiles]  # (B·Hkv·g, r, W), sums of masked bytes
+        for q in range(len(sums) - 1, 0, -1):
+            sums[q].sub_(sums[q - 1]).div_(base**q)
+        part = torch.cat(sums, -1).view(b, hkv, g1 - g0, r, dv)
         out += (part * root[:, :, g0:g1, None]).sum(2)
     # The minimum of a token is the same number in every channel, before the root.
     return out.add_(torch.matmul(least, root))
