@@ -39,6 +39,8 @@ TEMPERATURE: list[dict[str, Any]] = [{"use": "attn_temperature", "with": {"tempe
 ACT: list[dict[str, Any]] = [{"use": "act", "with": {"skip_layers": 0}}]
 H2O: list[dict[str, Any]] = [{"use": "h2o", "with": {"heavy": 0.1, "recent": 0.1}}]
 PREFILL_LIMITS = {"float32": {"act": 1.5, "h2o": 1.4}, "bfloat16": {"act": 1.8, "h2o": 1.7}}
+TITLE = "What patches cost a language model"
+UNFINISHED = "the run was still going on when this was written"
 PROBE = 256  # tokens on which patches are verified
 
 
@@ -69,41 +71,43 @@ def main() -> None:
         f"{options.model}; one sequence; decode is fed with how the text goes on; {SAID}",
         "speed ratios are patched over unpatched: above 1 is slower for times, faster for decode speed",
     ]
+
+    def keep(more: list[Claim]) -> None:
+        """Print, and write what there is: a run that is ended early leaves its numbers."""
+        claims.extend(more)
+        for claim in more:
+            print("  ".join(cell for cell in claim.cells() if cell), flush=True)
+        write("llm", TITLE, facts, claims, [*notes, UNFINISHED])
+
+    if not options.skip_denoiser:
+        keep(denoiser(options.short_repeats))
     for name in options.dtypes:
         loaded = load(describe(options.model), dtype=name)
         count = max(options.tokens, options.short) + options.new_tokens
         ids = token_ids(loaded.tokenizer, reference_text()[: 12 * count], count)[0].to(loaded.device)
-        found, said = _one_dtype(loaded.model, ids, name, options)
-        claims += found
-        notes += said
+        notes += _one_dtype(loaded.model, ids, name, options, keep)
         del loaded
-    if not options.skip_denoiser:
-        claims += denoiser(options.short_repeats)
-    for path in write("llm", "What patches cost a language model", facts, claims, notes):
+    for path in write("llm", TITLE, facts, claims, notes):
         print(f"wrote {path}")
 
 
-def _one_dtype(model: nn.Module, ids: torch.Tensor, name: str, options: Any) -> tuple[list[Claim], list[str]]:
-    claims: list[Claim] = []
-
-    def say(new: list[Claim]) -> None:
-        claims.extend(new)
-        for claim in new:
-            print("  ".join(cell for cell in claim.cells() if cell), flush=True)
-
+def _one_dtype(
+    model: nn.Module, ids: torch.Tensor, name: str, options: Any, keep: Callable[[list[Claim]], None]
+) -> list[str]:
+    """Measures in one type and hands claims to ``keep`` as they come; returns notes."""
     some, few = options.repeats, options.short_repeats
     if name != "float32":
         some, few = min(some, options.half_repeats), min(few, options.half_repeats)
     gate = functools.partial(red, model, ids[:, :PROBE])
     short = Text(model, ids[:, : options.short + options.new_tokens], options.short)
     print(f"{name}: {options.short} tokens, {few} repeats", flush=True)
-    say(_costs(model, short, name, gate, few))
+    keep(_costs(model, short, name, gate, few))
     long = Text(model, ids[:, : options.tokens + options.new_tokens], options.tokens)
     print(f"{name}: {options.tokens} tokens, {some} repeats", flush=True)
     found, notes = _edits(model, long, name, gate, some)
-    say(found)
-    say(_memory(model, long, name, gate))
-    return claims, notes
+    keep(found)
+    keep(_memory(model, long, name, gate))
+    return notes
 
 
 def red(model: nn.Module, ids: torch.Tensor, what: Any) -> str:
@@ -232,7 +236,6 @@ def denoiser(repeats: int) -> list[Claim]:
     claim = Claim(
         "entropy: UNet call at 48×48, trained at 32×32", "float32", measured, high=1.02, withheld=bad
     )
-    print("  ".join(cell for cell in claim.cells() if cell))
     return [claim]
 
 
