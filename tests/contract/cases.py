@@ -304,7 +304,7 @@ CASES: list[Case] = [
         "zipvl", EVICTABLE, main=True, neighbours=(WARM, GAIN), neighbour_rules=_around(warm_rule, gain_rule),
         clashes=[("kvquant", {}, "kv")],
     ),
-    _zipvl("zipvl-everything", ("llama",), tau=1.0, bits=(2, 4)),
+    _zipvl("zipvl-everything", ("llama",), tau=1.0, bits=(4, 2)),
     _zipvl(
         "zipvl-discard", EVICTABLE, mode="discard", neighbours=(WARM, GAIN),
         neighbour_rules=_around(warm_rule, gain_rule), clashes=[("streaming", {"recent": 4}, "kv")],

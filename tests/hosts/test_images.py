@@ -140,6 +140,8 @@ def test_embeddings_with_features_in_place_need_the_users_word():
             check(-1, given["input_ids"])
             with pytest.raises(trainless.InputError, match="2 x 9 for a call of 1 x 3"):
                 model(inputs_embeds=merged[:1, :3])
+            with pytest.raises(trainless.InputError, match="2 x 9 for a call of 2 x 3"):
+                model(inputs_embeds=merged[:, :3])
         with pytest.raises(trainless.Unsupported, match="call the whole model"):
             model.model.language_model(inputs_embeds=merged)
         with pytest.raises(trainless.InputError, match="bool"):

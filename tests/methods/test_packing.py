@@ -217,6 +217,8 @@ def test_dropped_and_moved_codes_are_those_of_the_oracle(method, monkeypatch):
         ("kvquant", {"residual": -1}, r"residual.*-1"),
         ("kvquant", {"residual": 1.5}, r"residual=1.5"),
         ("zipcache", {"bits": (4, 5)}, r"bits: others=5"),
+        ("zipcache", {"bits": (2, 4)}, r"salient tokens would be held at fewer bits.*\(4, 2\)"),
+        ("zipvl", {"bits": (2, 8)}, r"important tokens would be held at fewer bits.*\(8, 2\)"),
         ("zipcache", {"salient": 0.0}, r"salient=0.0"),
         ("zipcache", {"probes": (0.05, -1)}, r"probes=-1: a number of tokens"),
         ("zipcache", {"interval": 0}, r"interval"),

@@ -151,7 +151,7 @@ class Reader:
         """The user's mask for the tokens that it reaches to, placeholders for those after it."""
         assert self.given is not None
         rows, reach = self.given.shape
-        if batch % rows or (past == 0 and reach < length):
+        if batch % rows or (past == 0 and reach != length):
             raise InputError(
                 f"image_tokens: a mask of {rows} x {reach} for a call of {batch} x {length} tokens; "
                 "give one entry for each token of the prompt, and one row for each prompt"

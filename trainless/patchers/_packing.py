@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..errors import InputError
 from ..kernels.quant_kv import per_byte
-from ..seams import Quantise, Site
+from ..seams import Quantise, Site, check_bits
 
 
 def width_refusal(rule: Quantise, site: Site) -> str | None:
@@ -15,6 +16,17 @@ def width_refusal(rule: Quantise, site: Site) -> str | None:
         if site.head_dim is not None and site.head_dim % per_byte(bits):
             return f"{site.head_dim} channels of {bits} bits are not a whole number of bytes"
     return None
+
+
+def check_tiers(bits: tuple[int, int], first: str) -> None:
+    """Raise InputError unless ``bits`` are widths of codes, and those of the ``first`` tokens no smaller."""
+    for name, width in zip((f"bits: {first}", "bits: others"), bits, strict=True):
+        check_bits(name, width)
+    if bits[0] < bits[1]:
+        raise InputError(
+            f"bits={bits!r}: {first} tokens would be held at fewer bits than the others; the width of the "
+            f"{first} ones comes first: {bits[::-1]!r}"
+        )
 
 
 def best_share(score: Tensor, among: Tensor, count: Tensor) -> Tensor:

@@ -46,7 +46,11 @@ class KVQuant(Method):
 
     k_bits: int = option(4, help="bits per number of a key: 2, 4, 8 or 16 (as it is)", origin="ours")
     v_bits: int = option(4, help="bits per number of a value: 2, 4, 8 or 16 (as it is)", origin="ours")
-    group: int = option(64, help="tokens that share the parameters of a key channel", origin="ours")
+    group: int = option(
+        64,
+        help="tokens that share the parameters of a key channel; with few, parameters outweigh codes",
+        origin="ours",
+    )
     residual: Budget = option(128, help="newest tokens that stay as they are", origin="published")
 
     def check(self) -> None:

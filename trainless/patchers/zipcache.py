@@ -38,11 +38,10 @@ from ..seams import (
     Site,
     State,
     Statistics,
-    check_bits,
     check_budget,
     tokens_of,
 )
-from ._packing import best_share, width_refusal
+from ._packing import best_share, check_tiers, width_refusal
 from .base import Method, option, register
 
 PROBE_MASS = frozenset({"probe_mass"})
@@ -82,8 +81,7 @@ class ZipCache(Method):
 
     def check(self) -> None:
         check_budget("salient", self.salient)
-        for name, bits in zip(("bits: salient", "bits: others"), self.bits, strict=True):
-            check_bits(name, bits)
+        check_tiers(self.bits, "salient")
         for name, rows in zip(("probes: last", "probes: random"), self.probes, strict=True):
             check_budget(name, rows)
         if self.interval < 1:

@@ -40,12 +40,11 @@ from ..seams import (
     State,
     Statistics,
     Tokens,
-    check_bits,
     check_budget,
     tokens_of,
 )
 from ._eviction import last_rows
-from ._packing import width_refusal
+from ._packing import check_tiers, width_refusal
 from .base import Method, option, register
 
 # What ``waiting`` says of a stored token: its chunk was settled, it came with this call, it came earlier.
@@ -94,8 +93,7 @@ class ZipVL(Method):
     def check(self) -> None:
         if not self.tau > 0:
             raise InputError(f"tau={self.tau!r}: a share above 0 is needed; 1.0 keeps everything")
-        for name, bits in zip(("bits: important", "bits: others"), self.bits, strict=True):
-            check_bits(name, bits)
+        check_tiers(self.bits, "important")
         for name, budget in zip(("probes: last", "probes: random"), self.probes, strict=True):
             check_budget(name, budget)
 
