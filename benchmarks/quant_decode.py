@@ -1,28 +1,41 @@
 """Attention of one decode step on a packed cache, against the stock cache and fused attention in the same dtype.
 
     python benchmarks/quant_decode.py [--lengths 8192] [--dtypes float32 bfloat16] [--repeats 15]
+                                      [--model demo:smollm2] [--contexts 1000 8000] [--skip-model]
 
 Stock is what a step of a DynamicCache layer does: the new key and value are joined to all that is held, then
 scaled_dot_product_attention reads them; fused alone leaves the joining out. Packed reads the codes of all but the
 last 128 tokens. All take turns in one run; a form that is wrong against float64 on what it unpacks to gets no number.
+
+Then the whole model, in float32: it reads a text of so many tokens once with a stock cache and once under the
+method, and the two go on by turns, a few tokens each; that is what a user sees of it.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from prose import reference_text
 from record import Claim, about, write
 from torch import Tensor
+from transformers import DynamicCache
 
+import trainless
+from trainless.bench.subjects import token_ids
 from trainless.kernels.common import Terms
 from trainless.kernels.quant_kv import packed_rows, quantise, raw, reference
+from trainless.models import load
+from trainless.report import size
 
 GROUP, RESIDUAL = 64, 128
+STEPS = 8  # tokens of one turn of the whole model
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
 
@@ -122,6 +135,45 @@ def measure(shape: Shape, length: int, dtype: torch.dtype, device: torch.device,
     return [claim for claim, _ in runs]
 
 
+def whole(loaded: Any, name: str, context: int, repeats: int) -> Claim:
+    """Decode steps of a real model at ``context`` tokens, packed to 4 bits over stock, both with what they hold."""
+    model: Any = loaded.model
+    count = context + STEPS * (repeats + 1)
+    ids = token_ids(loaded.tokenizer, reference_text()[: 12 * count], count)[0].to(loaded.device)
+    patch = trainless.patch(model, "kvquant", k_bits=4, v_bits=4, group=GROUP, residual=RESIDUAL)
+    found = patch.verify(ids[:, :256])
+    claim = Claim(
+        f"whole model, packed 4 bits, {name}, {context} tokens",
+        "float32",
+        high=1.0 if context >= 8000 else None,
+    )
+    if not found:
+        claim.withheld = f"verify failed: {found.failed[0].detail}"
+        return claim
+    caches = {False: DynamicCache(config=model.config), True: DynamicCache(config=model.config)}
+
+    @torch.inference_mode()
+    def read(packed: bool, tokens: Tensor) -> float:
+        with contextlib.nullcontext() if packed else patch.paused():
+            start = time.perf_counter()
+            for token in tokens if isinstance(tokens, tuple) else (tokens,):
+                model(token, past_key_values=caches[packed], logits_to_keep=1)
+            return time.perf_counter() - start
+
+    for packed in caches:
+        read(packed, ids[:, :context])
+    for i in range(repeats + 1):
+        now = ids[:, context + i * STEPS :][:, :STEPS].split(1, 1)
+        taken = {packed: read(packed, now) for packed in ((False, True) if i % 2 else (True, False))}
+        if i:  # the first turn warms up
+            claim.ratios.append(taken[True] / taken[False])
+    patch.remove()
+    held = sum(layer["bytes_kept"] for layer in patch.report().methods[0].layers)
+    stock = sum(t.nbytes for layer in caches[False].layers for t in (layer.keys, layer.values))
+    claim.note = f"cache {size(stock)} → {size(held)}"
+    return claim
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -133,6 +185,9 @@ def main() -> None:
     )
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--model", default="demo:smollm2")
+    parser.add_argument("--contexts", type=int, nargs="+", default=[1000, 8000])
+    parser.add_argument("--skip-model", action="store_true")
     options = parser.parse_args()
     device = torch.device(options.device)
     facts, claims = about(), []
@@ -141,6 +196,9 @@ def main() -> None:
             for length in options.lengths:
                 batched = Shape(shape.name, shape.heads, shape.key_heads, shape.width, options.batch)
                 claims += measure(batched, length, getattr(torch, dtype), device, options.repeats)
+    if not options.skip_model and device.type == "cpu":
+        loaded = load(options.model)
+        claims += [whole(loaded, options.model, n, options.repeats) for n in options.contexts]
     for claim in claims:
         print("  ".join(cell for cell in claim.cells() if cell), flush=True)
     notes = [

@@ -137,6 +137,15 @@ class PackedLayer(CompressingLayer):
             super().note(real)
             return
         added = self.seen - self.past
+        if real is None and self.layout is None and len(set(self.ages)) == 1:  # most decode steps
+            age = self.ages[0]
+            if added == 1:
+                self.tail[:, :, -1] = age
+            else:
+                self.tail[:, :, -added:] = torch.arange(age, age + added, device=self.tail.device)
+            self.ages = [age + added] * len(self.ages)
+            self.counts = [c + added for c in self.counts]
+            return
         if real is not None or self.layout is not None:
             before = self.layout if self.layout is not None else self._ones(self.past)
             self.layout = torch.cat([before, self._ones(added) if real is None else real], 1)

@@ -9,6 +9,7 @@ numbers differ by one code, and taking differences is left to the query (for K) 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -176,37 +177,27 @@ def _logits(q: Tensor, segment: Segment, z: Tensor) -> None:
         return
     size, bits = segment.key.shape[3], segment.k_bits
     numbers = _Numbers(bits, q)
-    least = folded = None
+    least, folded, base = None, [], 1.0
     if bits != RAW:
         assert segment.key_step is not None and segment.key_min is not None
-        # (B, Hkv, G, r, D): the query as each group reads it, then as each block of masked bytes does.
-        folded = q[:, :, None] * segment.key_step[:, :, :, None].to(q.dtype)
-        folded = _differences(folded, bits)
+        base = float(1 << bits)
+        # The query as each group reads it, then as each tile of masked bytes does but for a power of the base.
+        parts = (q[:, :, None] * segment.key_step[:, :, :, None].to(q.dtype)).chunk(per_byte(bits), -1)
+        folded = [torch.sub(x, y, alpha=1 / base) for x, y in pairwise(parts)]
+        folded.append(parts[-1])  # each (B, Hkv, G, r, W)
         least = torch.matmul(q, segment.key_min.to(q.dtype).mT).transpose(2, 3)[
             ..., None
         ]  # (B, Hkv, G, r, 1)
     for g0, g1, s0, s1 in _pieces(segment, d):
         tiles = numbers.of(segment.key[:, :, g0:g1, s0:s1])
-        if folded is None or least is None:
+        if least is None:
             part = torch.bmm(q[:, :, None].expand(-1, -1, g1 - g0, -1, -1).flatten(0, 2), tiles[0].mT)
         else:
             part = least[:, :, g0:g1].flatten(0, 2)
-            for weights, tile in zip(
-                folded[:, :, g0:g1].flatten(0, 2).chunk(len(tiles), -1), tiles, strict=True
-            ):
-                part = torch.baddbmm(part, weights, tile.mT)
+            for n, tile in enumerate(tiles):
+                part = torch.baddbmm(part, folded[n][:, :, g0:g1].flatten(0, 2), tile.mT, alpha=base**-n)
         into = z[..., g0 * size : g1 * size].unflatten(3, (g1 - g0, size))[..., s0:s1]
         into.copy_(part.view(b, hkv, g1 - g0, *part.shape[1:]).transpose(2, 3))
-
-
-def _differences(folded: Tensor, bits: int) -> Tensor:
-    """Weights of masked bytes that equal the weights (…, D) of codes."""
-    n, base = per_byte(bits), 1 << bits
-    if n == 1:
-        return folded
-    w = folded.shape[-1] // n
-    parts = [folded[..., p * w : (p + 1) * w] / base**p for p in range(n)]
-    return torch.cat([*(parts[p] - parts[p + 1] for p in range(n - 1)), parts[-1]], -1)
 
 
 def _values(p: Tensor, segment: Segment) -> Tensor:
@@ -235,13 +226,16 @@ def _values(p: Tensor, segment: Segment) -> Tensor:
     weights = weights.transpose(2, 3)  # (B, Hkv, G, r, S)
     least = (p * segment.value_min.to(p.dtype).flatten(2)[:, :, None]).unflatten(3, (groups, size)).sum(4)
     root = segment.value_root.to(p.dtype)
-    base, numbers = 1 << bits, _Numbers(bits, p)
+    base, numbers = float(1 << bits), _Numbers(bits, p)
     for g0, g1, s0, s1 in _pieces(segment, dv):
         tiles = numbers.of(segment.value[:, :, g0:g1, s0:s1])
         own = weights[:, :, g0:g1, :, s0:s1].flatten(0, 2)
-        sums = [torch.bmm(own, tile) for tile in tiles]  # (B·Hkv·g, r, W), sums of masked bytes
-        for q in range(len(sums) - 1, 0, -1):
-            sums[q].sub_(sums[q - 1]).div_(base**q)
+        below = torch.bmm(own, tiles[0])
+        sums = [below]  # (B·Hkv·g, r, W) for each code: what its masked bytes give, less the codes below it
+        for n, tile in enumerate(tiles[1:], 1):
+            sums.append(torch.baddbmm(below, own, tile, beta=-(base**-n), alpha=base**-n))
+            if n + 1 < len(tiles):
+                below = torch.add(below, sums[-1], alpha=base**n)
         part = torch.cat(sums, -1).view(b, hkv, g1 - g0, r, dv)
         out += (part * root[:, :, g0:g1, None]).sum(2)
     # The minimum of a token is the same number in every channel, before the root.
