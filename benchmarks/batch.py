@@ -1,12 +1,14 @@
 """Batch generation against a plain transformers loop: 64 prompts of mixed length, same batch size.
 
-    python benchmarks/batch.py [--model demo:smollm2] [--prompts 64] [--new-tokens 16] [--batch-size 8] [--json FILE]
+    python benchmarks/batch.py [--model demo:smollm2] [--prompts 64] [--new-tokens 16] [--batch-size 8]
+                               [--rounds 3]
 
 Three ways in one run, interleaved, each timed over the whole list after a warm-up: a plain loop over
 batches in input order, our runner with its batches in input order, our runner as it is (sorted by
 length). Loading is not timed; writing the records, fsync included, is. Ratios are medians over rounds.
 Processor seconds stand beside wall seconds: on a shared machine they are the ones to trust.
 The texts of the loop and of the runner are compared as well: a speed of other texts says nothing.
+Results: benchmarks/results/batch-<cpu>.json and .md.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import time
 from pathlib import Path
 
 import torch
+from record import Claim, about, write
 
 from trainless.batch.interrupt import Interrupt
 from trainless.batch.items import Faults, Item
@@ -73,9 +76,11 @@ def ours(engine: TextEngine, work, size: int, sort: bool) -> list[str]:
     return [texts[job.key] for job in work]
 
 
-def _ratios(than: str, wall: dict[str, float], cpu: dict[str, float]) -> dict[str, float]:
-    """How many times faster the sorted runner is than ``than``."""
-    return {"wall": round(wall[than] / wall["sorted"], 3), "processor": round(cpu[than] / cpu["sorted"], 3)}
+def _faster(
+    what: str, slow: list[float], fast: list[float], low: float | None = None, note: str = ""
+) -> Claim:
+    """How many times faster, round by round."""
+    return Claim(what, "float32", [a / b for a, b in zip(slow, fast, strict=True)], low=low, note=note)
 
 
 def main() -> None:
@@ -86,10 +91,9 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=16)
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
-    size, new = given.batch_size, given.new_tokens
+    size, new, facts = given.batch_size, given.new_tokens, about()
 
     description = describe(given.model)
     texts = prompts(given.prompts)
@@ -115,28 +119,28 @@ def main() -> None:
             made[name] = way()
             seconds[name].append(time.perf_counter() - started)
             processor[name].append(time.process_time() - used)
-    wall, cpu = ({name: statistics.median(t) for name, t in times.items()} for times in (seconds, processor))
-    lengths = [job.length for job in work]
-    result = {
-        "model": given.model,
-        "prompts": len(texts),
-        "prompt_tokens": {"min": min(lengths), "median": statistics.median(lengths), "max": max(lengths)},
-        "batch_size": size,
-        "new_tokens": new,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "seconds": {name: round(value, 2) for name, value in wall.items()},
-        "processor_seconds": {name: round(value, 2) for name, value in cpu.items()},
-        "throughput_over_plain_loop": _ratios("plain", wall, cpu),
-        "gain_of_length_sorting": _ratios("unsorted", wall, cpu),
-        "same_texts_as_plain_loop": sum(a == b for a, b in zip(made["plain"], made["unsorted"], strict=True)),
-        "same_texts_sorted_or_not": sum(
-            a == b for a, b in zip(made["sorted"], made["unsorted"], strict=True)
+    same = sum(a == b for a, b in zip(made["plain"], made["unsorted"], strict=True))
+    alike = sum(a == b for a, b in zip(made["sorted"], made["unsorted"], strict=True))
+    equal = f"{same} of {len(texts)} texts equal"
+    claims = [
+        _faster("runner against a plain loop", seconds["plain"], seconds["sorted"], low=1.0, note=equal),
+        _faster("the same in processor seconds", processor["plain"], processor["sorted"], note=equal),
+        _faster(
+            "runner, sorted by length against in input order", seconds["unsorted"], seconds["sorted"],
+            note=f"{alike} of {len(texts)} texts equal",
         ),
-    }
-    print(json.dumps(result, indent=2))
-    if given.json:
-        given.json.write_text(json.dumps(result, indent=2) + "\n")
+        _faster("the same in processor seconds", processor["unsorted"], processor["sorted"]),
+    ]  # fmt: skip
+    lengths = [job.length for job in work]
+    notes = [
+        f"{given.model}; {len(texts)} prompts of {min(lengths)} to {max(lengths)} tokens, median "
+        f"{statistics.median(lengths):.0f}; batches of {size}; {new} new tokens; times faster, above 1 is ours",
+        "seconds, medians: " + ", ".join(f"{k} {statistics.median(t):.1f}" for k, t in seconds.items()),
+    ]
+    for claim in claims:
+        print("  ".join(cell for cell in claim.cells() if cell))
+    for path in write("batch", "Batch generation against a plain loop", facts, claims, notes):
+        print(f"wrote {path}")
 
 
 if __name__ == "__main__":

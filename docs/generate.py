@@ -195,7 +195,7 @@ def demo_table() -> str:
 def measurements() -> str:
     """Every file of results: the page that its script wrote, or else its values as tables."""
     parts = []
-    for file in sorted(RESULTS.glob("*.json")):
+    for file in sorted([*RESULTS.glob("*.json"), *RESULTS.glob("*.jsonl")]):
         page = file.with_suffix(".md")
         if page.is_file():
             parts.append(
