@@ -1,13 +1,18 @@
 """What patches cost a language model, and what an evictor gains: ratios within one run, on real weights.
 
-    python benchmarks/llm.py [--model demo:smollm2] [--tokens 4096] [--short 1024] [--new-tokens 32]
-                             [--repeats 5] [--short-repeats 11] [--dtypes float32 bfloat16] [--skip-denoiser]
-                             [--half-repeats 3]
+    python benchmarks/llm.py [--model demo:smollm2] [--parts costs edits denoiser] [--dtypes float32 bfloat16]
+                             [--tokens 4096] [--short 256] [--new-tokens 32] [--repeats 7] [--short-repeats 41]
+                             [--half 0.4]
 
 Variants of one loaded model take turns, forwards and backwards, so that a drift of the machine falls on all of
 them alike; a ratio is the median over pairs that were measured next to each other. Every patch first passes
 ``verify`` on the model and in the type that is timed; otherwise its numbers are withheld. Times are wall
-clock; run it on a machine that does nothing else. Results: benchmarks/results/llm-<cpu>.json and .md.
+clock; run it on a machine that does nothing else.
+
+costs: what should cost nothing. The work that a patch adds to a call does not grow with the tokens, so it is looked
+for in short calls, of which there can be many: ``--short`` tokens, ``--short-repeats`` times.
+edits: ACT on every head, and H2O with a fifth of the cache, at ``--tokens``. denoiser: entropy scaling on a UNet.
+Results: benchmarks/results/llm-<part>-<dtype>-<cpu>.json and .md, each as soon as it is there.
 """
 
 from __future__ import annotations
@@ -39,8 +44,11 @@ TEMPERATURE: list[dict[str, Any]] = [{"use": "attn_temperature", "with": {"tempe
 ACT: list[dict[str, Any]] = [{"use": "act", "with": {"skip_layers": 0}}]
 H2O: list[dict[str, Any]] = [{"use": "h2o", "with": {"heavy": 0.1, "recent": 0.1}}]
 PREFILL_LIMITS = {"float32": {"act": 1.5, "h2o": 1.4}, "bfloat16": {"act": 1.8, "h2o": 1.7}}
-TITLE = "What patches cost a language model"
-UNFINISHED = "the run was still going on when this was written"
+PARTS = {
+    "costs": "What should cost a language model nothing",
+    "edits": "What edits and evictors cost a language model",
+    "denoiser": "What scaling costs a denoiser",
+}
 PROBE = 256  # tokens on which patches are verified
 
 
@@ -49,65 +57,64 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="demo:smollm2")
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument(
-        "--short", type=int, default=1024, help="tokens where costs of a few percent are told apart"
-    )
+    parser.add_argument("--short", type=int, default=256)
     parser.add_argument("--new-tokens", type=int, default=32)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--short-repeats", type=int, default=11)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--short-repeats", type=int, default=41)
     parser.add_argument(
-        "--half-repeats", type=int, default=3, help="of either, in bfloat16: slow on CPUs that widen it"
+        "--half", type=float, default=0.4, help="share of the repeats in bfloat16: slow on CPUs that widen it"
     )
     parser.add_argument(
         "--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"]
     )
-    parser.add_argument("--skip-denoiser", action="store_true")
     options = parser.parse_args()
-
     facts = about() | {"model": options.model, "options": vars(options)}
-    claims: list[Claim] = []
+    if "denoiser" in options.parts:
+        _keep("denoiser", "float32", facts, denoiser(options.short_repeats), [])
+    for name in options.dtypes:
+        if set(options.parts) - {"denoiser"}:
+            _language(name, facts, options)
+
+
+def _language(dtype: str, facts: dict[str, Any], options: Any) -> None:
+    """The parts that take a language model, in one type."""
+    loaded = load(describe(options.model), dtype=dtype)
+    count = max(options.tokens, options.short) + options.new_tokens
+    ids = token_ids(loaded.tokenizer, reference_text()[: 12 * count], count)[0].to(loaded.device)
+    share = 1.0 if dtype == "float32" else options.half
+    some, few = (max(3, round(share * n)) for n in (options.repeats, options.short_repeats))
+    gate = functools.partial(red, loaded.model, ids[:, :PROBE])
     notes = [
         f"{options.model}; one sequence; decode is fed with how the text goes on; {SAID}",
         "speed ratios are patched over unpatched: above 1 is slower for times, faster for decode speed",
     ]
-
-    def keep(more: list[Claim]) -> None:
-        """Print, and write what there is: a run that is ended early leaves its numbers."""
-        claims.extend(more)
-        for claim in more:
-            print("  ".join(cell for cell in claim.cells() if cell), flush=True)
-        write("llm", TITLE, facts, claims, [*notes, UNFINISHED])
-
-    if not options.skip_denoiser:
-        keep(denoiser(options.short_repeats))
-    for name in options.dtypes:
-        loaded = load(describe(options.model), dtype=name)
-        count = max(options.tokens, options.short) + options.new_tokens
-        ids = token_ids(loaded.tokenizer, reference_text()[: 12 * count], count)[0].to(loaded.device)
-        notes += _one_dtype(loaded.model, ids, name, options, keep)
-        del loaded
-    for path in write("llm", TITLE, facts, claims, notes):
-        print(f"wrote {path}")
+    if "costs" in options.parts:
+        short = Text(loaded.model, ids[:, : options.short + options.new_tokens], options.short)
+        print(f"{dtype}: {options.short} tokens, {few} repeats", flush=True)
+        _keep("costs", dtype, facts, _costs(loaded.model, short, dtype, gate, few), notes)
+    if "edits" in options.parts:
+        long = Text(loaded.model, ids[:, : options.tokens + options.new_tokens], options.tokens)
+        print(f"{dtype}: {options.tokens} tokens, {some} repeats", flush=True)
+        claims, said = _edits(loaded.model, long, dtype, gate, some)
+        _keep("edits", dtype, facts, claims, [*notes, *said])
+        more = _memory(loaded.model, long, dtype, gate)
+        _keep("edits", dtype, facts, more, [*notes, *said], claims)
 
 
-def _one_dtype(
-    model: nn.Module, ids: torch.Tensor, name: str, options: Any, keep: Callable[[list[Claim]], None]
-) -> list[str]:
-    """Measures in one type and hands claims to ``keep`` as they come; returns notes."""
-    some, few = options.repeats, options.short_repeats
-    if name != "float32":
-        some, few = min(some, options.half_repeats), min(few, options.half_repeats)
-    gate = functools.partial(red, model, ids[:, :PROBE])
-    short = Text(model, ids[:, : options.short + options.new_tokens], options.short)
-    print(f"{name}: {options.short} tokens, {few} repeats", flush=True)
-    keep(_costs(model, short, name, gate, few))
-    long = Text(model, ids[:, : options.tokens + options.new_tokens], options.tokens)
-    print(f"{name}: {options.tokens} tokens, {some} repeats", flush=True)
-    found, notes = _edits(model, long, name, gate, some)
-    keep(found)
-    keep(_memory(model, long, name, gate))
-    return notes
+def _keep(
+    part: str,
+    dtype: str,
+    facts: dict[str, Any],
+    claims: list[Claim],
+    notes: list[str],
+    earlier: Sequence[Claim] = (),
+) -> None:
+    """Print ``claims``, and write them behind the ``earlier`` ones: a run that is ended leaves its numbers."""
+    for claim in claims:
+        print("  ".join(cell for cell in claim.cells() if cell), flush=True)
+    write(f"llm-{part}-{dtype}", f"{PARTS[part]}, {dtype}", facts, [*earlier, *claims], notes)
 
 
 def red(model: nn.Module, ids: torch.Tensor, what: Any) -> str:
@@ -135,7 +142,7 @@ def ratios(
 
 def _costs(model: nn.Module, text: Text, dtype: str, gate: Callable[[Any], str], repeats: int) -> list[Claim]:
     """What should cost nothing."""
-    cases = {"identity": (IDENTITY, 1.02), "attn_temperature": (TEMPERATURE, 1.02)}
+    cases = {"identity": (IDENTITY, 1.02), "attn_temperature": (TEMPERATURE, None)}
     bad = {name: gate(what) for name, (what, _) in cases.items()}
     stock, *others = alternate(variants(model, *(what for what, _ in cases.values())), text.run, repeats)
     claims = []
@@ -143,8 +150,16 @@ def _costs(model: nn.Module, text: Text, dtype: str, gate: Callable[[Any], str],
         for phase in ("prefill", "decode"):
             what = f"{name}: {phase} time at {text.ids.shape[1]}"
             measured = [] if bad[name] else ratios(stock, runs, phase, invert=True)
-            claims.append(Claim(what, dtype, measured, high=limit, withheld=bad[name]))
+            claim = Claim(what, dtype, measured, high=limit, withheld=bad[name])
+            claims.append(claim if limit is not None else measurable(claim))
     return claims
+
+
+def measurable(claim: Claim) -> Claim:
+    """Says whether there is a cost that can be told from noise."""
+    if claim.interval is not None:
+        claim.note = "no cost to be told from noise" if claim.interval[0] <= 1 else "a measurable cost"
+    return claim
 
 
 def _edits(
@@ -233,10 +248,8 @@ def denoiser(repeats: int) -> list[Claim]:
     bad = "" if found else f"verify failed: {found.failed[0].detail}"
     stock, scaled = alternate(variants(model, "entropy"), run, repeats)
     measured = [] if bad else ratios(stock, scaled, "call")
-    claim = Claim(
-        "entropy: UNet call at 48×48, trained at 32×32", "float32", measured, high=1.02, withheld=bad
-    )
-    return [claim]
+    what = "entropy: UNet call at 48×48, trained at 32×32"
+    return [measurable(Claim(what, "float32", measured, withheld=bad))]
 
 
 if __name__ == "__main__":

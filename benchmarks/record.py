@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from math import comb
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -43,6 +44,19 @@ class Claim:
         return median(self.ratios) if self.ratios else None
 
     @property
+    def interval(self) -> tuple[float, float] | None:
+        """Two of the ratios between which the true median lies with 95 % certainty, whatever their distribution.
+
+        From the binomial distribution of how many ratios are below it; None for fewer than six.
+        """
+        ordered, n = sorted(self.ratios), len(self.ratios)
+        below, skipped = 0.0, -1
+        while below <= 0.025 and skipped < n:
+            skipped += 1
+            below += comb(n, skipped) / 2**n
+        return (ordered[skipped - 1], ordered[n - skipped]) if skipped > 0 else None
+
+    @property
     def verdict(self) -> str:
         if self.value is None:
             return "withheld"
@@ -60,6 +74,8 @@ class Claim:
         ]
         target = " and ".join(b for b in bounds if b)
         spread = f"{min(self.ratios):.3f} to {max(self.ratios):.3f}"
+        if self.interval is not None:
+            spread += f", median {self.interval[0]:.3f} to {self.interval[1]:.3f}"
         return [self.what, self.dtype, f"{self.value:.3f}", spread, target, self.verdict, self.note]
 
 

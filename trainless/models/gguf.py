@@ -45,6 +45,18 @@ def remembered() -> Iterator[None]:
         gguf.GGUFReader, gguf.get_tensor_name_map, converter.tqdm = reader, names, bar
 
 
+def dense() -> dict[str, Any]:
+    """Keywords for ``from_pretrained``: weights as ordinary tensors, whatever else is installed.
+
+    Newer versions of transformers keep a file's blocks packed where a package with kernels is at hand, and fetch
+    those from the hub; the same command would then compute something else on another machine.
+    """
+    import transformers
+
+    config = getattr(transformers, "GgufConfig", None)
+    return {} if config is None else {"quantization_config": config(dequantize=True)}
+
+
 def forget() -> None:
     """Let go of the parsed headers; call when the weights are loaded."""
     _readers.clear()

@@ -74,6 +74,8 @@ def load(
     device = torch.device(device) if device is not None else default_device()
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or run_dtype(description, device)
     place, keywords = description.source.origin
+    if description.source.gguf:
+        keywords = keywords | gguf.dense()
     try:
         with quiet(), reading(description.source):
             if description.is_pipeline:
