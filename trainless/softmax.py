@@ -412,7 +412,8 @@ class SoftmaxRun(Run):
             self.masses[entry] = mass_of_groups(probabilities, named)
         if edits is None:
             edits = [(entry, move) for entry in moves if (move := self._value(entry)) is not None]
-        # Rows that every edit leaves out have the bits of the user's own kernel, where it could run at all.
+        # Rows that every edit leaves out have the bits of the user's own kernel, where it could run at all; without
+        # such rows it need not run.
         named_rows = None if changed or self.edited else edited_rows(edits, probabilities)
         for entry, move in edits:
             changed = True
