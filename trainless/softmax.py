@@ -422,12 +422,29 @@ class SoftmaxRun(Run):
             heads = entry.contribution.heads
             probabilities = on_heads(probabilities, heads, edit, 0)
         self._observe()
-        if named_rows is not None:
-            return apply_to(self.delegate(call), probabilities, call.value, named_rows)
+        if named_rows is not None and not bool(named_rows.all()):
+            return apply_to(self._stock_heads(visible, named_rows), probabilities, call.value, named_rows)
         if not (changed or self.edited):
             # Only looked at, or found nothing to edit: the user's own kernel gives the output, bit for bit.
             return self.delegate(call)
         return apply(probabilities, call.value, call.query.dtype).transpose(1, 2).contiguous()
+
+    def _stock_heads(self, visible: Visibility, edited: Tensor) -> Tensor:
+        """(B, Lq, H, D): the user's own output, but in heads of which every row is ``edited`` (B, H, Lq)."""
+        call = self.call
+        left = (~edited).any(-1).any(0).nonzero()[:, 0]
+        b, h, hkv, lq, _ = call.shape
+        shared = visible.structured and call.position_bias is None and call.sink_logits is None
+        if not (self.runtime.facts.get("same_bits") and shared and 4 * len(left) <= h):
+            return self.delegate(call)
+        of = left // (h // hkv)
+        some, _ = attention_lse(
+            call.query[:, left], call.key[:, of], call.value[:, of], visibility=visible, scale=call.scaling,
+            softcap=call.softcap,
+        )  # fmt: skip
+        out = call.query.new_zeros(b, lq, h, call.value.shape[3])
+        out[:, :, left] = some.transpose(1, 2)
+        return out
 
     def _edit_rows(
         self, out: Tensor, lse: Tensor, visible: Visibility, move: RowEdit, contribution: Contribution
