@@ -294,6 +294,32 @@ def test_missing_extra_is_named(run, llama, monkeypatch):
     assert run("doctor")[0] == 0
 
 
+def test_a_gguf_file_is_refused_before_anything_is_read_without_accelerate(run, monkeypatch):
+    import importlib.util
+
+    sound = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "accelerate" else sound(name, *a)
+    )
+    Path("m.gguf").write_bytes(b"")
+    Path("p.jsonl").write_text('{"prompt": "a"}\n')
+    code, _, err = run("generate", "m.gguf", "p.jsonl", "-o", "out")
+    assert code == 1 and "'accelerate'" in err and "trainless[gguf]" in err
+    assert not Path("out").exists()
+
+
+def test_every_extra_brings_the_packages_that_are_asked_for_in_its_name():
+    import tomllib
+
+    from trainless.models.extras import EXTRAS
+
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    for package, (extra, _) in EXTRAS.items():
+        wanted = {"PIL": "pillow"}.get(package, package)
+        brought = project["optional-dependencies"][extra]
+        assert any(re.match(rf"{wanted}\b", requirement) for requirement in brought), (package, extra)
+
+
 def test_the_command_is_the_module_and_closes_quietly_on_a_closed_pipe():
     command = f"{sys.executable} -m trainless recipes schema | head -c 20"
     ended = subprocess.run(

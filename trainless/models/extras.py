@@ -11,6 +11,7 @@ EXTRAS = {
     "diffusers": ("diffusers", "image pipelines"),
     "PIL": ("vlm", "reading and writing images"),
     "gguf": ("gguf", "GGUF files and demo:smollm2"),
+    "accelerate": ("gguf", "weights from GGUF files"),
     "sentencepiece": ("gguf", "sentencepiece tokenizers"),
     "pyarrow": ("parquet", "Parquet prompt files"),
     "datasets": ("data", "prompts and calibration data from a `datasets` name"),

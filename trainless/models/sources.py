@@ -52,13 +52,19 @@ def locate(spec: str) -> Source:
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise InputError(f"model {spec!r} is a file; give a folder, a .gguf file, a hub id or demo:NAME")
-        require("gguf", f"reading {path.name}")
+        _readable(f"reading {path.name}")
         return Source(spec, path.parent, gguf=path.name)
     if path.is_dir():
         return Source(spec, path)
     if _HUB_ID.fullmatch(spec) and not spec.lower().endswith(".gguf"):
         return _hub(spec)
     raise InputError(f"model {spec!r}: there is no such folder or file, and it is no hub id")
+
+
+def _readable(purpose: str) -> None:
+    """InputError unless everything is there that transformers wants for a GGUF file, before anything is read."""
+    for package in ("gguf", "accelerate"):
+        require(package, purpose)
 
 
 def _demo(spec: str) -> Source:
@@ -73,7 +79,7 @@ def _demo(spec: str) -> Source:
         raise InputError(
             f"{spec} needs the package {module.replace('_', '-')!r}, not installed here; run: {how}"
         )
-    require("gguf", spec)
+    _readable(spec)
     return Source(spec, folder, gguf=file)
 
 
