@@ -23,6 +23,7 @@ from .extra import merge_extra
 from .kernels.column_mass import RowScale, attention_and_mass, column_mass, together_reasons
 from .kernels.group_mass import group_mass
 from .kernels.lse import attention as attention_lse
+from .kernels.lse import choose as choose_lse
 from .kernels.lse import row_attention
 from .kernels.mass_move import mass_move
 from .kernels.visibility import Visibility
@@ -435,6 +436,9 @@ class SoftmaxRun(Run):
         left = (~edited).any(-1).any(0).nonzero()[:, 0]
         b, h, hkv, lq, _ = call.shape
         shared = visible.structured and call.position_bias is None and call.sink_logits is None
+        # Other forms of ours (under gradients, say) do not have the bits of the user's kernel.
+        form = choose_lse(call.query, call.key, call.value, visibility=visible, terms=self._terms())
+        shared = shared and form.name == "fused"
         if not (self.runtime.facts.get("same_bits") and shared and 4 * len(left) <= h):
             return self.delegate(call)
         of = left // (h // hkv)

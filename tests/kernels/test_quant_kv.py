@@ -182,3 +182,24 @@ def test_widths_that_are_no_whole_bytes():
         quantise(torch.randn(1, 1, 1, 3, 6), torch.randn(1, 1, 1, 3, 6), 2, 4)
     with pytest.raises(InputError, match="3 bits"):
         quantise(torch.randn(1, 1, 1, 3, 8), torch.randn(1, 1, 1, 3, 8), 3, 4)
+
+
+def test_a_gradient_goes_through_packed_keys_in_several_tiles(monkeypatch):
+    """Tiles lie in memory that is used again; a backward pass must still find what was there."""
+    from importlib import import_module
+
+    from trainless.kernels.common import Terms
+    from trainless.kernels.quant_kv import quantise
+
+    blocked = import_module("trainless.kernels.quant_kv.blocked")
+    torch.manual_seed(0)
+    key, value = torch.randn(2, 1, 2, 4, 3, 8, dtype=torch.float64)
+    segment = quantise(key, value, 4, 2)
+    found = []
+    for tile in (1, 1 << 20):  # one group at a time, all at once
+        monkeypatch.setattr(blocked, "TILE", tile)
+        query = torch.linspace(-1, 1, 64, dtype=torch.float64).view(1, 4, 2, 8).requires_grad_()
+        blocked.rows(query, [segment], Terms(0.4))[0].square().sum().backward()
+        found.append(query.grad)
+    assert found[0].abs().max() > 0
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-12)

@@ -125,7 +125,7 @@ def _pieces(segment: Segment, width: int) -> Iterator[tuple[int, int, int, int]]
 class _Numbers:
     """Bytes (…, W) as numbers, one contiguous tile (N, S, W) per code of a byte: tile p holds byte & mask_p.
 
-    The tiles lie in memory that the next call uses again.
+    The tiles lie in memory that the next piece uses again.
     """
 
     def __init__(self, bits: int, like: Tensor):
@@ -139,7 +139,8 @@ class _Numbers:
         if self.bits == RAW:
             return [codes.to(self.like.dtype).flatten(0, 2)]
         shape, count = codes.shape, codes.numel()
-        if not self.tiles:  # the first piece is the largest
+        # The first piece is the largest. A backward pass reads the tiles again, so each piece has its own then.
+        if not self.tiles or torch.is_grad_enabled():
             self.tiles = [self.like.new_empty(count) for _ in range(self.count)]
         # Four bytes at a time where they lie so.
         four = (
@@ -185,9 +186,8 @@ def _logits(q: Tensor, segment: Segment, z: Tensor) -> None:
         parts = (q[:, :, None] * segment.key_step[:, :, :, None].to(q.dtype)).chunk(per_byte(bits), -1)
         folded = [torch.sub(x, y, alpha=1 / base) for x, y in pairwise(parts)]
         folded.append(parts[-1])  # each (B, Hkv, G, r, W)
-        least = torch.matmul(q, segment.key_min.to(q.dtype).mT).transpose(2, 3)[
-            ..., None
-        ]  # (B, Hkv, G, r, 1)
+        least = torch.matmul(q, segment.key_min.to(q.dtype).mT)  # (B, Hkv, r, G)
+        least = least.transpose(2, 3)[..., None]
     for g0, g1, s0, s1 in _pieces(segment, d):
         tiles = numbers.of(segment.key[:, :, g0:g1, s0:s1])
         if least is None:
