@@ -1,6 +1,6 @@
 """What patches cost a language model, and what an evictor gains: ratios within one run, on real weights.
 
-    python benchmarks/llm.py [--model demo:smollm2] [--parts costs edits denoiser] [--dtypes float32 bfloat16]
+    python benchmarks/llm.py [--model demo:smollm2] [--parts costs edits memory denoiser] [--dtypes float32 bfloat16]
                              [--tokens 4096] [--short 256] [--new-tokens 32] [--repeats 7] [--short-repeats 41]
                              [--half 0.4]
 
@@ -11,7 +11,8 @@ clock; run it on a machine that does nothing else.
 
 costs: what should cost nothing. The work that a patch adds to a call does not grow with the tokens, so it is looked
 for in short calls, of which there can be many: ``--short`` tokens, ``--short-repeats`` times.
-edits: ACT on every head, and H2O with a fifth of the cache, at ``--tokens``. denoiser: entropy scaling on a UNet.
+edits: ACT on every head, and H2O with a fifth of the cache, at ``--tokens``. memory: ACT's extra peak at the same
+length, beside that of eager attention. denoiser: entropy scaling on a UNet.
 Results: benchmarks/results/llm-<part>-<dtype>-<cpu>.json and .md, each as soon as it is there.
 """
 
@@ -47,6 +48,7 @@ PREFILL_LIMITS = {"float32": {"act": 1.5, "h2o": 1.4}, "bfloat16": {"act": 1.8, 
 PARTS = {
     "costs": "What should cost a language model nothing",
     "edits": "What edits and evictors cost a language model",
+    "memory": "What an edit of the probabilities needs of memory",
     "denoiser": "What scaling costs a denoiser",
 }
 PROBE = 256  # tokens on which patches are verified
@@ -94,27 +96,21 @@ def _language(dtype: str, facts: dict[str, Any], options: Any) -> None:
         short = Text(loaded.model, ids[:, : options.short + options.new_tokens], options.short)
         print(f"{dtype}: {options.short} tokens, {few} repeats", flush=True)
         _keep("costs", dtype, facts, _costs(loaded.model, short, dtype, gate, few), notes)
+    long = Text(loaded.model, ids[:, : options.tokens + options.new_tokens], options.tokens)
     if "edits" in options.parts:
-        long = Text(loaded.model, ids[:, : options.tokens + options.new_tokens], options.tokens)
         print(f"{dtype}: {options.tokens} tokens, {some} repeats", flush=True)
         claims, said = _edits(loaded.model, long, dtype, gate, some)
         _keep("edits", dtype, facts, claims, [*notes, *said])
-        more = _memory(loaded.model, long, dtype, gate)
-        _keep("edits", dtype, facts, more, [*notes, *said], claims)
+    if "memory" in options.parts:
+        print(f"{dtype}: {options.tokens} tokens, peaks", flush=True)
+        _keep("memory", dtype, facts, _memory(loaded.model, long, dtype, gate), notes[:1])
 
 
-def _keep(
-    part: str,
-    dtype: str,
-    facts: dict[str, Any],
-    claims: list[Claim],
-    notes: list[str],
-    earlier: Sequence[Claim] = (),
-) -> None:
-    """Print ``claims``, and write them behind the ``earlier`` ones: a run that is ended leaves its numbers."""
+def _keep(part: str, dtype: str, facts: dict[str, Any], claims: list[Claim], notes: list[str]) -> None:
+    """Print and write the claims of one part: a run that is ended leaves what it had."""
     for claim in claims:
         print("  ".join(cell for cell in claim.cells() if cell), flush=True)
-    write(f"llm-{part}-{dtype}", f"{PARTS[part]}, {dtype}", facts, [*earlier, *claims], notes)
+    write(f"llm-{part}-{dtype}", f"{PARTS[part]}, {dtype}", facts, claims, notes)
 
 
 def red(model: nn.Module, ids: torch.Tensor, what: Any) -> str:
