@@ -50,6 +50,37 @@ def triton_reasons(tensors: Iterable[Tensor | None]) -> tuple[str, ...]:
 
 
 @functools.cache
+def numba_missing() -> str | None:
+    """Why Numba's loops cannot run here, or None. Imports it: an installed one may not like the NumPy beside it."""
+    if importlib.util.find_spec("numba") is None:
+        return "numba: not installed (pip install 'trainless[numba]')"
+    try:
+        from .openmp import library, switched_off
+    except Exception as error:
+        return f"numba: cannot be imported ({error})"
+    if switched_off():
+        return "numba: switched off by NUMBA_DISABLE_JIT"
+    if library() is None:
+        return "numba: torch does not run on GNU OpenMP here"
+    return None
+
+
+def numba_reasons(tensors: Iterable[Tensor | None]) -> tuple[str, ...]:
+    """Why the form that Numba compiles for the CPU cannot take these tensors; empty when it can."""
+    given = [t for t in tensors if t is not None]
+    reasons = []
+    if not all(t.device.type == "cpu" for t in given):
+        reasons.append("numba: needs CPU tensors")
+    elif any(t.requires_grad for t in given) and torch.is_grad_enabled():
+        reasons.append("numba: no gradient")
+    elif torch.compiler.is_compiling():
+        reasons.append("numba: inside torch.compile")
+    elif (missing := numba_missing()) is not None:
+        reasons.append(missing)
+    return tuple(reasons)
+
+
+@functools.cache
 def fast_half_matmul() -> bool:
     """Whether this CPU has tile instructions for half precision (AMX)."""
     probe = getattr(torch.cpu, "_is_amx_tile_supported", None)
@@ -69,6 +100,7 @@ def available() -> dict[str, Choice]:
         )  # fmt: skip
         return {name: Choice("triton") for name in names}
     why = (missing or "triton: no CUDA device",)
+    compiled = ("numba: needs CPU tensors",) if cuda else tuple(filter(None, [numba_missing()]))
     # On a GPU without Triton everything is the blocked form; the fused operator is the CPU's.
     return {
         "lse": Choice("blocked", why) if cuda else Choice("fused"),
@@ -78,5 +110,5 @@ def available() -> dict[str, Choice]:
         "linear": Choice("blocked", why),
         "window2d": Choice("blocked", why),
         "block_sparse": Choice("blocked", why),
-        "quant_kv": Choice("blocked", why),
+        "quant_kv": Choice("blocked", (*why, *compiled)) if compiled else Choice("numba"),
     }

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from ...errors import InputError
 from ..common import Terms
-from ..dispatch import Choice, triton_reasons
+from ..dispatch import Choice, numba_reasons, triton_reasons
 from ..lse import attention
 from ..masks import Visibility
 from ..visibility import visibility
 from . import blocked
-from .blocked import dequantise, weigh
+from . import rows as softmax
+from .blocked import dequantise
 from .format import RAW, Segment
 
 BLOCK = 1024  # tokens dequantised at a time where many query rows meet packed keys
@@ -34,8 +36,11 @@ def choose(query: Tensor, segments: Sequence[Segment], *, terms: Terms) -> Choic
         shapes.append(f"triton: head width {query.shape[-1]}")
     if 0 in query.shape:
         shapes.append("triton: empty input")
-    reasons = (*why, *shapes)
-    return Choice("blocked", reasons) if reasons else Choice("triton")
+    if not (why or shapes):
+        return Choice("triton")
+    slow = numba_reasons((query,))
+    # On a CPU nothing is faster than the compiled form, so only what keeps that one away is of interest.
+    return Choice("blocked", (*why, *shapes, *slow)) if slow else Choice("numba")
 
 
 def packed_rows(
@@ -62,7 +67,21 @@ def packed_rows(
         from .triton import rows as on_triton
 
         return on_triton(query, segments, terms, valid, lse)
-    return blocked.rows(query, segments, terms, valid, lse)
+    return softmax.rows(query, segments, terms, valid, lse, _products(query))
+
+
+def weigh(p: Tensor, segments: Sequence[Segment]) -> Tensor:
+    """Probabilities (B, H, Lq, K) times packed values: (B, H, Lq, Dv) in the dtype of ``p``."""
+    return softmax.weigh(p, segments, _products(p))
+
+
+def _products(tensor: Tensor) -> softmax.Products:
+    """The products with codes for a call on this tensor."""
+    if numba_reasons((tensor,)):
+        return cast(softmax.Products, blocked)
+    from . import compiled
+
+    return cast(softmax.Products, compiled)
 
 
 def packed_attention(

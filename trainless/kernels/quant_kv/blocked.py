@@ -8,74 +8,16 @@ numbers differ by one code, and taking differences is left to the query (for K) 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from ..common import Terms, statistics_dtype
 from .format import RAW, Segment, per_byte, unpack
 
 # Numbers in a tile, measured: smaller ones cost more in calls than they save in the cache; larger ones cost memory.
 TILE = 1 << 20
-
-
-def rows(
-    query: Tensor, segments: Sequence[Segment], terms: Terms, valid: Tensor | None = None, lse: bool = False
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """See ``api.packed_rows``."""
-    b, h, lq, d = query.shape
-    hkv = segments[0].key.shape[1]
-    wide = statistics_dtype(query)
-    r = h // hkv * lq
-    q = query.reshape(b, hkv, r, d).to(wide)
-    z = q.new_empty(b, hkv, r, sum(s.slots for s in segments))
-    start = 0
-    for segment in segments:
-        _logits(q, segment, z[..., start : start + segment.slots])
-        start += segment.slots
-    z = _finish(z.view(b, h, lq, -1), terms, valid, hkv)
-    sinks = terms.sink_logits
-    total = torch.logsumexp(z, -1) if lse else None
-    if sinks is not None:
-        sink = sinks.to(wide)[None, :, None, None].expand(b, h, lq, 1)
-        p = torch.softmax(torch.cat([z, sink], -1), -1)[..., :-1]
-        if total is not None:
-            total = torch.where(total.isneginf(), total, torch.logaddexp(total, sink[..., 0]))
-    else:
-        p = torch.softmax(z, -1)
-        if valid is not None:
-            p = p.nan_to_num_(0.0)  # rows without a valid key
-    return weigh(p, segments).to(query.dtype), p, total
-
-
-def _finish(z: Tensor, terms: Terms, valid: Tensor | None, hkv: int) -> Tensor:
-    z.mul_(terms.scale)
-    if terms.softcap is not None:
-        z.div_(terms.softcap).tanh_().mul_(terms.softcap)
-    if terms.position_bias is not None:
-        z += terms.position_bias
-    if valid is not None:
-        b, h, lq, slots = z.shape
-        grouped = z.view(b, hkv, h // hkv, lq, slots)
-        seen = valid.unflatten(1, (hkv, -1)) if valid.shape[1] == h else valid[:, :, None]
-        grouped.masked_fill_(~seen, -torch.inf)
-    return z
-
-
-def weigh(p: Tensor, segments: Sequence[Segment]) -> Tensor:
-    """Probabilities (B, H, Lq, K) times packed values: (B, H, Lq, Dv) in the dtype of ``p``."""
-    b, h, lq, _ = p.shape
-    hkv = segments[0].value.shape[1]
-    p = p.reshape(b, hkv, h // hkv * lq, -1)
-    out, start = None, 0
-    for segment in segments:
-        part = _values(p[..., start : start + segment.slots], segment)
-        out = part if out is None else out + part
-        start += segment.slots
-    assert out is not None
-    return out.view(b, h, lq, -1)
 
 
 def dequantise(segment: Segment, lo: int, hi: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -164,10 +106,14 @@ class _Numbers:
         return found
 
 
-def _logits(q: Tensor, segment: Segment, z: Tensor) -> None:
-    """q·k for every slot into z (B, Hkv, r, slots)."""
+def logits(q: Tensor, segment: Segment, z: Tensor, start: int) -> None:
+    """See ``rows.Products``."""
     b, hkv, _, d = q.shape
+    z = z[..., start : start + segment.slots]
     if not segment.slots:
+        return
+    if segment.k_bits == RAW and segment.key.dtype == q.dtype:
+        z.copy_(q @ segment.key.flatten(2, 3).mT)
         return
     if segment.index is not None:
         step = max(1, TILE // (b * hkv * d))
@@ -200,9 +146,13 @@ def _logits(q: Tensor, segment: Segment, z: Tensor) -> None:
         into.copy_(part.view(b, hkv, g1 - g0, *part.shape[1:]).transpose(2, 3))
 
 
-def _values(p: Tensor, segment: Segment) -> Tensor:
-    """Probabilities (B, Hkv, r, slots) times the values of a segment: (B, Hkv, r, Dv)."""
-    b, hkv, r, slots = p.shape
+def values(p: Tensor, segment: Segment, start: int) -> Tensor:
+    """See ``rows.Products``."""
+    slots = segment.slots
+    p = p[..., start : start + slots]
+    if segment.v_bits == RAW and segment.value.dtype == p.dtype:
+        return p @ segment.value.flatten(2, 3)
+    b, hkv, r, _ = p.shape
     dv, bits = segment.widths[1], segment.v_bits
     out = p.new_zeros(b, hkv, r, dv)
     if not slots:

@@ -1,0 +1,110 @@
+"""Loops that Numba compiles, on the threads that torch already has.
+
+A second pool of threads would not do: torch's OpenMP threads wait for their next task by spinning, and take the
+processors from every other pool meanwhile (measured: two threads of a pool of ours were no faster than one). So a loop
+is handed to the OpenMP library that torch has loaded, as torch's own operators are.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import llvmlite.binding
+import numba
+import torch
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+# A product and a sum may round once instead of twice. NaN and infinity keep their meaning.
+FUSED = {"contract", "nsz"}
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The GNU OpenMP library that torch has loaded, or None: another system's, or one that cannot be told apart."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return None
+    found = {line.split(maxsplit=5)[5] for line in lines if line.count(" ") >= 5 and "gomp" in line}
+    # Other packages bring copies of their own. Torch's lies in its folder or, in some builds, is the only one.
+    own = {path for path in found if Path(path).is_relative_to(Path(torch.__file__).parent)} or found
+    if len(own) != 1:
+        return None
+    (path,) = own
+    llvmlite.binding.load_library_permanently(path)  # where compiled code looks for what it does not define
+    return ctypes.CDLL(path)
+
+
+def switched_off() -> bool:
+    return bool(getattr(numba.config, "DISABLE_JIT", 0))
+
+
+def compile_loop(function: Callable[..., Any]) -> Any:
+    """Sums are added up in the order that is written."""
+    return _kept(lambda cache: numba.njit(nogil=True, fastmath=FUSED, cache=cache)(function))
+
+
+def compile_sum(function: Callable[..., Any]) -> Any:
+    """Sums may be reordered, without which those over neighbours in memory could not run side by side in a register.
+
+    The loop of such a sum must store nothing: where it does, the compiler makes a second version for arrays that
+    might overlap, it is decided by addresses which one runs, and the two round differently.
+    """
+    return _kept(lambda cache: numba.njit(nogil=True, fastmath=FUSED | {"reassoc"}, cache=cache)(function))
+
+
+def inlined(function: Callable[..., Any]) -> Any:
+    """A piece of a loop, in a function of its own for readers only."""
+    return numba.njit(inline="always")(function)
+
+
+def compile_body(function: Callable[..., None]) -> Any:
+    """A thread's part of a loop: ``function(data)``, data a pointer to int64."""
+    signature = types.void(types.CPointer(types.int64))
+    return _kept(lambda cache: numba.cfunc(signature, cache=cache)(function))
+
+
+def _kept(compiled: Callable[[bool], Any]) -> Any:
+    try:
+        return compiled(True)
+    except RuntimeError:  # no folder that the machine code could be kept in
+        return compiled(False)
+
+
+_me = types.ExternalFunction("omp_get_thread_num", types.int32())
+_all = types.ExternalFunction("omp_get_num_threads", types.int32())
+
+
+@compile_loop
+def part(items):  # type: ignore[no-untyped-def]
+    """Inside a body: which of the items [first, last) are this thread's."""
+    me, number = _me(), _all()
+    return items * me // number, items * (me + 1) // number  # type: ignore
+
+
+@intrinsic
+def pointer(context, address):  # type: ignore[no-untyped-def]
+    """Inside a body: an address as what ``numba.carray`` takes."""
+
+    def code(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
+
+    return types.voidptr(types.int64), code
+
+
+def run(body: Any, data: Sequence[int], threads: int) -> None:
+    """Run a body once on each of ``threads`` threads; addresses among the data must stay good until it returns."""
+    found = library()
+    assert found is not None
+    packed = (ctypes.c_int64 * len(data))(*data)
+    # The body by itself too, where one thread is enough: other machine code might round in another order.
+    if threads == 1:
+        ctypes.CFUNCTYPE(None, ctypes.c_void_p)(body.address)(packed)
+    else:
+        found.GOMP_parallel(ctypes.c_void_p(body.address), packed, ctypes.c_uint(threads), 0)
