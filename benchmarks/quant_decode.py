@@ -5,7 +5,8 @@
 
 Stock is what a step of a DynamicCache layer does: the new key and value are joined to all that is held, then
 scaled_dot_product_attention reads them; fused alone leaves the joining out. Packed reads the codes of all but the
-last 128 tokens. All take turns in one run; a form that is wrong against float64 on what it unpacks to gets no number.
+last 128 tokens, in the form that is chosen here, and at 4 bits in the blocked form too. All take turns in one run; a
+form that is wrong against float64 on what it unpacks to gets no number.
 
 Then the whole model, in float32: it reads a text of so many tokens once with a stock cache and once under the
 method, and the two go on by turns, a few tokens each; that is what a user sees of it.
@@ -30,7 +31,7 @@ from transformers import DynamicCache
 import trainless
 from trainless.bench.subjects import token_ids
 from trainless.kernels.common import Terms
-from trainless.kernels.quant_kv import packed_rows, quantise, raw, reference
+from trainless.kernels.quant_kv import blocked, choose, packed_rows, quantise, raw, reference, rows
 from trainless.models import load
 from trainless.report import size
 
@@ -81,18 +82,23 @@ class Step:
             self.query, self.key, self.value, scale=self.scale, enable_gqa=True
         )
 
-    def on_codes(self, segments: list) -> Callable[[], Tensor]:
+    def on_codes(self, segments: list, form: Any = None) -> Callable[[], Tensor]:
+        """form: a module with the products of one form; None: the one that is chosen here."""
+
         def run() -> Tensor:
             near = [torch.cat([t, n], 2) for t, n in zip(self.tail, self.new, strict=True)]
-            return packed_rows(self.query, [segments[0], raw(near[0], near[1])], scale=self.scale)[0]
+            both = [segments[0], raw(near[0], near[1])]
+            if form is None:
+                return packed_rows(self.query, both, scale=self.scale)[0]
+            return rows.rows(self.query, both, Terms(self.scale), None, False, form)[0]
 
         return run
 
-    def error(self, segments: list) -> float:
+    def error(self, segments: list, form: Any = None) -> float:
         near = [torch.cat([t, n], 2) for t, n in zip(self.tail, self.new, strict=True)]
         whole = [segments[0], raw(near[0], near[1])]
         want = reference.rows(self.query.double(), whole, Terms(self.scale))[0]
-        return float((self.on_codes(segments)().double() - want).abs().max())
+        return float((self.on_codes(segments, form)().double() - want).abs().max())
 
 
 def timed(run: Callable[[], Tensor], device: torch.device) -> float:
@@ -109,19 +115,23 @@ def measure(shape: Shape, length: int, dtype: torch.dtype, device: torch.device,
     runs: list[tuple[Claim, Callable[[], Tensor]]] = [
         (Claim(f"fused attention alone, {shape.name}, {length} tokens", kind), step.fused)
     ]
-    for k_bits, v_bits, group in ((4, 4, GROUP), (4, 4, 0), (2, 2, GROUP), (8, 8, GROUP)):
+    sets: list[tuple[int, int, int, Any]] = [
+        (4, 4, GROUP, None), (4, 4, GROUP, blocked), (4, 4, 0, None), (2, 2, GROUP, None), (8, 8, GROUP, None),
+    ]  # fmt: skip
+    for k_bits, v_bits, group, form in sets:
         segments = step.segments(k_bits, v_bits, group)
+        chosen = choose(step.query, segments, terms=Terms(step.scale)).name if form is None else "blocked"
         held = sum(s.code_bytes + s.parameter_bytes for s in segments[:1])
         held += sum(t.numel() * t.element_size() for t in step.tail)
-        name = f"packed {k_bits} bits, groups of {group or 'all'}, {shape.name}, {length} tokens"
-        first = (k_bits, group) == (4, GROUP)
+        name = f"packed {k_bits} bits, groups of {group or 'all'}, {chosen}, {shape.name}, {length} tokens"
+        first = (k_bits, group, form) == (4, GROUP, None)
         claim = Claim(
             name, kind, high=1.0 if first and length >= 8192 else None, note=f"{held / own:.1%} of the bytes"
         )
-        wrong = step.error(segments)
+        wrong = step.error(segments, form)
         if wrong > TOLERANCE[dtype]:
             claim.withheld = f"wrong: off by {wrong:.1e}"
-        runs.append((claim, step.on_codes(segments)))
+        runs.append((claim, step.on_codes(segments, form)))
     for _, run in runs:
         run()
     base = []

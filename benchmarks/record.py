@@ -82,7 +82,7 @@ class Claim:
 def about() -> dict[str, Any]:
     """Date, machine, versions and command of this run."""
     versions = {"python": platform.python_version()}
-    for name in ("trainless", "torch", "transformers", "diffusers"):
+    for name in ("trainless", "torch", "transformers", "diffusers", "numba"):
         try:
             versions[name] = version(name)
         except PackageNotFoundError:
