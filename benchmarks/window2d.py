@@ -84,7 +84,9 @@ class Flex:
                 return text | (dy * dy + dx * dx <= most)
 
             n = w.tokens
-            self.masks[w] = create_block_mask(rule, None, None, n, n, device=str(c.device), _compile=n > 4096)
+            # Compiled, or the mask of all pairs lies in memory for a moment.
+            make = torch.compile(create_block_mask) if n > 4096 else create_block_mask
+            self.masks[w] = make(rule, None, None, n, n, device=str(c.device))
         found: Tensor = self.compiled(c.q, c.k, c.v, block_mask=self.masks[w], scale=c.scale)
         return found
 
