@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 # Why Triton kernels cannot run for a tensor, in one place for all operations.
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -68,16 +70,25 @@ def numba_missing() -> str | None:
 def numba_reasons(tensors: Iterable[Tensor | None]) -> tuple[str, ...]:
     """Why the form that Numba compiles for the CPU cannot take these tensors; empty when it can."""
     given = [t for t in tensors if t is not None]
-    reasons = []
     if not all(t.device.type == "cpu" for t in given):
-        reasons.append("numba: needs CPU tensors")
-    elif any(t.requires_grad for t in given) and torch.is_grad_enabled():
-        reasons.append("numba: no gradient")
-    elif torch.compiler.is_compiling():
-        reasons.append("numba: inside torch.compile")
-    elif (missing := numba_missing()) is not None:
-        reasons.append(missing)
-    return tuple(reasons)
+        return ("numba: needs CPU tensors",)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in given):
+        return ("numba: no gradient",)
+    if _recorded() or any(type(t) not in (Tensor, torch.nn.Parameter) for t in given):
+        return ("numba: operations are being recorded or transformed",)
+    missing = numba_missing()
+    return () if missing is None else (missing,)
+
+
+def _recorded() -> bool:
+    """Whether somebody looks at the operations of torch, in which a loop that is none of them would be missing."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or _get_current_dispatch_mode() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+    )
 
 
 @functools.cache

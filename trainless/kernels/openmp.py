@@ -3,6 +3,8 @@
 A second pool of threads would not do: torch's OpenMP threads wait for their next task by spinning, and take the
 processors from every other pool meanwhile (measured: two threads of a pool of ours were no faster than one). So a loop
 is handed to the OpenMP library that torch has loaded, as torch's own operators are.
+
+Numba keeps machine code by the file that a loop stands in. After a change here, delete ``__pycache__`` beside it.
 """
 
 from __future__ import annotations
@@ -13,9 +15,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import llvmlite.binding
 import numba
 import torch
+from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -31,14 +33,12 @@ def library() -> ctypes.CDLL | None:
         lines = Path("/proc/self/maps").read_text().splitlines()
     except OSError:
         return None
-    found = {line.split(maxsplit=5)[5] for line in lines if line.count(" ") >= 5 and "gomp" in line}
+    paths = {Path(line.split(maxsplit=5)[5]) for line in lines if line.count(" ") >= 5 and "gomp" in line}
+    found = {path for path in paths if "gomp" in path.name}
     # Other packages bring copies of their own. Torch's lies in its folder or, in some builds, is the only one.
-    own = {path for path in found if Path(path).is_relative_to(Path(torch.__file__).parent)} or found
-    if len(own) != 1:
-        return None
-    (path,) = own
-    llvmlite.binding.load_library_permanently(path)  # where compiled code looks for what it does not define
-    return ctypes.CDLL(path)
+    home = Path(torch.__file__).resolve().parent
+    own = {path for path in found if path.is_relative_to(home)} or found
+    return ctypes.CDLL(str(own.pop())) if len(own) == 1 else None
 
 
 def switched_off() -> bool:
@@ -77,17 +77,6 @@ def _kept(compiled: Callable[[bool], Any]) -> Any:
         return compiled(False)
 
 
-_me = types.ExternalFunction("omp_get_thread_num", types.int32())
-_all = types.ExternalFunction("omp_get_num_threads", types.int32())
-
-
-@compile_loop
-def part(items):  # type: ignore[no-untyped-def]
-    """Inside a body: which of the items [first, last) are this thread's."""
-    me, number = _me(), _all()
-    return items * me // number, items * (me + 1) // number  # type: ignore
-
-
 @intrinsic
 def pointer(context, address):  # type: ignore[no-untyped-def]
     """Inside a body: an address as what ``numba.carray`` takes."""
@@ -98,11 +87,28 @@ def pointer(context, address):  # type: ignore[no-untyped-def]
     return types.voidptr(types.int64), code
 
 
+@intrinsic
+def take(context, data):  # type: ignore[no-untyped-def]
+    """Inside a body: the next number from 0 on that no other thread has taken.
+
+    Threads are not numbered: who asks OpenMP for a number may be answered by another library than the one that
+    started the thread, and there may be fewer threads than were asked for.
+    """
+
+    def code(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        return builder.atomic_rmw("add", arguments[0], ir.Constant(ir.IntType(64), 1), "monotonic")
+
+    return types.int64(types.CPointer(types.int64)), code
+
+
 def run(body: Any, data: Sequence[int], threads: int) -> None:
-    """Run a body once on each of ``threads`` threads; addresses among the data must stay good until it returns."""
+    """Run a body on up to ``threads`` threads; addresses among the data must stay good until it returns.
+
+    The body is given an array of int64: a counter for ``take``, then the data.
+    """
     found = library()
     assert found is not None
-    packed = (ctypes.c_int64 * len(data))(*data)
+    packed = (ctypes.c_int64 * (len(data) + 1))(0, *data)
     # The body by itself too, where one thread is enough: other machine code might round in another order.
     if threads == 1:
         ctypes.CFUNCTYPE(None, ctypes.c_void_p)(body.address)(packed)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterable, Iterator, Sequence
 from typing import cast
 
 import torch
@@ -38,8 +39,8 @@ def choose(query: Tensor, segments: Sequence[Segment], *, terms: Terms) -> Choic
         shapes.append("triton: empty input")
     if not (why or shapes):
         return Choice("triton")
-    slow = numba_reasons((query,))
     # On a CPU nothing is faster than the compiled form, so only what keeps that one away is of interest.
+    _, slow = _products(_involved(query, segments, terms))
     return Choice("blocked", (*why, *shapes, *slow)) if slow else Choice("numba")
 
 
@@ -67,21 +68,50 @@ def packed_rows(
         from .triton import rows as on_triton
 
         return on_triton(query, segments, terms, valid, lse)
-    return softmax.rows(query, segments, terms, valid, lse, _products(query))
+    form, _ = _products(_involved(query, segments, terms))
+    return softmax.rows(query, segments, terms, valid, lse, form)
 
 
 def weigh(p: Tensor, segments: Sequence[Segment]) -> Tensor:
-    """Probabilities (B, H, Lq, K) times packed values: (B, H, Lq, Dv) in the dtype of ``p``."""
-    return softmax.weigh(p, segments, _products(p))
+    """Probabilities (B, H, Lq, K) times packed values: (B, H, Lq, Dv) in the dtype of ``p``.
+
+    Raises InputError when K is not the number of slots.
+    """
+    slots = sum(s.slots for s in segments)
+    if p.shape[-1] != slots:
+        raise InputError(f"probabilities over {p.shape[-1]} keys, but the segments have {slots} slots")
+    return softmax.weigh(p, segments, _products(_involved(p, segments))[0])
 
 
-def _products(tensor: Tensor) -> softmax.Products:
-    """The products with codes for a call on this tensor."""
-    if numba_reasons((tensor,)):
-        return cast(softmax.Products, blocked)
-    from . import compiled
+def _involved(
+    tensor: Tensor, segments: Sequence[Segment], terms: Terms | None = None
+) -> Iterator[Tensor | None]:
+    """The tensors on which it depends whether a gradient is wanted and where the call can run."""
+    yield tensor
+    if terms is not None:
+        yield from (terms.position_bias, terms.sink_logits)
+    for s in segments:
+        yield from (s.key, s.value, s.key_step, s.key_min, s.value_step, s.value_min, s.value_root, s.index)
 
-    return cast(softmax.Products, compiled)
+
+def _products(tensors: Iterable[Tensor | None]) -> tuple[softmax.Products, tuple[str, ...]]:
+    """The products with codes for a call with these tensors, and why they are no faster ones."""
+    reasons = numba_reasons(tensors)
+    if not reasons:
+        form, reasons = _compiled()
+        if form is not None:
+            return form, ()
+    return cast(softmax.Products, blocked), reasons
+
+
+@functools.cache
+def _compiled() -> tuple[softmax.Products | None, tuple[str, ...]]:
+    """The compiled products, or why there are none: compiling writes files, and may fail like anything that does."""
+    try:
+        from . import compiled
+    except Exception as error:
+        return None, (f"numba: cannot compile here ({type(error).__name__}: {error})",)
+    return cast(softmax.Products, compiled), ()
 
 
 def packed_attention(
@@ -145,9 +175,17 @@ def _check(query: Tensor, segments: Sequence[Segment], valid: Tensor | None) -> 
     if query.dim() != 4 or not segments:
         raise InputError("packed attention: a query (B, H, Lq, D) and at least one segment are needed")
     b, h, lq, d = query.shape
+    heads = segments[0].key.shape[1]
     for s in segments:
         kb, hkv = s.key.shape[:2]
-        if kb != b or not hkv or h % hkv or s.widths[0] != d or s.value.shape[:4] != s.key.shape[:4]:
+        if (
+            kb != b
+            or not hkv
+            or hkv != heads
+            or h % hkv
+            or s.widths[0] != d
+            or s.value.shape[:4] != s.key.shape[:4]
+        ):
             raise InputError(
                 f"query {tuple(query.shape)} and packed keys {tuple(s.key.shape)} of {s.k_bits} bits do not fit"
             )

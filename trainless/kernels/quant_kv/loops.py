@@ -16,7 +16,7 @@ from __future__ import annotations
 import numpy as np
 from numba import carray
 
-from ..openmp import compile_body, compile_loop, compile_sum, inlined, part, pointer
+from ..openmp import compile_body, compile_loop, compile_sum, inlined, pointer, take
 
 SPAN = 1024  # slots that one sum runs over
 STEP = 4  # tokens unpacked at a time
@@ -159,36 +159,40 @@ def values(p, codes, step, least, root, index, size, bits, spans, first, last, s
 
 @compile_body
 def logits_part(data):
-    n = carray(data, 18)
-    lanes, r, d, slots, width, groups = n[:6]
-    indexed, k, size, bits, spans, start = n[6:12]
-    q, codes, step, least, index, z = n[12:]
-    first, last = part(lanes * spans)
-    logits(
-        carray(pointer(q), (lanes, r, d), np.float32),
-        carray(pointer(codes), (lanes, slots, width), np.uint8),
-        carray(pointer(step), (lanes, groups, d), np.float32),
-        carray(pointer(least), (lanes, groups, d), np.float32),
-        carray(pointer(index), (lanes, indexed), np.int32),
-        size, bits, spans, first, last, start,
-        carray(pointer(z), (lanes, r, k), np.float32),
-    )  # fmt: skip
+    n = carray(data, 19)
+    lanes, r, d, slots, width, groups = n[1:7]
+    indexed, k, size, bits, spans, start = n[7:13]
+    q, codes, step, least, index, z = n[13:]
+    item = take(data)
+    while item < lanes * spans:
+        logits(
+            carray(pointer(q), (lanes, r, d), np.float32),
+            carray(pointer(codes), (lanes, slots, width), np.uint8),
+            carray(pointer(step), (lanes, groups, d), np.float32),
+            carray(pointer(least), (lanes, groups, d), np.float32),
+            carray(pointer(index), (lanes, indexed), np.int32),
+            size, bits, spans, item, item + 1, start,
+            carray(pointer(z), (lanes, r, k), np.float32),
+        )  # fmt: skip
+        item = take(data)
 
 
 @compile_body
 def values_part(data):
-    n = carray(data, 19)
-    lanes, r, d, slots, width, groups = n[:6]
-    indexed, k, size, bits, spans, start = n[6:12]
-    p, codes, step, least, root, index, out = n[12:]
-    first, last = part(lanes * spans)
-    values(
-        carray(pointer(p), (lanes, r, k), np.float32),
-        carray(pointer(codes), (lanes, slots, width), np.uint8),
-        carray(pointer(step), (lanes, slots), np.float32),
-        carray(pointer(least), (lanes, slots), np.float32),
-        carray(pointer(root), (lanes, groups, d), np.float32),
-        carray(pointer(index), (lanes, indexed), np.int32),
-        size, bits, spans, first, last, start,
-        carray(pointer(out), (lanes * spans, r, d), np.float32),
-    )  # fmt: skip
+    n = carray(data, 20)
+    lanes, r, d, slots, width, groups = n[1:7]
+    indexed, k, size, bits, spans, start = n[7:13]
+    p, codes, step, least, root, index, out = n[13:]
+    item = take(data)
+    while item < lanes * spans:
+        values(
+            carray(pointer(p), (lanes, r, k), np.float32),
+            carray(pointer(codes), (lanes, slots, width), np.uint8),
+            carray(pointer(step), (lanes, slots), np.float32),
+            carray(pointer(least), (lanes, slots), np.float32),
+            carray(pointer(root), (lanes, groups, d), np.float32),
+            carray(pointer(index), (lanes, indexed), np.int32),
+            size, bits, spans, item, item + 1, start,
+            carray(pointer(out), (lanes * spans, r, d), np.float32),
+        )  # fmt: skip
+        item = take(data)
