@@ -16,6 +16,7 @@ nothing (benchmarks/window2d.py prints the distance to what the pairs alone woul
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -44,12 +45,20 @@ class Run:
 def runs(size: int, tile: int, reach: int) -> list[Run]:
     """Tiles that cover an axis of ``size`` tokens: those with a whole halo as one run, wider ones beside it."""
     inside = max(0, (size - 2 * reach) // tile)
-    first = reach if inside > 1 else size
-    last = reach + inside * tile if inside > 1 else size
-    found = [_cut(a, min(a + 2 * tile, first), size, reach) for a in range(0, first, 2 * tile)]
-    if inside > 1:
-        found.append(Run(first, first + tile, 0, first + tile + reach, inside, tile))
-    return found + [_cut(a, min(a + 2 * tile, size), size, reach) for a in range(last, size, 2 * tile)]
+    if inside <= 1:
+        return _even(0, size, 2 * tile, size, reach)
+    # What is left over is shared between both ends: every tile of its own is a call of its own.
+    first = (size - inside * tile) // 2
+    last = first + inside * tile
+    run = Run(first, first + tile, first - reach, first + tile + reach, inside, tile)
+    return [*_even(0, first, 2 * tile, size, reach), run, *_even(last, size, 2 * tile, size, reach)]
+
+
+def _even(start: int, stop: int, widest: int, size: int, reach: int) -> list[Run]:
+    """As few tiles as it takes, of nearly the same width."""
+    count = -(-(stop - start) // widest)
+    cuts = [start + (stop - start) * n // count for n in range(count + 1)] if count else []
+    return [_cut(a, b, size, reach) for a, b in pairwise(cuts)]
 
 
 def _cut(q0: int, q1: int, size: int, reach: int) -> Run:
