@@ -128,7 +128,7 @@ def test_odd_surroundings(setting, tmp_path):
 
 
 @needs_numba
-@pytest.mark.parametrize("setting", [{"OMP_THREAD_LIMIT": "1"}, {"OMP_DYNAMIC": "true"}, {}])
+@pytest.mark.parametrize("setting", [{"OMP_THREAD_LIMIT": "1"}, {}])
 def test_however_many_threads_openmp_gives(setting):
     """Nothing may be left out, or done twice, where OpenMP starts another number of threads than was asked for."""
     code = (
