@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from ..errors import Unsupported
+from ..errors import InputError, Unsupported
 from ..models import Description, Loaded
 from . import params as parameters
 from .engine import Output
@@ -31,6 +32,10 @@ class ImageEngine:
     ):
         self.description, self.size, self.steps = description, size, steps
         self.takes = _signature(description)
+        self.multiple = pixel_multiple(description)
+        for side, pixels in zip(("height", "width"), size or (), strict=False):
+            if pixels % self.multiple:
+                raise InputError(f"--size: {self._uneven(side, pixels)}")
         for option, name, value in (("--size", "height", size), ("--steps", "num_inference_steps", steps)):
             if value is not None and name not in self.takes:
                 raise Unsupported(f"{description.type} takes no {name}, so {option} cannot be used with it")
@@ -65,6 +70,18 @@ class ImageEngine:
         if item.negative_prompt is not None and "negative_prompt" not in self.takes:
             faults.add(item.where, f"{name} takes no negative_prompt")
         parameters.check_params(item.params, self.known, self.description.type, item.where, faults)
+        for name in ("height", "width"):
+            value = item.params.get(name)
+            if isinstance(value, int) and value % self.multiple:
+                faults.add(item.where, f"params.{self._uneven(name, value)}")
+
+    def _uneven(self, name: str, value: int) -> str:
+        low = value // self.multiple * self.multiple
+        near = " or ".join(str(n) for n in (low, low + self.multiple) if n)
+        return (
+            f"{name} {value} is no multiple of {self.multiple}, which the autoencoder of {self.description.spec} "
+            f"needs; give {near}"
+        )
 
     def _measure(self, item: Item) -> tuple[int, tuple[str, str] | None]:
         """Tokens of the prompt, and why it cannot be used: the pipeline would cut it short in silence.
@@ -151,6 +168,18 @@ def _image(pixels: Any, flagged: bool) -> Output:
             error=("NotFinite", "the image holds NaN or infinite values; try another dtype or fewer edits")
         )
     return Output(image=Image.fromarray((pixels * 255).round().clip(0, 255).astype("uint8").squeeze()))
+
+
+def pixel_multiple(description: Description) -> int:
+    """What height and width of a picture must be multiples of: 8, or what one pixel of the latents stands for
+    where that is more (32 for the deep-compression autoencoder of Sana)."""
+    try:
+        text = (description.source.folder / "vae" / "config.json").read_text(encoding="utf-8")
+        config = json.loads(text)
+    except (OSError, ValueError):  # what is wrong with a model's files is said when they are loaded
+        return 8
+    levels = config.get("block_out_channels") or config.get("encoder_block_out_channels") or []
+    return max(8, 2 ** (len(levels) - 1) if levels else 1)
 
 
 def _signature(description: Description) -> dict[str, Any]:

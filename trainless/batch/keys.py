@@ -54,6 +54,7 @@ class Job:
     length: int = 0
     tokens: list[int] = field(default_factory=list)
     refusal: tuple[str, str] | None = None  # error type and message, when it cannot be run
+    note: str | None = None  # what the reader of its record should know
 
 
 def jobs(items: Iterable[Item], settings: Settings) -> list[Job]:

@@ -15,6 +15,7 @@ from ..errors import InputError, Unsupported
 from ..models import Description, Loaded, describe, load, run_dtype
 from .counts import Counts, totals
 from .engine import Engine
+from .foreign import annotate
 from .interrupt import Interrupt
 from .items import Item
 from .keys import UNKNOWN, Job, Settings, jobs, rename
@@ -71,7 +72,8 @@ def generate(request: Request, say: Callable[[str], None] = lambda line: print(l
     store.check(None, request.overwrite)
     if recipe is not None:
         _check_fit(description, recipe)
-    for line in [*(recipe.understood() if recipe is not None else []), *engine.notes]:
+    understood = recipe.understood() if recipe is not None else []
+    for line in [*understood, *engine.notes, *annotate(work, description)]:
         if launch.rank == 0:
             say(line)
     settings = _settings(request, description, engine, recipe)

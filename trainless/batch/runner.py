@@ -111,6 +111,7 @@ def _record(
         "seconds": round(seconds, 6),
         "patch": dict(patch),
         "error": {"type": error[0], "message": error[1]} if error else None,
+        **({"note": job.note} if job.note else {}),
         **({"meta": job.item.meta} if job.item.meta is not None else {}),
     }
 

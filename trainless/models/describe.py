@@ -13,6 +13,7 @@ from . import gguf
 from .extras import require
 from .fingerprint import fingerprint, weight_files
 from .sources import Source, locate
+from .vocabulary import Vocabulary, vocabulary
 
 TEXT, ENCODER, VLM, IMAGE = "text", "encoder", "vlm", "image"
 _WRITES_TEXT = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "WithLMHeadModel")
@@ -88,6 +89,11 @@ class Description:
         from transformers import AutoProcessor
 
         return self._read(AutoProcessor, "processor")
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary | None:
+        """The closed vocabulary that the folder declares, if it does."""
+        return vocabulary(self.source)
 
     def _read(self, auto: Any, what: str) -> Any:
         place, keywords = self.source.origin
