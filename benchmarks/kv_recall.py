@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lines import append, records, said
 from prose import SAID, reference_text
 from record import RESULTS, about
 from torch import Tensor
@@ -61,7 +62,6 @@ FACT = "The secret number of {city} is {number}."
 QUESTION = "Question: What is the secret number of {city}?\nAnswer: The secret number of {city} is"
 FACTS, AWARE = 4, 2  # per context: facts and questions after compression; questions in the prefill
 MORE, PIECE = 128, 8  # tokens of which the likelihood is taken, and how many at a time
-RESAMPLES = 4000
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,6 @@ def main() -> None:
     slug = re.sub(r"[^a-z0-9]+", "-", facts["cpu"].lower()).strip("-")
     out = options.out or RESULTS / f"kv_recall-{slug}.jsonl"
     if not options.report:
-        out.parent.mkdir(parents=True, exist_ok=True)
         variants = [v for v in VARIANTS if _there(v)]
         if options.only:
             variants = [v for v in variants if v == DENSE or any(word in v.name for word in options.only)]
@@ -159,7 +158,7 @@ def _there(variant: Variant) -> bool:
 def measure(options: Any, variants: list[Variant], out: Path) -> None:
     loaded = load(options.model)
     reader = Reader(loaded.model, loaded.tokenizer)
-    done = {(r["task"], r["tokens"], r["item"], r["variant"]) for r in _records(out)}
+    done = {(r["task"], r["tokens"], r["item"], r["variant"]) for r in records(out)}
     tasks: list[tuple[str, int, Callable[[int, Variant], dict[str, Any]]]] = [
         ("recall", options.contexts, lambda i, v: recall(reader, i, options.tokens, v)),
         ("likelihood", options.texts, lambda i, v: likelihood(reader, i, options.tokens, v)),
@@ -173,20 +172,8 @@ def measure(options: Any, variants: list[Variant], out: Path) -> None:
                 with torch.inference_mode():
                     found = run(item, variant)
                 line = {"task": task, "tokens": options.tokens, "item": item, "variant": variant.key, **found}
-                with out.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(line) + "\n")
+                append(out, line)
             print(f"{task}: {item + 1} of {count}", flush=True)
-
-
-def _records(out: Path) -> list[dict[str, Any]]:
-    """What is in the file; a line that a kill has torn is passed over, and the next one starts anew."""
-    if not out.is_file():
-        return []
-    text = out.read_text(encoding="utf-8")
-    if text and not text.endswith("\n"):
-        text = text[: text.rfind("\n") + 1]
-        out.write_text(text, encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
 
 
 class Reader:
@@ -324,17 +311,6 @@ def stored(cache: Any) -> int:
 # ---------------------------------------------------------------- the table
 
 
-def interval(values: list[float]) -> tuple[float, float, float]:
-    """Mean, and its 95 % interval by bootstrap over ``values``, one for each context or text."""
-    data = torch.tensor(values, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.randint(len(data), (RESAMPLES, len(data)), generator=generator)
-    low, high = torch.quantile(
-        data[drawn].mean(1), torch.tensor([0.025, 0.975], dtype=torch.float64)
-    ).tolist()
-    return float(data.mean()), low, high
-
-
 def _mean(values: list[bool]) -> float:
     return sum(values) / len(values)
 
@@ -342,7 +318,7 @@ def _mean(values: list[bool]) -> float:
 def table(out: Path, facts: dict[str, Any], options: Any) -> str:
     """The figures of every variant in the file, in Markdown, against the dense cache."""
     by: dict[str, dict[str, dict[int, dict[str, Any]]]] = {"recall": {}, "likelihood": {}}
-    for record in _records(out):
+    for record in records(out):
         if record["tokens"] == options.tokens:
             by[record["task"]].setdefault(record["variant"], {})[record["item"]] = record
     dense = {task: found.get(DENSE.key, {}) for task, found in by.items()}
@@ -371,19 +347,12 @@ def table(out: Path, facts: dict[str, Any], options: Any) -> str:
         for kind in ("agnostic", "aware"):
             values = [_mean(asked[i][kind]) for i in both]
             against = [_mean(asked[i][kind]) - _mean(dense["recall"][i][kind]) for i in both]
-            cells += [_said(values, ".0%"), _said(against, "+.0%") if variant != DENSE else ""]
+            cells += [said(values, ".0%"), said(against, "+.0%") if variant != DENSE else ""]
         nats = [read[i]["nll"] - dense["likelihood"][i]["nll"] for i in texts]
         level = [read[i]["nll"] for i in texts]
-        cells.append(_said(nats, "+.3f") if variant != DENSE else f"({_said(level, '.3f')})")
+        cells.append(said(nats, "+.3f") if variant != DENSE else f"({said(level, '.3f')})")
         lines.append("| " + " | ".join([*cells, f"{len(both)}, {len(texts)}"]) + " |")
     return "\n".join(lines)
-
-
-def _said(values: list[float], form: str) -> str:
-    if not values:
-        return "–"
-    mean, low, high = interval(values)
-    return f"{mean:{form}} [{low:{form}}, {high:{form}}]"
 
 
 if __name__ == "__main__":
