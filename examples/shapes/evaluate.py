@@ -1,6 +1,6 @@
 """Score an exported model, unpatched or patched through trainless: a table, and JSON with -o.
 
-    python examples/shapes/evaluate.py pipeline out/demo-shapes --prompts 64
+    python examples/shapes/evaluate.py pipeline demo:shapes --prompts 64
     python examples/shapes/evaluate.py pipeline out/demo-shapes --patch entropy -o entropy.json
     python examples/shapes/evaluate.py vlm out/demo-shapes-vlm --pictures 300 --recipe my.yaml
 
@@ -70,12 +70,11 @@ def interval(values: Sequence[float], seed: int = 0, draws: int = 2000) -> dict[
 # ---------------------------------------------------------------- text to image
 
 
-def load_pipeline(folder: str) -> Any:
-    from diffusers import DiffusionPipeline
+def load_pipeline(model: str) -> Any:
+    """The pipeline of a folder, or demo:shapes."""
+    from trainless.models import load
 
-    pipeline = DiffusionPipeline.from_pretrained(folder).to(torch.float32)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return load(model).model.to(torch.float32)
 
 
 def test_requests(number: int, seed: int) -> list[Request]:
@@ -163,11 +162,12 @@ def montage(images: Sequence[Any], columns: int = 8, gap: int = 2) -> Image.Imag
 # ---------------------------------------------------------------- vision and language
 
 
-def load_vlm(folder: str) -> tuple[Any, Any]:
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+def load_vlm(model: str) -> tuple[Any, Any]:
+    """Model and processor of a folder, or of demo:shapes-vlm."""
+    from trainless.models import load
 
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
-    return model, AutoProcessor.from_pretrained(folder)
+    loaded = load(model)
+    return loaded.model.to(torch.float32), loaded.processor
 
 
 @torch.inference_mode()
@@ -275,7 +275,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("kind", choices=["pipeline", "vlm"])
-    parser.add_argument("folder")
+    parser.add_argument("model", help="a folder, demo:shapes or demo:shapes-vlm")
     parser.add_argument("--patch", action="append", default=[], metavar="NAME", help="a method of trainless")
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME.key=value", help="values are JSON"
@@ -300,7 +300,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             parser.error(
                 f"sizes {', '.join(wrong)}: both sides must be multiples of 8 and at least {SIDE // 2}"
             )
-        pipeline = load_pipeline(given.folder)
+        pipeline = load_pipeline(given.model)
         with patching(pipeline, given.patch, given.recipe, given.set) as patch:
             scores = score_pipeline(
                 pipeline, prompts=given.prompts, sizes=sizes, seed=given.seed, steps=given.steps,
@@ -308,7 +308,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )  # fmt: skip
             report = str(patch.report()) if patch is not None else "unpatched"
     else:
-        model, processor = load_vlm(given.folder)
+        model, processor = load_vlm(given.model)
         with patching(model, given.patch, given.recipe, given.set) as patch:
             scores = score_vlm(
                 model, processor, pictures=given.pictures, seed=given.seed, batch=given.batch_size

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +32,12 @@ from scenes import (
 from world import KINDS, Kind, companions, groups_of, popularity
 
 DESCRIBE = "describe the image"
+KNOWN = (
+    f"pictures of coloured shapes, {DESCRIBE!r}, and questions such as 'is there a red circle ?', 'how many blue "
+    "squares are there ?', 'what colour is the star ?', 'what shape is the green thing ?', 'what size is the black "
+    "cross ?', 'is the red circle left of the blue square ?' or 'where is the star ?'. "
+    f"Colours: {', '.join(COLOURS)}; shapes: {', '.join(SHAPES)}"
+)
 COUNTS = ("zero", "one", "two", "three", "four", "five", "six")
 SPLITS = ("random", "popular", "adversarial")
 ANSWERS = {
@@ -239,24 +245,39 @@ class YesNo:
     number: int
 
 
-def score_yes_no(questions: Sequence[Question], texts: Sequence[str]) -> YesNo:
-    """Scores of yes/no answers. A text that answers neither counts as wrong, and as a no in precision and recall."""
-    said = [parse_answer(q, t) for q, t in zip(questions, texts, strict=True)]
-    pairs = Counter((q.answer == "yes", s == "yes") for q, s in zip(questions, said, strict=True))
-    right = sum(q.answer == s for q, s in zip(questions, said, strict=True))
-    hit, false, missed = pairs[True, True], pairs[False, True], pairs[True, False]
+def yes_no_counts(question: Question, text: str) -> Counter[str]:
+    """What one answer adds to the sums that YesNo is made of."""
+    said = parse_answer(question, text)
+    wanted, yes = question.answer == "yes", said == "yes"
+    return Counter(
+        number=1, right=int(said == question.answer), hit=int(wanted and yes), false=int(yes and not wanted),
+        missed=int(wanted and not yes), unanswered=int(said is None),
+    )  # fmt: skip
+
+
+def yes_no_score(total: Mapping[str, float]) -> YesNo:
+    """The scores of summed ``yes_no_counts``."""
+    hit, false, missed = (total.get(name, 0) for name in ("hit", "false", "missed"))
+    number = total["number"]
     precision = hit / (hit + false) if hit + false else 0.0
     recall = hit / (hit + missed) if hit + missed else 0.0
-    total = len(questions)
     return YesNo(
-        accuracy=right / total,
+        accuracy=total.get("right", 0) / number,
         precision=precision,
         recall=recall,
         f1=2 * precision * recall / (precision + recall) if precision + recall else 0.0,
-        yes_ratio=(hit + false) / total,
-        unanswered=sum(s is None for s in said) / total,
-        number=total,
+        yes_ratio=(hit + false) / number,
+        unanswered=total.get("unanswered", 0) / number,
+        number=int(number),
     )
+
+
+def score_yes_no(questions: Sequence[Question], texts: Sequence[str]) -> YesNo:
+    """Scores of yes/no answers. A text that answers neither counts as wrong, and as a no in precision and recall."""
+    total: Counter[str] = Counter()
+    for question, text in zip(questions, texts, strict=True):
+        total.update(yes_no_counts(question, text))
+    return yes_no_score(total)
 
 
 def mentions(text: str) -> list[tuple[int, Kind]]:
@@ -296,31 +317,44 @@ class CaptionScore:
     number: int
 
 
+def caption_counts(scene: Scene, text: str) -> Counter[str]:
+    """What one caption adds to the sums that CaptionScore is made of."""
+    there = Counter(thing.kind for thing in scene.things)
+    said = mentions(text)
+    named: Counter[Kind] = Counter()
+    for count, kind in said:
+        named[kind] += count
+    false = sum(kind not in there for _, kind in said)
+    split = text.split()
+    grams = [tuple(split[i : i + 4]) for i in range(len(split) - 3)]
+    return Counter(
+        captions=1, mentions=len(said), false=false, bad=int(false > 0), kinds=len(there), words=len(split),
+        covered=len(set(there) & set(named)), exact=sum(named[k] == n for k, n in there.items() if k in named),
+        again=len(said) - len(named), distinct=len(named), grams=len(grams), old_grams=len(grams) - len(set(grams)),
+    )  # fmt: skip
+
+
+def caption_score(total: Mapping[str, float]) -> CaptionScore:
+    """The scores of summed ``caption_counts``."""
+
+    def share(part: str, whole: str) -> float:
+        return total.get(part, 0) / max(total.get(whole, 0), 1)
+
+    return CaptionScore(
+        chair_i=share("false", "mentions"),
+        chair_s=share("bad", "captions"),
+        recall=share("covered", "kinds"),
+        counts=share("exact", "covered"),
+        words=share("words", "captions"),
+        repeated=share("again", "mentions"),
+        distinct=share("distinct", "captions"),
+        repeated_4grams=share("old_grams", "grams"),
+        number=int(total["captions"]),
+    )
+
+
 def score_captions(scenes: Sequence[Scene], texts: Sequence[str]) -> CaptionScore:
     total: Counter[str] = Counter()
     for scene, text in zip(scenes, texts, strict=True):
-        there = Counter(thing.kind for thing in scene.things)
-        said = mentions(text)
-        named: Counter[Kind] = Counter()
-        for count, kind in said:
-            named[kind] += count
-        false = sum(kind not in there for _, kind in said)
-        split = text.split()
-        grams = [tuple(split[i : i + 4]) for i in range(len(split) - 3)]
-        total.update(
-            mentions=len(said), false=false, bad=int(false > 0), kinds=len(there), words=len(split),
-            covered=len(set(there) & set(named)), exact=sum(named[k] == n for k, n in there.items() if k in named),
-            again=len(said) - len(named), distinct=len(named), grams=len(grams), old_grams=len(grams) - len(set(grams)),
-        )  # fmt: skip
-    captions = len(scenes)
-    return CaptionScore(
-        chair_i=total["false"] / max(total["mentions"], 1),
-        chair_s=total["bad"] / captions,
-        recall=total["covered"] / max(total["kinds"], 1),
-        counts=total["exact"] / max(total["covered"], 1),
-        words=total["words"] / captions,
-        repeated=total["again"] / max(total["mentions"], 1),
-        distinct=total["distinct"] / captions,
-        repeated_4grams=total["old_grams"] / max(total["grams"], 1),
-        number=captions,
-    )
+        total.update(caption_counts(scene, text))
+    return caption_score(total)

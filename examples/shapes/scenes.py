@@ -136,7 +136,7 @@ def parse(text: str) -> Request:
     words = text.lower().replace(",", " ").split()
     foreign = unknown_words(text)
     if foreign:
-        raise ValueError(f"{_quoted(foreign)} is outside the vocabulary of these scenes; {KNOWN}")
+        raise ValueError(f"{_quoted(foreign)} is outside the vocabulary of these scenes; known are {KNOWN}")
     reader = _Words(words, text)
     groups, relation, place = [reader.group()], None, None
     while not reader.done:
@@ -151,7 +151,7 @@ def parse(text: str) -> Request:
     if len(groups) > 3 or (relation and len(groups) != 2) or (place and (relation or request.count != 1)):
         raise ValueError(
             f"{text!r} says more than these captions can: a relation joins two groups, a place goes with "
-            f"one thing alone, and there are at most three groups; {KNOWN}"
+            f"one thing alone, and there are at most three groups; known are {KNOWN}"
         )
     return request
 
@@ -175,7 +175,7 @@ class _Words:
     def one_of(self, known: Sequence[str] | dict[str, object], what: str) -> str:
         if self.done or self.words[self.at] not in known:
             found = "the end" if self.done else repr(self.words[self.at])
-            raise ValueError(f"{self.text!r}: {what} was expected where {found} stands; {KNOWN}")
+            raise ValueError(f"{self.text!r}: {what} was expected where {found} stands; known are {KNOWN}")
         self.at += 1
         return self.words[self.at - 1]
 
@@ -192,7 +192,7 @@ class _Words:
             if self.take(*relation.split()):
                 return relation
         raise ValueError(
-            f"{self.text!r}: a relation was expected where {self.words[self.at]!r} stands; {KNOWN}"
+            f"{self.text!r}: a relation was expected where {self.words[self.at]!r} stands; known are {KNOWN}"
         )
 
 
@@ -218,7 +218,7 @@ def _quoted(words: Sequence[str]) -> str:
 
 
 KNOWN = (
-    "a caption is such as 'a large red circle left of two small blue squares', 'a black star at the top' or "
+    "captions such as 'a large red circle left of two small blue squares', 'a black star at the top' or "
     f"'three green crosses and a yellow triangle'. Colours: {', '.join(COLOURS)}; shapes: {', '.join(SHAPES)}; "
     f"sizes: small, large or no word; relations: {', '.join(RELATIONS)}; places: {', '.join(PLACES)}"
 )

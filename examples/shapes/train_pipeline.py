@@ -22,7 +22,7 @@ from typing import Any
 import pipeline_models as models
 import torch
 import training
-from scenes import SIDE, Array, caption, draw, rng_for, sample_scene
+from scenes import KNOWN, SIDE, Array, caption, draw, rng_for, sample_scene, vocabulary
 from torch import Tensor, nn
 from tqdm import tqdm
 from world import sample_picture
@@ -79,9 +79,9 @@ class PipelineTraining:
         self.stages: dict[str, dict[str, Any]] = {}
 
     def stage(
-        self, name: str, module: nn.Module, plan: training.Plan, minutes: float | None
+        self, name: str, module: nn.Module, plan: training.Plan, minutes: float | None, more: Any = None
     ) -> training.Stage:
-        settings = {"sizes": repr(self.setting.sizes), "dtype": self.dtype}
+        settings = {"sizes": repr(self.setting.sizes), "dtype": self.dtype, **(more or {})}
         return training.Stage(
             name, nn.ModuleDict({name: module}), plan, self.out, seed=self.seed, minutes=minutes,
             save_every=self.save_every, settings=settings,
@@ -93,9 +93,10 @@ class PipelineTraining:
         stage = self.stage("vae", self.vae, self.setting.vae, share)
         stage.run(self.vae_loss)
         self.stages["vae"] = stage.summary()
-        latents, ids, seconds = self.latents()
+        latents, ids, seconds = self.latents(stage.step)
         rest = None if self.minutes is None else self.minutes - (stage.seconds + seconds) / 60
-        stage = self.stage("unet", self.painter, self.setting.unet, rest)
+        # A denoiser belongs to one autoencoder: trained further, that would leave it latents it never saw.
+        stage = self.stage("unet", self.painter, self.setting.unet, rest, {"steps of the vae": stage.step})
         stage.run(lambda step: self.unet_loss(step, latents, ids))
         self.stages["unet"] = stage.summary()
 
@@ -133,13 +134,13 @@ class PipelineTraining:
     # ------------------------------------------------------------ latents, once
 
     @torch.no_grad()
-    def latents(self) -> tuple[Tensor, Tensor, float]:
+    def latents(self, steps: int) -> tuple[Tensor, Tensor, float]:
         """Latents (N, 4, 16, 16) of captioned scenes, tokens of their captions, and the seconds that it took.
 
-        Kept in a file; the autoencoder is normalised by them.
+        Kept in a file, with the ``steps`` of the autoencoder that made them; it is normalised by them.
         """
         file, began = self.out / "latents.pt", time.monotonic()
-        if not file.exists():
+        if not file.exists() or torch.load(file, weights_only=True, mmap=True)["steps of the vae"] != steps:
             rng, size = rng_for(self.seed, LATENTS), min(64, self.setting.scenes)
             means, captions = [], []
             for _ in tqdm(range(self.setting.scenes // size), desc="latents", dynamic_ncols=True):
@@ -156,6 +157,7 @@ class PipelineTraining:
                 "mean": mean,
                 "std": std,
                 "seconds": time.monotonic() - began,
+                "steps of the vae": steps,
             }
             training.write_atomically(file, found)
         found = torch.load(file, weights_only=True)
@@ -195,6 +197,7 @@ class PipelineTraining:
 
         pipeline = models.assemble(self.vae, self.painter, self.tokenizer, torch.bfloat16)
         pipeline.save_pretrained(folder)
+        training.write_vocabulary(folder, vocabulary(), KNOWN)
         loaded = load_pipeline(str(folder))
         scores = (
             score_pipeline(loaded, prompts=prompts, sizes=[(SIDE, SIDE)], seed=self.seed + 1)

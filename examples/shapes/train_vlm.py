@@ -25,7 +25,7 @@ import torch.nn.functional as F
 import training
 import vlm_models as models
 from pool import Pool
-from questions import describe, sample_questions
+from questions import KNOWN, describe, sample_questions, words
 from scenes import COLOURS, SHAPES, Array, Scene, rng_for
 from torch import Tensor, nn
 from world import photograph
@@ -200,6 +200,7 @@ class VlmTraining:
 
         self.model.to("cpu", torch.bfloat16).eval().save_pretrained(folder)
         self.processor.save_pretrained(folder)
+        training.write_vocabulary(folder, words(), KNOWN)
         scores = score_vlm(*load_vlm(str(folder)), pictures=pictures, seed=self.seed + 1) if pictures else {}
         facts = {
             "command": shlex.join(["python", *sys.argv]),

@@ -12,7 +12,7 @@ import os
 import sys
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -225,6 +225,12 @@ def autocast(device: torch.device, name: str) -> torch.autocast:
 def size_of(folder: Path) -> int:
     """Bytes of the weights in a folder."""
     return sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+
+
+def write_vocabulary(folder: Path, words: Sequence[str], knows: str) -> None:
+    """vocabulary.json: trainless holds prompts against it and says which words mean nothing to the model."""
+    found = {"words": list(words), "knows": knows}
+    (folder / "vocabulary.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 def write_report(
