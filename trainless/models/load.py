@@ -85,6 +85,8 @@ def load(
                     place, config=description.config, dtype=dtype, trust_remote_code=False, **keywords
                 )
                 model = model.to(device).eval()
+            if description.source.gguf:
+                _ = description.tokenizer  # now, while the parsed header is at hand
     except (TrainlessError, torch.OutOfMemoryError):
         raise
     except Exception as error:
