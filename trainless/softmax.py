@@ -152,7 +152,7 @@ class SoftmaxRun(Run):
         """Attention in a window on the call's grid, by the kernel that visits nothing outside it."""
         call = self.call
         beside, others = extra_of_image(window, extra)
-        choice = choose_window(call.query, call.key, call.value)
+        choice = choose_window(call.query, call.key, call.value, beside)
         self.kernel, self.reasons = f"window2d/{choice.name}", "; ".join(choice.reasons)
         out, lse = window2d(call.query, call.key, call.value, window=window, scale=call.scaling, extra=beside)
         if others:

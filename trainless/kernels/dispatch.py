@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 from collections.abc import Iterable
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -80,6 +82,18 @@ def numba_reasons(tensors: Iterable[Tensor | None]) -> tuple[str, ...]:
     return () if missing is None else (missing,)
 
 
+@functools.cache
+def compiled_form(package: str) -> tuple[ModuleType | None, tuple[str, ...]]:
+    """The module ``compiled`` of an operation, or why there is none.
+
+    Compiling, which happens when it is imported, writes files and may fail like anything that does.
+    """
+    try:
+        return importlib.import_module(f"{package}.compiled"), ()
+    except Exception as error:
+        return None, (f"numba: cannot compile here ({type(error).__name__}: {error})",)
+
+
 def _recorded() -> bool:
     """Whether somebody looks at the operations of torch, in which a loop that is none of them would be missing."""
     return (
@@ -111,7 +125,8 @@ def available() -> dict[str, Choice]:
         )  # fmt: skip
         return {name: Choice("triton") for name in names}
     why = (missing or "triton: no CUDA device",)
-    compiled = ("numba: needs CPU tensors",) if cuda else tuple(filter(None, [numba_missing()]))
+    slow = ("numba: needs CPU tensors",) if cuda else tuple(filter(None, [numba_missing()]))
+    compiled = Choice("blocked", (*why, *slow)) if slow else Choice("numba")
     # On a GPU without Triton everything is the blocked form; the fused operator is the CPU's.
     return {
         "lse": Choice("blocked", why) if cuda else Choice("fused"),
@@ -119,7 +134,7 @@ def available() -> dict[str, Choice]:
         "group_mass": Choice("blocked", why),
         "mass_move": Choice("blocked", why),
         "linear": Choice("blocked", why),
-        "window2d": Choice("blocked", why),
+        "window2d": compiled,
         "block_sparse": Choice("blocked", why),
-        "quant_kv": Choice("blocked", (*why, *compiled)) if compiled else Choice("numba"),
+        "quant_kv": compiled,
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import cast
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from ...errors import InputError
 from ..common import Terms
-from ..dispatch import Choice, numba_reasons, triton_reasons
+from ..dispatch import Choice, compiled_form, numba_reasons, triton_reasons
 from ..lse import attention
 from ..masks import Visibility
 from ..visibility import visibility
@@ -98,20 +97,10 @@ def _products(tensors: Iterable[Tensor | None]) -> tuple[softmax.Products, tuple
     """The products with codes for a call with these tensors, and why they are no faster ones."""
     reasons = numba_reasons(tensors)
     if not reasons:
-        form, reasons = _compiled()
+        form, reasons = compiled_form(__package__)
         if form is not None:
-            return form, ()
+            return cast(softmax.Products, form), ()
     return cast(softmax.Products, blocked), reasons
-
-
-@functools.cache
-def _compiled() -> tuple[softmax.Products | None, tuple[str, ...]]:
-    """The compiled products, or why there are none: compiling writes files, and may fail like anything that does."""
-    try:
-        from . import compiled
-    except Exception as error:
-        return None, (f"numba: cannot compile here ({type(error).__name__}: {error})",)
-    return cast(softmax.Products, compiled), ()
 
 
 def packed_attention(

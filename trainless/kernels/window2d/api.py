@@ -2,24 +2,48 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ...errors import InputError
 from ..common import Terms, check_shapes
-from ..dispatch import Choice, triton_reasons
+from ..dispatch import Choice, compiled_form, fast_half_matmul, numba_reasons, triton_reasons
 from ..visibility import Visibility
 from . import blocked
 from .window import Window2d
 
+# What the compiled form takes, which computes in float32.
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
-def choose(query: Tensor, key: Tensor, value: Tensor) -> Choice:
+
+def choose(query: Tensor, key: Tensor, value: Tensor, extra: tuple[Tensor, Tensor] | None = None) -> Choice:
     """Which form ``window2d`` runs for these tensors."""
-    why = triton_reasons((query, key, value))
+    given = (query, key, value, *(extra or ()))
+    why = triton_reasons(given)
     if query.shape[-1] > 256 or value.shape[-1] != query.shape[-1]:
         why += (f"triton: head width {query.shape[-1]} (value {value.shape[-1]})",)
     if 0 in query.shape:
         why += ("triton: empty input",)
-    return Choice("blocked", why) if why else Choice("triton")
+    if not why:
+        return Choice("triton")
+    # On a CPU nothing is faster than the compiled form, so only what keeps that one away is of interest.
+    slow = _not_compiled(given)
+    return Choice("blocked", (*why, *slow)) if slow else Choice("numba")
+
+
+def _not_compiled(given: tuple[Tensor, ...]) -> tuple[str, ...]:
+    """Why the compiled form cannot take query, key, value and extra ones; empty when it can."""
+    reasons = numba_reasons(given)
+    if reasons:
+        return reasons
+    dtypes, widths = {t.dtype for t in given}, {t.shape[-1] for t in given}
+    if len(dtypes) > 1 or not dtypes <= set(FLOATS):
+        return (f"numba: dtype {', '.join(sorted(str(t).removeprefix('torch.') for t in dtypes))}",)
+    if dtypes != {torch.float32} and fast_half_matmul():
+        return ("numba: this CPU has instructions for half precision that torch uses",)
+    if len(widths) > 1 or not all(width and width % 8 == 0 for width in widths):
+        return (f"numba: head widths {sorted(widths)}, one multiple of 8 is needed",)
+    return compiled_form(__package__)[1]
 
 
 def window2d(
@@ -47,8 +71,13 @@ def window2d(
         for name, given, like in (("key", extra[0], key), ("value", extra[1], value)):
             if given.shape != (*like.shape[:2], e, like.shape[3]):
                 raise InputError(f"extra {name} {tuple(given.shape)} does not fit {name} {tuple(like.shape)}")
-    if choose(query, key, value).name == "triton":
+    name = choose(query, key, value, extra).name
+    if name == "triton":
         from .triton import window2d as on_triton
 
         return on_triton(query, key, value, window=window, scale=scale, extra=extra)
+    if name == "numba":
+        from .compiled import window2d as in_loops
+
+        return in_loops(query, key, value, window=window, scale=scale, extra=extra)
     return blocked.window2d(query, key, value, window=window, scale=scale, extra=extra)
