@@ -6,11 +6,12 @@
 The base is ``F.scaled_dot_product_attention`` of the same shape without a mask, which is as fast as it gets
 densely. The two take turns, and a figure is the median over rounds of the base's time over the window's: how
 many times faster. Beside it stands what the pairs alone would allow, with tiles of 8 x 8 and their halo and
-with the disc itself, and how much of the former is reached. FlexAttention, compiled, computes the same mask
-where that works on this machine. Before anything is timed the forms are checked against float64; a form that
-is wrong gets no number. ``--large`` runs one layer as in FLUX at 4096 x 4096 pixels (65,536 + 512 tokens, 24
-heads of 128) in bfloat16 and says what time and memory it took; dense attention of it is not run, only
-reckoned from the FLOPs. Run it on a machine that does nothing else. Results: benchmarks/results/window2d-<device>.
+with the disc itself, and how much of the former is reached. The form that is chosen here is timed, and the
+blocked one beside it where that is another. FlexAttention, compiled, computes the same mask where that works
+on this machine. Before anything is timed the forms are checked against float64; a form that is wrong gets no
+number. ``--large`` runs one layer as in FLUX at 4096 x 4096 pixels (65,536 + 512 tokens, 24 heads of 128) in
+bfloat16 and says what time and memory it took; dense attention of it is not run, only reckoned from the FLOPs.
+Run it on a machine that does nothing else. Results: benchmarks/results/window2d-<device>.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from trainless.bench.measure import Clock
 from trainless.kernels import Window2d, window2d
-from trainless.kernels.window2d import reference
+from trainless.kernels.window2d import blocked, choose, reference
 
 CHECKED = (22, 28)  # a grid on which the forms are held against float64
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -59,6 +60,10 @@ def dense(c: Call) -> Tensor:
 
 def in_window(c: Call) -> Tensor:
     return window2d(c.q, c.k, c.v, window=c.window, scale=c.scale)[0]
+
+
+def in_blocks(c: Call) -> Tensor:
+    return blocked.window2d(c.q, c.k, c.v, window=c.window, scale=c.scale)[0]
 
 
 class Flex:
@@ -121,36 +126,48 @@ def timed(
     """Claims of one grid and dtype, and a note with the milliseconds."""
     w, kind = call.window, str(call.dtype).removeprefix("torch.")
     where = f"{w.grid[0]} x {w.grid[1]} tokens, radius {w.radius:g}"
-    claim = Claim(
-        f"window2d, {where}: times faster than dense", kind, low=target, withheld=fault(in_window, check)
-    )
-    claims, turns = [claim], [("dense", dense), ("window", in_window)]
+    name = choose(call.q, call.k, call.v).name
+    forms = [(name, in_window)] if name == "blocked" else [(name, in_window), ("blocked", in_blocks)]
+    turns: list[tuple[str, Callable[[Call], Tensor]]] = [("dense", dense)]
+    claims = []
+    for form, run in forms:
+        claim = Claim(
+            f"window2d, {form}, {where}: times faster than dense", kind, low=None if claims else target,
+            withheld=fault(run, check),
+        )  # fmt: skip
+        claims.append(claim)
+        if not claim.withheld:
+            turns.append((form, run))
+    if claims[0].withheld:
+        return claims, f"{kind}, {where}: not timed"
     if flex is not None:
-        against = Claim(f"window2d, {where}: times faster than FlexAttention", kind, low=1.0)
-        against.withheld = claim.withheld or fault(flex, check)
+        against = Claim(
+            f"window2d, {name}, {where}: times faster than FlexAttention", kind, low=1.0, withheld=fault(flex, check)
+        )  # fmt: skip
         claims.append(against)
         if not against.withheld:
             turns.append(("flex", flex))
-    if claim.withheld:
-        return claims, f"{kind}, {where}: not timed"
-    times: dict[str, list[float]] = {name: [] for name, _ in turns}
+    times: dict[str, list[float]] = {which: [] for which, _ in turns}
     for _, run in turns:
         run(call)
     for i in range(repeats):
-        for name, run in turns if i % 2 == 0 else reversed(turns):
-            inner = 1 if name == "dense" else 3
+        for which, run in turns if i % 2 == 0 else reversed(turns):
+            inner = 1 if which == "dense" else 3
             clock = Clock(call.device)
             for _ in range(inner):
                 run(call)
-            times[name].append(clock.lap() / inner)
-    claim.ratios = [a / b for a, b in zip(times["dense"], times["window"], strict=True)]
+            times[which].append(clock.lap() / inner)
     tiled, disc = limits(w)
-    claim.note = (
-        f"tiles of 8 x 8 allow {tiled:.1f}, of which {(claim.value or 0) / tiled:.0%}; the disc {disc:.0f}"
-    )
+    for claim, (form, _) in zip(claims, forms, strict=False):
+        if form in times:
+            claim.ratios = [a / b for a, b in zip(times["dense"], times[form], strict=True)]
+            reached = (claim.value or 0) / tiled
+            claim.note = f"tiles of 8 x 8 allow {tiled:.1f}, of which {reached:.0%}; the disc {disc:.0f}"
     if "flex" in times:
-        claims[1].ratios = [a / b for a, b in zip(times["flex"], times["window"], strict=True)]
-    said = ", ".join(f"{name} {sorted(found)[len(found) // 2] * 1e3:.1f} ms" for name, found in times.items())
+        claims[-1].ratios = [a / b for a, b in zip(times["flex"], times[name], strict=True)]
+    said = ", ".join(
+        f"{which} {sorted(found)[len(found) // 2] * 1e3:.1f} ms" for which, found in times.items()
+    )
     return claims, f"{kind}, {where}: {said}"
 
 
