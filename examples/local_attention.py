@@ -46,7 +46,7 @@ for grid in grids:
     step(*grid, 0.9)  # the first step of a run stays dense
     change = (step(*grid, 0.5) - stock[grid]).abs().max()
     print(f"grid {grid}: largest change in the second step {change:.4f}")
-print(patch.report())
+print(patch.report())  # without the extra `numba` the kernel is window2d/blocked, and the reason stands below
 patch.remove()
 print("the stock model's bits are back:", torch.equal(step(16, 40, 0.5), stock[16, 40]))
 
@@ -61,6 +61,5 @@ print("the stock model's bits are back:", torch.equal(step(16, 40, 0.5), stock[1
 # clear(radius=16, weights=None, pool=None, dense_steps=1, dense_layers=[], force=False)
 #   sites    3/3 attention layers
 #   calls    18 passed, 6 acted on
-#   kernels  stock ×12, window2d/blocked ×6
-#            window2d/blocked: triton: needs CUDA tensors, got cpu
+#   kernels  stock ×12, window2d/numba ×6
 # the stock model's bits are back: True
