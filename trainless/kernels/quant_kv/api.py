@@ -63,12 +63,13 @@ def packed_rows(
     """
     terms = Terms(scale, position_bias, softcap, sink_logits)
     _check(query, segments, valid)
-    if choose(query, segments, terms=terms).name == "triton":
+    chosen = choose(query, segments, terms=terms).name
+    if chosen == "triton":
         from .triton import rows as on_triton
 
         return on_triton(query, segments, terms, valid, lse)
-    form, _ = _products(_involved(query, segments, terms))
-    return softmax.rows(query, segments, terms, valid, lse, form)
+    form = compiled_form(__package__)[0] if chosen == "numba" else blocked
+    return softmax.rows(query, segments, terms, valid, lse, cast(softmax.Products, form))
 
 
 def weigh(p: Tensor, segments: Sequence[Segment]) -> Tensor:

@@ -89,6 +89,6 @@ def _run(
         numbers = (lanes, r, d, segment.slots, width, groups, indexed, k, size, bits, spans, start)
         openmp.run(loop[1], (*numbers, *(t.data_ptr() for t in tensors)), threads)
         return
-    # float64 is for tests and stays on one thread.
+    # float64, which hardly anybody decodes in, stays on one thread.
     *arrays, target = (t.detach().view(shape).numpy() for t, shape in zip(tensors, shapes, strict=True))
     loop[0](*arrays, size, bits, spans, 0, lanes * spans, start, target)
