@@ -91,7 +91,7 @@ class PipelineTraining:
         share = None if self.minutes is None else self.minutes * VAE_SHARE
         self.settle_type()
         stage = self.stage("vae", self.vae, self.setting.vae, share)
-        stage.run(self.vae_loss)
+        stage.run(self.vae_loss, before=self.out / "latents.pt")
         self.stages["vae"] = stage.summary()
         latents, ids, seconds = self.latents(stage.step)
         rest = None if self.minutes is None else self.minutes - (stage.seconds + seconds) / 60

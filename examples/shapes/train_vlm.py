@@ -97,7 +97,9 @@ class VlmTraining:
         tower = self.model.model.vision_tower
         share = None if self.minutes is None else self.minutes * TOWER_SHARE
         modules = nn.ModuleDict({"tower": tower, "aid": self.aid})
-        self.stages["tower"] = self.stage("tower", modules, self.setting.tower, share, self.tower_loss)
+        self.stages["tower"] = self.stage(
+            "tower", modules, self.setting.tower, share, self.tower_loss, self.out / "answers.pt"
+        )
         rest = (
             None
             if self.minutes is None
@@ -113,13 +115,14 @@ class VlmTraining:
         plan: training.Plan,
         minutes: float | None,
         loss: training.Loss,
+        before: Path | None = None,
     ) -> dict[str, Any]:
         settings = {"sizes": repr(self.setting.sizes), "dtype": self.dtype}
         stage = training.Stage(
             name, modules, plan, self.out, seed=self.seed, minutes=minutes, save_every=self.save_every,
             settings=settings,
         )  # fmt: skip
-        stage.run(loss)
+        stage.run(loss, before)
         return stage.summary()
 
     def settle_type(self) -> None:

@@ -70,13 +70,14 @@ class Stage:
 
     # ------------------------------------------------------------ running
 
-    def run(self, loss: Loss) -> None:
+    def run(self, loss: Loss, before: Path | None = None) -> None:
         """Train to the end of the stage, from its checkpoint if there is one; leaves the averaged weights.
 
-        loss: step -> (loss to minimise, numbers to show).
+        loss: step -> (loss to minimise, numbers to show). before: what the next stage makes of this one; where it
+        exists this stage is over, also if a run with more minutes would give it some of them.
         """
         self.restore()
-        if not self.done:
+        if not self.done and not (before is not None and before.exists()):
             self._train(loss)
         with torch.no_grad():
             for name, p in self.modules.named_parameters():

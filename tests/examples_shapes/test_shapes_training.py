@@ -121,6 +121,31 @@ def test_a_stage_that_runs_out_of_time_is_finished(tmp_path: Path) -> None:
     assert again.step == stage.step  # nothing was added to a finished stage
 
 
+def test_a_stage_that_another_builds_on_is_over_whatever_the_minutes(tmp_path: Path) -> None:
+    def stage(minutes: float) -> training.Stage:
+        modules = nn.ModuleDict({"one": nn.Linear(2, 1)})
+        plan = training.Plan(steps=10**9, rate=0.1, warmup=1)
+        return training.Stage("s", modules, plan, tmp_path, seed=0, minutes=minutes)
+
+    def loss(step: int) -> tuple[torch.Tensor, dict[str, float]]:
+        if step >= 3:
+            raise KeyboardInterrupt
+        return first.modules["one"](torch.ones(2)).sum(), {}
+
+    first = stage(1e-9)
+    first.run(loss)
+    made = tmp_path / "made.pt"
+    made.touch()
+    longer = stage(60.0)
+    longer.run(loss, before=made)
+    assert longer.step == first.step == 1
+    assert torch.equal(longer.modules["one"].weight, first.modules["one"].weight), (
+        "it leaves the averaged weights"
+    )
+    with pytest.raises(KeyboardInterrupt):
+        stage(60.0).run(loss, before=tmp_path / "missing.pt")
+
+
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
     modules = nn.ModuleDict({"one": nn.Linear(2, 1)})
     stage = training.Stage("s", modules, training.Plan(3, 0.1), tmp_path, seed=0)
