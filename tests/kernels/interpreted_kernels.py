@@ -42,10 +42,16 @@ CASES = [
     for n, kind in enumerate(KINDS)
     for shape in SHAPES[: 1 if n % 2 else 4]
 ]
+# A type differs from another in how its products are rounded, so the second one sees one shape of each kind.
+TYPED = [
+    pytest.param(*case.values, dtype, id=f"{case.id}-{dtype}")
+    for dtype in DTYPES
+    for case in CASES
+    if dtype == DTYPES[0] or case.values[1] == SHAPES[0]
+]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("kind", "shape", "extras"), CASES)
+@pytest.mark.parametrize(("kind", "shape", "extras", "dtype"), TYPED)
 def test_attention(kind, shape, extras, dtype):
     case = make(kind, shape, dtype, extras=extras)
     _, _, want, lse = oracle(case)
@@ -58,8 +64,7 @@ def test_attention(kind, shape, extras, dtype):
     no_worse(got[sees], lse[sees], plain_lse[sees])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("kind", "shape", "extras"), CASES)
+@pytest.mark.parametrize(("kind", "shape", "extras", "dtype"), TYPED)
 def test_column_mass(kind, shape, extras, dtype):
     case = make(kind, shape, dtype, extras=extras)
     _, a, _, _ = oracle(case)
@@ -136,8 +141,7 @@ def test_block_sparse_reads_and_writes_only_its_own():
     assert torch.equal(got, want) and not got.transpose(1, 2)[~pattern.keys].any()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("kind", "shape", "extras"), CASES)
+@pytest.mark.parametrize(("kind", "shape", "extras", "dtype"), TYPED)
 def test_group_mass(kind, shape, extras, dtype):
     case = make(kind, shape, dtype, extras=extras)
     _, a, _, lse = oracle(case)
