@@ -230,6 +230,28 @@ def test_rows_keep_their_sum(strength, target):
     torch.testing.assert_close(new, torch.ones_like(new), rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("lq", [40, 300])
+@pytest.mark.parametrize("target", [False, True])
+def test_gradients_of_values_are_edited_probabilities(target, lq):
+    """That is how probabilities are looked at that no kernel returns. Rows are written in place, where a gradient may
+    need what stood there."""
+    case, source = sinking(lq, torch.float64, 1.0)
+    goal = torch.rand(1, 6, lq) < 0.4 if target else None
+    goal = goal & ~source if target else None
+    rows = torch.rand(1, 1, lq) < 0.7
+    asked = torch.randn(1, 6, lq, 32, dtype=torch.float64)
+    found = []
+    for dense in (False, True):
+        case.value = case.value.detach().clone().requires_grad_()
+        _, a, out, lse = oracle(case)
+        if dense:
+            edited = times_values(edit(a, case.truth, source, 0.4, goal, rows), case.value)
+        else:
+            edited = run(case, out, lse, source=source, keep=0.4, target=goal, rows=rows)
+        found.append(torch.autograd.grad((edited * asked).sum(), case.value)[0])
+    torch.testing.assert_close(*found, rtol=1e-8, atol=1e-8)
+
+
 def test_a_target_of_tiny_mass_receives_in_proportion():
     """Two targets e^-60 below the rest, 3 : 1: all that is freed arrives, 3 : 1."""
     q = torch.ones(1, 1, 1, 1)

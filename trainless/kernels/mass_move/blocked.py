@@ -177,6 +177,8 @@ def _edit_columns(
         q = take(query[:, :, i0:i1], index).to(wide)
         total = take(lse[:, :, i0:i1], index).to(wide)
         o = take(new[:, :, i0:i1], index)
+        if o.requires_grad:
+            o = o.clone()  # a gradient asks for what stood here, and it is written over below
         k = take(keep[:, :, i0:i1], mine.tolist())
         asked = take(active[:, :, i0:i1], mine.tolist())
         scale = None
