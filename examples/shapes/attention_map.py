@@ -24,7 +24,7 @@ from scenes import draw, rng_for
 from torch import Tensor
 from world import sample_picture
 
-ZOOM = 3
+ZOOM = 2
 
 
 def attention_rows(model: Any, inputs: dict[str, Any]) -> Tensor:
@@ -74,22 +74,21 @@ def heat(share: np.ndarray[Any, Any], image: Image.Image, top: float) -> Image.I
 def page(image: Image.Image, maps: dict[str, Tensor], answers: dict[str, str], question: str) -> Image.Image:
     """Rows: unpatched and patched; columns: the picture and every layer. maps: (layers, rows, columns) each."""
     layers = next(iter(maps.values())).shape[0]
-    side, gap, head, margin = image.width * ZOOM, 4, 34, 110
-    sheet = Image.new(
-        "RGB", (margin + (layers + 1) * (side + gap), head + len(maps) * (side + gap + 14)), "white"
-    )
+    side, gap, head, line = image.width * ZOOM, 4, 34, 16
+    tall = line + side + line + gap
+    sheet = Image.new("RGB", ((layers + 1) * (side + gap), head + len(maps) * tall), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
     pen.text((4, 2), question, "black", font)
     for layer in range(layers):
-        pen.text((margin + (layer + 1) * (side + gap), 18), f"layer {layer}", "black", font)
+        pen.text(((layer + 1) * (side + gap), 18), f"layer {layer}", "black", font)
     # One scale per layer for all rows, so that they can be compared.
     tops = [max(float(m[layer].max()) for m in maps.values()) for layer in range(layers)]
     for row, (name, found) in enumerate(maps.items()):
-        top = head + row * (side + gap + 14)
-        pen.multiline_text((4, top), f"{name}\nanswers:\n{answers[name]}", "black", font)
-        sheet.paste(image.resize((side, side), Image.Resampling.NEAREST), (margin, top))
+        top = head + row * tall + line
+        pen.text((4, top - line), f"{name}: {answers[name]}", "black", font)
+        sheet.paste(image.resize((side, side), Image.Resampling.NEAREST), (0, top))
         for layer in range(layers):
-            left = margin + (layer + 1) * (side + gap)
+            left = (layer + 1) * (side + gap)
             sheet.paste(heat(found[layer].numpy(), image, tops[layer]), (left, top))
             pen.text((left, top + side), f"{float(found[layer].sum()):.0%} on the image", "black", font)
     return sheet
@@ -105,7 +104,7 @@ def look(model: Any, processor: Any, image: Image.Image, question: str) -> tuple
     rows = attention_rows(model, inputs).detach()
     placed = inputs["input_ids"][0] == model.config.image_token_id
     side = int(placed.sum()) ** 0.5
-    made = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    made = model.generate(**inputs, max_new_tokens=32, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     return rows[:, placed].unflatten(1, (int(side), -1)), processor.decode(made, skip_special_tokens=True)
 
 
