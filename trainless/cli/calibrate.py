@@ -21,7 +21,7 @@ def command(
     name: str = typer.Argument(
         metavar="NAME", help="A measurement, or a method that needs one: act, sink_dims."
     ),
-    model: str = typer.Argument(metavar="MODEL", help="Hub id, folder, GGUF file, or demo:smollm2."),
+    model: str = typer.Argument(metavar="MODEL", help="Hub id, folder, GGUF file, or demo:NAME."),
     data: str = typer.Option(
         None,
         "--data",

@@ -8,7 +8,7 @@ from .shared import BAD_INPUT, DONE, Patches, Recipes, Sets, chosen
 
 
 def command(
-    model: str = typer.Argument(metavar="MODEL", help="Hub id, folder, GGUF file, or demo:smollm2."),
+    model: str = typer.Argument(metavar="MODEL", help="Hub id, folder, GGUF file, or demo:NAME."),
     recipe: list[str] = Recipes,
     patch: list[str] = Patches,
     set_: list[str] = Sets,

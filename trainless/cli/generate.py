@@ -13,7 +13,7 @@ Out = typer.Option(..., "-o", metavar="DIR", help="Folder of results; run again 
 
 
 def command(
-    model: str = typer.Argument(metavar="MODEL", help="Hub id, folder, GGUF file, or demo:smollm2."),
+    model: str = typer.Argument(metavar="MODEL", help="Hub id, folder, GGUF file, or demo:NAME."),
     prompts: str = typer.Argument(
         metavar="PROMPTS", help="txt, JSONL, CSV, Parquet, OpenAI batch, a datasets name; - is stdin."
     ),

