@@ -182,7 +182,8 @@ def measure(options: Any, out: Path) -> None:
                 out,
                 {
                     "variant": variant.name, "first": first, "model": fingerprint,
-                    "fired": all(m["acted"] > 0 for m in methods), "sums": [sums[i] for i in part],
+                    "fired": all(m["acted"] > 0 for m in methods),
+                    "sums": [{n: {k: c for k, c in one.items() if c} for n, one in sums[i].items()} for i in part],
                 },
             )  # fmt: skip
         print(f"pictures {part.start} to {part.stop - 1}", flush=True)

@@ -15,9 +15,8 @@ from trainless.models import load
 
 loaded = load("demo:smollm2")
 model, tokenizer = loaded.model, loaded.tokenizer
-messages = json.loads(Path(__file__).with_name("demo") / "prompts.jsonl".open(encoding="utf-8").readline())[
-    "messages"
-]
+prompts = Path(__file__).parent / "demo" / "prompts.jsonl"
+messages = json.loads(prompts.read_text(encoding="utf-8").splitlines()[0])["messages"]
 prompt = tokenizer.apply_chat_template(
     messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
 )
