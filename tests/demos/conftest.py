@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("scipy")
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "shapes"))
 
 
