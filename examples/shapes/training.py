@@ -229,9 +229,9 @@ def size_of(folder: Path) -> int:
 
 
 def write_vocabulary(folder: Path, words: Sequence[str], knows: str) -> None:
-    """vocabulary.json: trainless holds prompts against it and says which words mean nothing to the model."""
+    """closed_vocabulary.json: trainless holds prompts against it and says which words mean nothing to the model."""
     found = {"words": list(words), "knows": knows}
-    (folder / "vocabulary.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    (folder / "closed_vocabulary.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 def write_report(

@@ -27,7 +27,7 @@ def diffusion(tmp_path_factory):
 def with_words(folder, target, words=("a", "red", "cat"), **more):
     shutil.copytree(folder, target)
     found = {"words": list(words), "knows": KNOWS, **more}
-    (target / "vocabulary.json").write_text(json.dumps(found), encoding="utf-8")
+    (target / "closed_vocabulary.json").write_text(json.dumps(found), encoding="utf-8")
     return target
 
 
@@ -86,8 +86,10 @@ def test_many_foreign_words_are_counted():
 @pytest.mark.parametrize("text", ["{", "[]", '{"words": [1], "knows": "x"}', '{"words": ["a"]}'])
 def test_a_broken_file_is_one_clear_error(diffusion, tmp_path, text):
     folder = with_words(diffusion, tmp_path / "closed")
-    (folder / "vocabulary.json").write_text(text, encoding="utf-8")
-    with pytest.raises(InputError, match=r"vocabulary\.json cannot be used .*take it out of the folder"):
+    (folder / "closed_vocabulary.json").write_text(text, encoding="utf-8")
+    with pytest.raises(
+        InputError, match=r"closed_vocabulary\.json cannot be used .*take it out of the folder"
+    ):
         _ = describe(str(folder)).vocabulary
 
 

@@ -51,8 +51,7 @@ def _marks(description: Description) -> list[str]:
     if description.is_pipeline:
         return []
     tokenizer = description.processor.tokenizer if description.kind == "vlm" else description.tokenizer
-    added = getattr(
-        tokenizer, "added_tokens_decoder", {}
-    ).values()  # placeholders of images are often only there
+    # Placeholders of images are often among the added tokens only.
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
     marks = {str(token) for token in (*tokenizer.all_special_tokens, *added)}
     return sorted(marks, key=len, reverse=True)

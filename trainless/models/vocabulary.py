@@ -1,4 +1,4 @@
-"""What a small model can read: a model folder may carry ``vocabulary.json``, and prompts are held against it.
+"""What a small model can read: a model folder may carry ``closed_vocabulary.json``, and prompts are held against it.
 
 A model with a closed vocabulary turns any other word into something that it was never trained on, and answers as if
 nothing were wrong. The file: ``{"words": [...], "knows": "what the model was trained on, in a sentence or two"}``.
@@ -16,7 +16,7 @@ from typing import Any
 from ..errors import InputError
 from .sources import Source
 
-FILE = "vocabulary.json"
+FILE = "closed_vocabulary.json"  # not vocabulary.json, which other tools write with other contents
 _WORD = re.compile(r"[^\W_]+(?:['-][^\W_]+)*")
 _NAMED = 5  # foreign words that a note names
 
