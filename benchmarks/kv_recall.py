@@ -27,7 +27,6 @@ import hashlib
 import importlib.util
 import json
 import random
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,7 +35,7 @@ from typing import Any
 import torch
 from lines import append, records, said
 from prose import SAID, reference_text
-from record import RESULTS, about
+from record import about, named
 from torch import Tensor
 from transformers import DynamicCache, QuantizedCache
 
@@ -125,8 +124,7 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="only print what was measured before")
     options = parser.parse_args()
     facts = about()
-    slug = re.sub(r"[^a-z0-9]+", "-", facts["cpu"].lower()).strip("-")
-    out = options.out or RESULTS / f"kv_recall-{slug}.jsonl"
+    out = options.out or named("kv_recall", facts, ".jsonl")
     if not options.report:
         variants = [v for v in VARIANTS if _there(v)]
         if options.only:

@@ -98,13 +98,18 @@ def about() -> dict[str, Any]:
     }
 
 
+def named(name: str, facts: dict[str, Any], suffix: str) -> Path:
+    """``name-<cpu>`` with this suffix in benchmarks/results."""
+    slug = re.sub(r"[^a-z0-9]+", "-", facts["cpu"].lower()).strip("-")
+    return RESULTS / f"{name}-{slug}{suffix}"
+
+
 def write(
     name: str, title: str, facts: dict[str, Any], claims: Sequence[Claim], notes: Sequence[str]
 ) -> list[Path]:
     """``name-<cpu>.json`` and ``.md`` in benchmarks/results, whatever was there before."""
     RESULTS.mkdir(parents=True, exist_ok=True)
-    slug = re.sub(r"[^a-z0-9]+", "-", facts["cpu"].lower()).strip("-")
-    data, page = RESULTS / f"{name}-{slug}.json", RESULTS / f"{name}-{slug}.md"
+    data, page = named(name, facts, ".json"), named(name, facts, ".md")
     found = [{**asdict(c), "value": c.value, "verdict": c.verdict} for c in claims]
     data.write_text(
         json.dumps({**facts, "claims": found, "notes": list(notes)}, indent=2) + "\n", encoding="utf-8"

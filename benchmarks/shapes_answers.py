@@ -14,7 +14,6 @@ One JSON line for every batch of pictures goes into --out as it is done: a run t
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +25,7 @@ from typing import Any
 import numpy as np
 from lines import append, records
 from PIL import Image
-from record import RESULTS, about
+from record import about, named
 
 import trainless
 from trainless.models import load
@@ -122,8 +121,7 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="only print what was measured before")
     options = parser.parse_args()
     facts = about()
-    slug = re.sub(r"[^a-z0-9]+", "-", facts["cpu"].lower()).strip("-")
-    out = options.out or RESULTS / f"shapes-answers-{slug}.jsonl"
+    out = options.out or named("shapes-answers", facts, ".jsonl")
     if not options.report:
         measure(options, out)
     page = table(out, facts, options)

@@ -26,7 +26,7 @@ from typing import Any
 
 from lines import append, records, said
 from PIL import Image, ImageDraw, ImageFont
-from record import RESULTS, about
+from record import about, named
 
 import trainless
 from trainless.models import load
@@ -88,8 +88,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     facts = about()
-    slug = re.sub(r"[^a-z0-9]+", "-", facts["cpu"].lower()).strip("-")
-    out = options.out or RESULTS / f"shapes-images-{slug}.jsonl"
+    out = options.out or named("shapes-images", facts, ".jsonl")
     if not options.report:
         measure(options, out)
     page = table(out, facts, options)
