@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from scenes import COLOURS, SHAPES, SIDE, SIZES, Array, Scene, Thing, draw, rng_for
 from tqdm import tqdm
+from training import Unusable, damaged
 from world import MOST_THINGS, sample_picture
 
 _POOL = 30  # what random numbers are for
@@ -18,15 +20,20 @@ _NAMES = (tuple(SIZES), tuple(COLOURS), SHAPES)
 class Pool:
     """``number`` scenes of 64 x 64 pixels, made with ``seed`` and kept in ``file``: 12 KB each.
 
-    Raises ValueError when the file holds other ones.
+    Raises Unusable when the file holds other ones, or is damaged.
     """
 
     def __init__(self, file: Path, number: int, seed: int):
         if not file.exists():
             _make(file, number, seed)
-        with np.load(file) as found:
+        try:
+            content = np.load(file)
+            content.files  # noqa: B018 — an empty file fails here, a torn one above
+        except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+            raise damaged(file, error) from error
+        with content as found:
             if (int(found["seed"]), len(found["counts"])) != (seed, number):
-                raise ValueError(
+                raise Unusable(
                     f"{file} holds {len(found['counts'])} scenes of seed {found['seed']}; delete it"
                 )
             self._pixels, self._counts = found["pixels"], found["counts"]

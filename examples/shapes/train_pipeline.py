@@ -93,10 +93,12 @@ class PipelineTraining:
         stage = self.stage("vae", self.vae, self.setting.vae, share)
         stage.run(self.vae_loss, before=self.out / "latents.pt")
         self.stages["vae"] = stage.summary()
-        latents, ids, seconds = self.latents(stage.step)
-        rest = None if self.minutes is None else self.minutes - (stage.seconds + seconds) / 60
+        spent = stage.seconds
         # A denoiser belongs to one autoencoder: trained further, that would leave it latents it never saw.
-        stage = self.stage("unet", self.painter, self.setting.unet, rest, {"steps of the vae": stage.step})
+        stage = self.stage("unet", self.painter, self.setting.unet, None, {"steps of the vae": stage.step})
+        stage.kept()  # refuses another autoencoder's denoiser before its latents are lost
+        latents, ids, seconds = self.latents(stage.settings["steps of the vae"])
+        stage.minutes = None if self.minutes is None else self.minutes - (spent + seconds) / 60
         stage.run(lambda step: self.unet_loss(step, latents, ids))
         self.stages["unet"] = stage.summary()
 
@@ -140,7 +142,7 @@ class PipelineTraining:
         Kept in a file, with the ``steps`` of the autoencoder that made them; it is normalised by them.
         """
         file, began = self.out / "latents.pt", time.monotonic()
-        if not file.exists() or torch.load(file, weights_only=True, mmap=True)["steps of the vae"] != steps:
+        if not file.exists() or training.read(file, mmap=True)["steps of the vae"] != steps:
             rng, size = rng_for(self.seed, LATENTS), min(64, self.setting.scenes)
             means, captions = [], []
             for _ in tqdm(range(self.setting.scenes // size), desc="latents", dynamic_ncols=True):
@@ -160,7 +162,7 @@ class PipelineTraining:
                 "steps of the vae": steps,
             }
             training.write_atomically(file, found)
-        found = torch.load(file, weights_only=True)
+        found = training.read(file)
         models.normalise(self.vae, found["mean"].to(self.device), found["std"].to(self.device))
         return found["latents"], found["ids"], found["seconds"]
 
@@ -226,7 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--out", type=Path, default=Path("out/shapes"), help="checkpoints; taken up if there are any"
     )
     parser.add_argument("--export", type=Path, help="folder for the finished pipeline, in bfloat16")
-    parser.add_argument("--minutes", type=float, help="time for both stages, earlier runs included")
+    parser.add_argument("--minutes", type=training.minutes, help="time for both stages, earlier runs included")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
@@ -240,14 +242,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--tiny", action="store_true", help="three steps of a model that learns nothing, for tests"
     )
     given = parser.parse_args(arguments)
-    work = PipelineTraining(
-        TINY if given.tiny else FULL, given.out, seed=given.seed, device=torch.device(given.device),
-        minutes=given.minutes, save_every=given.save_seconds, dtype=given.dtype,
-    )  # fmt: skip
-    work.run()
-    if given.export:
-        work.export(given.export, given.score_prompts)
-        print(f"exported to {given.export}", file=sys.stderr)
+    try:
+        training.check_export(given.export, given.score_prompts > 0)
+        work = PipelineTraining(
+            TINY if given.tiny else FULL, given.out, seed=given.seed, device=torch.device(given.device),
+            minutes=given.minutes, save_every=given.save_seconds, dtype=given.dtype,
+        )  # fmt: skip
+        work.run()
+        if given.export:
+            work.export(given.export, given.score_prompts)
+            print(f"exported to {given.export}", file=sys.stderr)
+    except training.Unusable as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
 
 
 if __name__ == "__main__":

@@ -227,7 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--out", type=Path, default=Path("out/shapes-vlm"), help="checkpoints; taken up if any"
     )
     parser.add_argument("--export", type=Path, help="folder for the finished model, in bfloat16")
-    parser.add_argument("--minutes", type=float, help="time for both stages, earlier runs included")
+    parser.add_argument("--minutes", type=training.minutes, help="time for both stages, earlier runs included")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
@@ -241,14 +241,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--tiny", action="store_true", help="three steps of a model that learns nothing, for tests"
     )
     given = parser.parse_args(arguments)
-    work = VlmTraining(
-        TINY if given.tiny else FULL, given.out, seed=given.seed, device=torch.device(given.device),
-        minutes=given.minutes, save_every=given.save_seconds, dtype=given.dtype,
-    )  # fmt: skip
-    work.run()
-    if given.export:
-        work.export(given.export, given.score_pictures)
-        print(f"exported to {given.export}", file=sys.stderr)
+    try:
+        training.check_export(given.export, given.score_pictures > 0)
+        work = VlmTraining(
+            TINY if given.tiny else FULL, given.out, seed=given.seed, device=torch.device(given.device),
+            minutes=given.minutes, save_every=given.save_seconds, dtype=given.dtype,
+        )  # fmt: skip
+        work.run()
+        if given.export:
+            work.export(given.export, given.score_pictures)
+            print(f"exported to {given.export}", file=sys.stderr)
+    except training.Unusable as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
 
 
 if __name__ == "__main__":

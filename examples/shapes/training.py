@@ -24,6 +24,10 @@ from tqdm import tqdm
 Loss = Callable[[int], tuple[Tensor, dict[str, float]]]
 
 
+class Unusable(ValueError):
+    """What a folder holds cannot be gone on with; says what to do."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """How a stage is trained.
@@ -74,11 +78,21 @@ class Stage:
         """Train to the end of the stage, from its checkpoint if there is one; leaves the averaged weights.
 
         loss: step -> (loss to minimise, numbers to show). before: what the next stage makes of this one; where it
-        exists this stage is over, also if a run with more minutes would give it some of them.
+        exists this stage is over, also if a run with more minutes would give it some of them. Raises Unusable
+        when the checkpoint that ``before`` was made of is gone, or when there is no time for a single step.
         """
         self.restore()
-        if not self.done and not (before is not None and before.exists()):
+        used = before is not None and before.exists()
+        if used and not self.step:
+            raise Unusable(
+                f"{before} is there and {self.file}, which it was made with, is not; put that back, or delete both"
+            )
+        if not self.done and not used:
             self._train(loss)
+        if not self.step:
+            raise Unusable(
+                f"no time is left for {self.name}: what comes before it took all of --minutes; give more, or none"
+            )
         with torch.no_grad():
             for name, p in self.modules.named_parameters():
                 if name in self.average:
@@ -87,7 +101,10 @@ class Stage:
 
     @property
     def progress(self) -> float:
-        timed = self.seconds / (60 * self.minutes) if self.minutes else 0.0
+        if self.minutes is None:
+            timed = 0.0
+        else:  # of no time at all everything is gone
+            timed = self.seconds / (60 * self.minutes) if self.minutes > 0 else 1.0
         return max(self.step / self.plan.steps, timed)
 
     @property
@@ -149,21 +166,28 @@ class Stage:
         )
 
     def restore(self) -> None:
-        """Take up the checkpoint, if there is one. Raises ValueError when it was made with other settings."""
-        if not self.file.exists():
+        """Take up the checkpoint, if there is one. Raises Unusable when it was made with other settings."""
+        found = self.kept()
+        if found is None:
             return
-        found = torch.load(self.file, map_location="cpu", weights_only=True)
-        other = [k for k, v in self.settings.items() if found["settings"].get(k) != v]
-        if other:
-            said = ", ".join(f"{k} {found['settings'].get(k)!r}, now {self.settings[k]!r}" for k in other)
-            raise ValueError(
-                f"{self.file} was made with other settings ({said}); give those or another folder"
-            )
         self.modules.load_state_dict(found["modules"])
         self.optimiser.load_state_dict(found["optimiser"])
         for name, tensor in self.average.items():
             tensor.copy_(found["average"][name])
         self.step, self.seconds, self.last = found["step"], found["seconds"], found["last"]
+
+    def kept(self) -> dict[str, Any] | None:
+        """The checkpoint, or None. Raises Unusable when it was made with other settings or cannot be read."""
+        if not self.file.exists():
+            return None
+        found: dict[str, Any] = read(self.file)
+        other = [k for k, v in self.settings.items() if found["settings"].get(k) != v]
+        if other:
+            said = ", ".join(f"{k} {found['settings'].get(k)!r}, now {self.settings[k]!r}" for k in other)
+            raise Unusable(
+                f"{self.file} was made with other settings ({said}); give those or another folder"
+            )
+        return found
 
     def summary(self) -> dict[str, Any]:
         """What TRAINED.md says of this stage."""
@@ -188,6 +212,39 @@ def write_atomically(file: Path, content: Any) -> None:
     new.replace(file)
 
 
+def read(file: Path, **options: Any) -> Any:
+    """``torch.load``. Raises Unusable, which names the file, when it is damaged."""
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, **options)
+    except Exception as error:  # torch raises whatever its readers raise
+        raise damaged(file, error) from error
+
+
+def damaged(file: Path, error: Exception) -> Unusable:
+    why = type(error).__name__
+    return Unusable(f"{file} is damaged ({why}); put it back from a copy, or delete it and lose what it holds")
+
+
+def check_export(folder: Path | None, scored: bool) -> None:
+    """Before hours of training: the folder can be written, and what scoring needs can be imported."""
+    if folder is None:
+        return
+    if scored:
+        import evaluate  # noqa: F401 — scipy may be missing
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Unusable(f"--export {folder}: {error.strerror}; give a folder that can be written") from error
+
+
+def minutes(text: str) -> float:
+    """A time for argparse: any number over 0."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise ValueError(text)
+    return value
+
+
 def noise_for(device: torch.device, *numbers: int) -> torch.Generator:
     """A torch generator that belongs to these numbers."""
     seed = zlib.crc32(repr(numbers).encode()) | (numbers[-1] & 0x7FFFFFFF) << 32
@@ -200,8 +257,13 @@ def settle_type(asked: str, file: Path, device: torch.device, loss: Callable[[st
     if asked == "auto":
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(_faster_type(loss)), encoding="utf-8")
-        asked = str(json.loads(file.read_text(encoding="utf-8")))
+            new = file.with_suffix(".new")
+            new.write_text(json.dumps(_faster_type(loss)), encoding="utf-8")
+            new.replace(file)
+        try:
+            asked = str(json.loads(file.read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise damaged(file, error) from error
     print(f"training in {asked} on {device}", file=sys.stderr)
     return asked
 

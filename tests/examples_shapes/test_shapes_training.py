@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -97,10 +98,72 @@ def test_a_killed_run_ends_in_the_same_weights(exported, kind: str, number: int,
             assert all(torch.equal(t, other["optimiser"]["state"][n][k]) for k, t in state.items())
 
 
-def test_other_settings_are_refused(exported) -> None:
+def refused(capsys: pytest.CaptureFixture[str], kind: str, out: Path, *more: str) -> str:
+    """The one line that a script ends with instead of training."""
+    with pytest.raises(SystemExit) as stopped:
+        train(kind, out, *more)
+    assert stopped.value.code
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_other_settings_are_refused(exported, capsys) -> None:
     out, _ = exported("pipeline")
-    with pytest.raises(ValueError, match=r"other settings.*seed 0, now 1"):
-        train("pipeline", out, "--seed", "1")
+    assert "other settings (seed 0, now 1" in refused(capsys, "pipeline", out, "--seed", "1")
+
+
+@pytest.mark.parametrize("minutes", ["0", "-1", "nan", "soon"])
+def test_a_time_that_is_none_is_refused(minutes: str, tmp_path: Path, capsys) -> None:
+    assert "--minutes" in refused(capsys, "pipeline", tmp_path, "--minutes", minutes)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["pipeline", "vlm"])
+def test_a_second_stage_without_time_is_not_trained_and_not_exported(kind: str, tmp_path: Path, capsys) -> None:
+    more = ("--minutes", "0.00001", "--export", str(tmp_path / "model"))
+    said = refused(capsys, kind, tmp_path / "out", *more)
+    assert f"no time is left for {STAGES[kind][1][:-3]}" in said and "give more" in said
+    assert not (tmp_path / "out" / STAGES[kind][1]).exists() and not list((tmp_path / "model").iterdir())
+
+
+@pytest.mark.parametrize(("kind", "made"), [("pipeline", "latents.pt"), ("vlm", "answers.pt")])
+def test_a_first_stage_that_is_gone_is_not_left_untrained(exported, kind: str, made: str, tmp_path: Path, capsys):
+    out = shutil.copytree(exported(kind)[0], tmp_path / "out")
+    (out / STAGES[kind][0]).unlink()
+    before = (out / made).read_bytes()
+    said = refused(capsys, kind, out)
+    assert STAGES[kind][0] in said and made in said and "delete both" in said
+    assert (out / made).read_bytes() == before
+
+
+def test_latents_are_kept_when_the_denoiser_is_of_another_autoencoder(exported, tmp_path: Path, capsys) -> None:
+    out = shutil.copytree(exported("pipeline")[0], tmp_path / "out")
+    denoiser = torch.load(out / "unet.pt", weights_only=True)
+    denoiser["settings"]["steps of the vae"] = 2
+    torch.save(denoiser, out / "unet.pt")
+    (out / "latents.pt").write_bytes(b"")  # would be made anew, or found damaged, if it came to that
+    assert "steps of the vae 2, now 3" in refused(capsys, "pipeline", out)
+    assert (out / "latents.pt").read_bytes() == b""
+
+
+@pytest.mark.parametrize("half", [0.0, 0.5])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("pipeline", "vae.pt"), ("pipeline", "latents.pt"), ("pipeline", "unet.pt"), ("vlm", "pool.npz"),
+     ("vlm", "answers.pt"), ("vlm", "dtype.json")],
+)  # fmt: skip
+def test_a_damaged_file_is_named(exported, kind: str, name: str, half: float, tmp_path: Path, capsys) -> None:
+    out = shutil.copytree(exported(kind)[0], tmp_path / "out")
+    file = out / name
+    content = file.read_bytes() if file.exists() else b'"float32"'
+    file.write_bytes(content[: int(half * len(content))])
+    said = refused(capsys, kind, out, *(["--dtype", "auto"] if name == "dtype.json" else []))
+    assert f"{file} is damaged" in said and "delete it" in said
+
+
+def test_an_export_that_cannot_be_written_is_refused_before_training(tmp_path: Path, capsys) -> None:
+    (tmp_path / "file").touch()
+    said = refused(capsys, "pipeline", tmp_path / "out", "--export", str(tmp_path / "file" / "model"))
+    assert "--export" in said and not (tmp_path / "out").exists()
 
 
 def test_a_stage_that_runs_out_of_time_is_finished(tmp_path: Path) -> None:
