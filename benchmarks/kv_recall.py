@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lines import append, records, said
+from lines import append, chosen, file_of, records, said, when
 from prose import SAID, reference_text
 from record import about, named
 from torch import Tensor
@@ -120,15 +120,14 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=800, help="of a context, before the question")
     parser.add_argument("--texts", type=int, default=8)
     parser.add_argument("--only", nargs="+", help="only variants whose names contain one of these")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=file_of)
     parser.add_argument("--report", action="store_true", help="only print what was measured before")
     options = parser.parse_args()
+    names = chosen(parser, list(dict.fromkeys(v.name for v in VARIANTS)), options.only)
     facts = about()
     out = options.out or named("kv_recall", facts, ".jsonl")
     if not options.report:
-        variants = [v for v in VARIANTS if _there(v)]
-        if options.only:
-            variants = [v for v in variants if v == DENSE or any(word in v.name for word in options.only)]
+        variants = [v for v in VARIANTS if (v == DENSE or v.name in names) and _there(v)]
         measure(options, variants, out)
     page = table(out, facts, options)
     print(page)
@@ -156,7 +155,9 @@ def _there(variant: Variant) -> bool:
 def measure(options: Any, variants: list[Variant], out: Path) -> None:
     loaded = load(options.model)
     reader = Reader(loaded.model, loaded.tokenizer)
-    done = {(r["task"], r["tokens"], r["item"], r["variant"]) for r in records(out)}
+    done = {
+        (r["task"], r["tokens"], r["item"], r["variant"]) for r in records(out) if r["model"] == options.model
+    }
     tasks: list[tuple[str, int, Callable[[int, Variant], dict[str, Any]]]] = [
         ("recall", options.contexts, lambda i, v: recall(reader, i, options.tokens, v)),
         ("likelihood", options.texts, lambda i, v: likelihood(reader, i, options.tokens, v)),
@@ -169,8 +170,8 @@ def measure(options: Any, variants: list[Variant], out: Path) -> None:
                     continue
                 with torch.inference_mode():
                     found = run(item, variant)
-                line = {"task": task, "tokens": options.tokens, "item": item, "variant": variant.key, **found}
-                append(out, line)
+                asked = {"model": options.model, "task": task, "tokens": options.tokens, "item": item}
+                append(out, {**asked, "variant": variant.key, **found})
             print(f"{task}: {item + 1} of {count}", flush=True)
 
 
@@ -316,14 +317,14 @@ def _mean(values: list[bool]) -> float:
 def table(out: Path, facts: dict[str, Any], options: Any) -> str:
     """The figures of every variant in the file, in Markdown, against the dense cache."""
     by: dict[str, dict[str, dict[int, dict[str, Any]]]] = {"recall": {}, "likelihood": {}}
-    for record in records(out):
-        if record["tokens"] == options.tokens:
-            by[record["task"]].setdefault(record["variant"], {})[record["item"]] = record
+    there = [r for r in records(out) if (r["tokens"], r["model"]) == (options.tokens, options.model)]
+    for record in there:
+        by[record["task"]].setdefault(record["variant"], {})[record["item"]] = record
     dense = {task: found.get(DENSE.key, {}) for task, found in by.items()}
     lines = [
         "# What compressed caches still know",
         "",
-        f"{facts['date']} · {facts['cpu']}, {facts['threads']} threads · {options.model}, contexts of about "
+        f"{when(there, facts['cpu'])} · {options.model}, contexts of about "
         f"{options.tokens} tokens with {FACTS} facts; {SAID}",
         "",
         "Means with 95 % intervals; Δ against the dense cache on the same items. Bytes: of what the cache holds after "

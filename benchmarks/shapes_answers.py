@@ -8,7 +8,8 @@ shape, size, count, place, relation), and described; captions are scored after C
 and number of distinct kinds beside it. Intervals are 95 %, by bootstrap over pictures; Δ is paired with the unpatched
 model. Answers are greedy.
 
-One JSON line for every batch of pictures goes into --out as it is done: a run that was killed goes on where it was.
+One JSON line for every batch of pictures goes into --out as it is done: a run that was killed goes on where it was,
+and one with more pictures adds those.
 """
 
 from __future__ import annotations
@@ -23,16 +24,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lines import append, records
+from lines import append, chosen, file_of, records, runs, when
 from PIL import Image
 from record import about, named
 
 import trainless
-from trainless.models import load
+from trainless.models import describe, load
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "examples" / "shapes"))
 
+from arguments import positive  # noqa: E402
 from evaluate import ask  # noqa: E402
 from questions import (  # noqa: E402
     DESCRIBE,
@@ -114,17 +116,24 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="demo:shapes-vlm")
-    parser.add_argument("--pictures", type=int, default=200)
-    parser.add_argument("--batch", type=int, default=50, help="pictures per line; prompts run 32 at a time")
+    parser.add_argument("--pictures", type=positive, default=200)
+    parser.add_argument(
+        "--batch", type=positive, default=50, help="pictures per line; prompts run 32 at a time"
+    )
     parser.add_argument("--only", nargs="+", help="only variants whose names contain one of these")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=file_of)
     parser.add_argument("--report", action="store_true", help="only print what was measured before")
     options = parser.parse_args()
+    names = chosen(parser, [v.name for v in VARIANTS], options.only)
     facts = about()
     out = options.out or named("shapes-answers", facts, ".jsonl")
+    fingerprint = describe(options.model).fingerprint
     if not options.report:
-        measure(options, out)
-    page = table(out, facts, options)
+        measure(options, fingerprint, [v for v in VARIANTS if v == UNPATCHED or v.name in names], out)
+    there = [r for r in records(out) if r["model"] == fingerprint]  # other weights are another table
+    if not there:
+        raise SystemExit(f"{out} holds nothing that was measured with {options.model} {fingerprint}")
+    page = table(there, facts["cpu"], options.model)
     print(page)
     out.with_suffix(".md").write_text(page + "\n", encoding="utf-8")
 
@@ -145,19 +154,24 @@ def asked_about(number: int) -> tuple[list[Scene], list[Image.Image], list[list[
     return scenes, images, questions
 
 
-def measure(options: Any, out: Path) -> None:
+def measure(options: Any, fingerprint: str, variants: list[Variant], out: Path) -> None:
     loaded = load(options.model)
     model, processor = loaded.model, loaded.processor
     scenes, images, questions = asked_about(options.pictures)
-    fingerprint = loaded.description.fingerprint
-    done = {(r["variant"], r["first"]) for r in records(out) if r["model"] == fingerprint}
-    for first in range(0, len(scenes), options.batch):
-        part = range(first, min(first + options.batch, len(scenes)))
-        for variant in VARIANTS:
-            if options.only and variant != UNPATCHED and not any(w in variant.name for w in options.only):
-                continue
-            if (variant.name, first) in done:
-                continue
+    done = {
+        (r["variant"], r["first"] + i)
+        for r in records(out)
+        if r["model"] == fingerprint
+        for i in range(len(r["sums"]))
+    }
+    for start in range(0, len(scenes), options.batch):
+        whole = range(start, min(start + options.batch, len(scenes)))
+        for variant, first, end in (
+            (v, *run)
+            for v in variants
+            for run in runs([i for i in whole if (v.name, i) not in done], options.batch)
+        ):
+            part = range(first, end)
             pairs = [(i, question) for i in part for question in questions[i]]
             with trainless.patched(model, list(variant.what)) if variant.what else nullcontext() as patch:
                 texts = ask(
@@ -184,18 +198,17 @@ def measure(options: Any, out: Path) -> None:
                     "sums": [{n: {k: c for k, c in one.items() if c} for n, one in sums[i].items()} for i in part],
                 },
             )  # fmt: skip
-        print(f"pictures {part.start} to {part.stop - 1}", flush=True)
+        print(f"pictures {whole.start} to {whole.stop - 1}", flush=True)
 
 
 # ---------------------------------------------------------------- the table
 
 
-def table(out: Path, facts: dict[str, Any], options: Any) -> str:
+def table(there: list[dict[str, Any]], cpu: str, model: str) -> str:
     found: dict[str, dict[int, Sums]] = {v.name: {} for v in VARIANTS}
     idle = set()
-    there = records(out)
     for record in there:
-        if record["variant"] not in found or record["model"] != there[-1]["model"]:
+        if record["variant"] not in found:
             continue
         for i, sums in enumerate(record["sums"]):
             found[record["variant"]][record["first"] + i] = sums
@@ -205,8 +218,7 @@ def table(out: Path, facts: dict[str, Any], options: Any) -> str:
     lines = [
         "# demo:shapes-vlm, patched",
         "",
-        f"{facts['date']} · {facts['cpu']}, {facts['threads']} threads · {options.model}, {len(before)} pictures, "
-        "greedy answers",
+        f"{when(there, cpu)} · {model}, {len(before)} pictures, greedy answers",
         "",
         "With 95 % intervals, by bootstrap over pictures; below each figure its difference from the unpatched model.",
     ]

@@ -10,8 +10,9 @@ relation, place); whole: everything right; repeated: more things than asked; ext
 The model was trained at 64 x 64 alone. Sizes of things are judged against the shorter side of the picture, so a model
 that paints things as large in pixels as it learnt loses there at 128 x 128.
 
-One JSON line for every batch goes into --out as it is done: a run that was killed goes on where it was. Pictures of
-the first captions go into --strips and from there into one sheet for each size, docs/img/shapes-HxW.png.
+One JSON line for every batch goes into --out as it is done: a run that was killed goes on where it was, and one with
+more captions adds those. Pictures of the first captions go into --strips, apart for every model and setting, and from
+there into one sheet for each size: docs/img/shapes-HxW.png, or beside --out where that is given.
 """
 
 from __future__ import annotations
@@ -24,16 +25,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lines import append, records, said
+from lines import append, chosen, file_of, records, runs, said, when
 from PIL import Image, ImageDraw, ImageFont
 from record import about, named
 
 import trainless
-from trainless.models import load
+from trainless.models import describe, load
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "examples" / "shapes"))
 
+from arguments import positive, size  # noqa: E402
 from evaluate import ATTRIBUTES, SIZES, montage, new_requests, paint  # noqa: E402
 from reader import agreement  # noqa: E402
 from scenes import caption  # noqa: E402
@@ -74,68 +76,74 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="demo:shapes")
-    parser.add_argument("--prompts", type=int, default=64)
-    parser.add_argument("--sizes", nargs="+", default=[f"{h}x{w}" for h, w in SIZES], metavar="HxW")
-    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--prompts", type=positive, default=64)
+    parser.add_argument("--sizes", nargs="+", type=size, default=list(SIZES), metavar="HxW")
+    parser.add_argument("--steps", type=positive, default=16)
     parser.add_argument("--guidance", type=float, default=4.0)
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--batch", type=positive, default=16)
     parser.add_argument("--only", nargs="+", help="only variants whose names contain one of these")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=file_of)
     parser.add_argument("--strips", type=Path, default=ROOT / "out" / "shapes-strips")
-    parser.add_argument("--sheets", type=Path, default=ROOT / "docs" / "img")
+    parser.add_argument("--sheets", type=Path)
     parser.add_argument(
         "--report", action="store_true", help="only the table and the sheets of what is there"
     )
     options = parser.parse_args()
+    names = chosen(parser, [v.name for v in VARIANTS], options.only)
     facts = about()
     out = options.out or named("shapes-images", facts, ".jsonl")
+    description = describe(options.model)
+    asked = {"steps": options.steps, "guidance": options.guidance, "model": description.fingerprint}
+    options.strips /= "-".join(str(value) for value in asked.values())
     if not options.report:
-        measure(options, out)
-    page = table(out, facts, options)
+        measure(options, asked, [v for v in VARIANTS if v == UNPATCHED or v.name in names], out)
+    there = [r for r in records(out) if r["asked"] == asked]  # other weights and settings are another table
+    if not there:
+        raise SystemExit(f"{out} holds nothing that was measured with {options.model} and {asked}")
+    page = table(there, facts["cpu"], options)
     print(page)
     out.with_suffix(".md").write_text(page + "\n", encoding="utf-8")
-    for size in options.sizes:
-        sheet(options.strips, size, options.sheets)
+    sheets = options.sheets or (ROOT / "docs" / "img" if options.out is None else out.parent)
+    for height, width in options.sizes:
+        sheet(options.strips, f"{height}x{width}", sheets)
 
 
-def measure(options: Any, out: Path) -> None:
-    loaded = load(options.model)
+def measure(options: Any, asked: dict[str, Any], variants: list[Variant], out: Path) -> None:
+    pipeline = load(options.model).model
     requests = new_requests(options.prompts, SEED)
-    asked = {"steps": options.steps, "guidance": options.guidance, "model": loaded.description.fingerprint}
-    done = {(r["variant"], r["size"], r["first"]) for r in records(out) if r["asked"] == asked}
-    variants = [
-        v for v in VARIANTS
-        if v == UNPATCHED or not options.only or any(word in v.name for word in options.only)
-    ]  # fmt: skip
+    done = {
+        (r["variant"], r["size"], r["first"] + i)
+        for r in records(out)
+        if r["asked"] == asked
+        for i in range(len(r["agreement"]))
+    }
     # Variants outside: however early a run ends, those that it has been through were painted at every size.
     for variant in variants:
-        for size in options.sizes:
-            for first in range(0, len(requests), options.batch):
-                if (variant.name, size, first) not in done:
-                    part = requests[first : first + options.batch]
-                    append(
-                        out, {"asked": asked, **_painted(loaded.model, variant, size, first, part, options)}
-                    )
-            print(f"{variant.name}: {size}", flush=True)
+        for height, width in options.sizes:
+            name = f"{height}x{width}"
+            left = [i for i in range(len(requests)) if (variant.name, name, i) not in done]
+            for first, end in runs(left, options.batch):
+                found = _painted(pipeline, variant, (height, width), first, requests[first:end], options)
+                append(out, {"asked": asked, "variant": variant.name, "size": name, "first": first, **found})
+            print(f"{variant.name}: {name}", flush=True)
 
 
 def _painted(
-    pipeline: Any, variant: Variant, size: str, first: int, requests: list[Any], options: Any
+    pipeline: Any, variant: Variant, shape: tuple[int, int], first: int, requests: list[Any], options: Any
 ) -> dict[str, Any]:
     """A batch painted and read: the values of every attribute, caption by caption."""
-    height, width = (int(side) for side in size.split("x"))
+    height, width = shape
     with _patched(pipeline, variant) as patch:
         images = paint(
             pipeline, requests, height, width, steps=options.steps, guidance=options.guidance,
-            batch=options.batch, seed=SEED * 1000 + first,
+            batch=options.batch, seed=SEED, first=first,
         )  # fmt: skip
         acted = [] if patch is None else [method.acted for method in patch.report().methods]
     if not first:
         options.strips.mkdir(parents=True, exist_ok=True)
-        montage(images[:SHOWN], columns=SHOWN).save(options.strips / f"{size}-{_slug(variant)}.png")
+        montage(images[:SHOWN], columns=SHOWN).save(options.strips / f"{height}x{width}-{_slug(variant)}.png")
     read = [agreement(image, request) for image, request in zip(images, requests, strict=True)]
-    found = {name: [get(a) for a in read] for name, get in ATTRIBUTES.items()}
-    return {"variant": variant.name, "size": size, "first": first, "acted": acted, **found}
+    return {"acted": acted, **{name: [get(a) for a in read] for name, get in ATTRIBUTES.items()}}
 
 
 def _patched(pipeline: Any, variant: Variant) -> Any:
@@ -149,21 +157,18 @@ def _slug(variant: Variant) -> str:
 # ---------------------------------------------------------------- the table and the sheets
 
 
-def table(out: Path, facts: dict[str, Any], options: Any) -> str:
+def table(there: list[dict[str, Any]], cpu: str, options: Any) -> str:
     """One table for each size, in Markdown."""
     lines = [
         "# demo:shapes, patched",
         "",
-        f"{facts['date']} · {facts['cpu']}, {facts['threads']} threads · {options.model}, {options.steps} steps, "
+        f"{when(there, cpu)} · {options.model}, {options.steps} steps, "
         f"guidance {options.guidance:g}; the same captions and noise for every row",
         "",
         "Means with 95 % intervals over captions; Δ: agreement against the unpatched pipeline, paired.",
     ]
-    there = records(out)
-    there = [
-        r for r in there if r["asked"] == there[-1]["asked"]
-    ]  # older weights and settings are another table
-    for size in options.sizes:
+    for height, width in options.sizes:
+        size = f"{height}x{width}"
         values = {v.name: _values([r for r in there if r["size"] == size], v.name) for v in VARIANTS}
         before = values[UNPATCHED.name]
         if not before:

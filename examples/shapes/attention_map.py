@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from evaluate import patching
+from arguments import output
+from evaluate import load_vlm, patching
 from PIL import Image, ImageDraw, ImageFont
 from scenes import draw, rng_for
 from torch import Tensor
@@ -121,23 +122,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--set", action="append", default=[], metavar="NAME.key=value", help="values are JSON"
     )
     parser.add_argument("--recipe", action="append", default=[])
-    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("-o", "--output", type=output(".png", ".jpg", ".jpeg", ".webp"), required=True)
     given = parser.parse_args(arguments)
     if not given.patch and not given.recipe:
         parser.error("name what to compare with: --patch or --recipe")
-    from trainless.models import load
-
-    loaded = load(given.model)
     if given.image is None:
         drawn = draw(sample_picture(rng_for(given.seed, 50)))
         image = Image.fromarray(np.round(drawn * 255).astype(np.uint8))
     else:
-        image = Image.open(given.image).convert("RGB").resize((64, 64))
+        try:
+            image = Image.open(given.image).convert("RGB").resize((64, 64))
+        except OSError as error:
+            parser.error(f"--image {given.image}: {error}")
+    model, processor = load_vlm(given.model)
     maps, answers = {}, {}
-    maps["unpatched"], answers["unpatched"] = look(loaded.model, loaded.processor, image, given.question)
-    with patching(loaded.model, given.patch, given.recipe, given.set) as patch:
+    maps["unpatched"], answers["unpatched"] = look(model, processor, image, given.question)
+    with patching(model, given.patch, given.recipe, given.set) as patch:
         name = ", ".join([*given.patch, *given.recipe])
-        maps[name], answers[name] = look(loaded.model, loaded.processor, image, given.question)
+        maps[name], answers[name] = look(model, processor, image, given.question)
         print(patch.report() if patch is not None else "")
     page(image, maps, answers, given.question).save(given.output)
     for name, found in maps.items():

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from arguments import output, positive, size
 from PIL import Image
 from questions import (
     DESCRIBE,
@@ -34,7 +35,7 @@ from questions import (
     score_yes_no,
 )  # fmt: skip
 from reader import Agreement, agreement
-from scenes import SIDE, Request, caption, draw, rng_for, sample_request
+from scenes import Request, caption, draw, rng_for, sample_request
 from world import sample_picture
 
 SIZES = ((64, 64), (96, 96), (128, 128), (128, 64))  # height, width
@@ -72,9 +73,17 @@ def interval(values: Sequence[float], seed: int = 0, draws: int = 2000) -> dict[
 
 def load_pipeline(model: str) -> Any:
     """The pipeline of a folder, or demo:shapes."""
-    from trainless.models import load
+    return _load(model, pipeline=True).model.to(torch.float32)
 
-    return load(model).model.to(torch.float32)
+
+def _load(model: str, pipeline: bool) -> Any:
+    from trainless.models import describe, load
+
+    description = describe(model)
+    if description.is_pipeline != pipeline or not (pipeline or description.kind == "vlm"):
+        wanted = "a text-to-image pipeline" if pipeline else "a vision-language model"
+        raise SystemExit(f"{model} is {description.type}, not {wanted}")
+    return load(model)
 
 
 def new_requests(number: int, seed: int) -> list[Request]:
@@ -92,8 +101,9 @@ def paint(
     guidance: float,
     batch: int,
     seed: int = 0,
+    first: int = 0,
 ) -> list[Any]:
-    """One picture (H, W, 3) for each caption; the noise of each depends on its place alone."""
+    """One picture (H, W, 3) for each caption; the noise of each depends on its place alone, counted from ``first``."""
     made: list[Any] = []
     for start in range(0, len(requests), batch):
         part = requests[start : start + batch]
@@ -101,7 +111,9 @@ def paint(
             pipeline(
                 prompt=[caption(request) for request in part], height=height, width=width, num_inference_steps=steps,
                 guidance_scale=guidance, output_type="np",
-                generator=[torch.Generator().manual_seed(seed * 100_003 + start + i) for i in range(len(part))],
+                generator=[
+                    torch.Generator().manual_seed(seed * 100_003 + first + start + i) for i in range(len(part))
+                ],
             ).images
         )  # fmt: skip
     return made
@@ -164,9 +176,7 @@ def montage(images: Sequence[Any], columns: int = 8, gap: int = 2) -> Image.Imag
 
 def load_vlm(model: str) -> tuple[Any, Any]:
     """Model and processor of a folder, or of demo:shapes-vlm."""
-    from trainless.models import load
-
-    loaded = load(model)
+    loaded = _load(model, pipeline=False)
     return loaded.model.to(torch.float32), loaded.processor
 
 
@@ -260,7 +270,13 @@ def patching(
             if not equals or method not in patches:
                 raise SystemExit(f"--set {setting}: write NAME.key=value for a NAME given with --patch")
             if method == name:
-                parameters[parameter] = json.loads(value)
+                try:
+                    parameters[parameter] = json.loads(value)
+                except ValueError:
+                    raise SystemExit(
+                        f"--set {setting}: {value!r} is no JSON; a text is written in quotation marks, "
+                        f"as in --set '{key}=\"{value}\"'"
+                    ) from None
         what.append({"use": name, "with": parameters} if parameters else name)
     what += recipes
     if not what:
@@ -283,27 +299,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--recipe", action="append", default=[], help="a recipe of trainless, by name or path"
     )
-    parser.add_argument("--prompts", type=int, default=64, help="captions to paint")
-    parser.add_argument("--pictures", type=int, default=200, help="pictures to ask about")
-    parser.add_argument("--sizes", nargs="+", default=[f"{h}x{w}" for h, w in SIZES], metavar="HxW")
-    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--prompts", type=positive, default=64, help="captions to paint")
+    parser.add_argument("--pictures", type=positive, default=200, help="pictures to ask about")
+    parser.add_argument("--sizes", nargs="+", type=size, default=list(SIZES), metavar="HxW")
+    parser.add_argument("--steps", type=positive, default=25)
     parser.add_argument("--guidance", type=float, default=4.0)
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--batch-size", type=positive, default=16)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--grid", type=Path, help="folder for pictures of pictures")
-    parser.add_argument("-o", "--output", type=Path, help="JSON file for the scores")
+    parser.add_argument("-o", "--output", type=output(), help="JSON file for the scores")
     given = parser.parse_args(arguments)
     if given.kind == "pipeline":
-        sizes = [tuple(int(side) for side in size.split("x")) for size in given.sizes]
-        wrong = [f"{h}x{w}" for h, w in sizes if h % 8 or w % 8 or min(h, w) < SIDE // 2]
-        if wrong:
-            parser.error(
-                f"sizes {', '.join(wrong)}: both sides must be multiples of 8 and at least {SIDE // 2}"
-            )
         pipeline = load_pipeline(given.model)
         with patching(pipeline, given.patch, given.recipe, given.set) as patch:
             scores = score_pipeline(
-                pipeline, prompts=given.prompts, sizes=sizes, seed=given.seed, steps=given.steps,
+                pipeline, prompts=given.prompts, sizes=given.sizes, seed=given.seed, steps=given.steps,
                 guidance=given.guidance, batch=given.batch_size, grid=given.grid,
             )  # fmt: skip
             report = str(patch.report()) if patch is not None else "unpatched"

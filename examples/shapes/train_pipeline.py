@@ -228,7 +228,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--out", type=Path, default=Path("out/shapes"), help="checkpoints; taken up if there are any"
     )
     parser.add_argument("--export", type=Path, help="folder for the finished pipeline, in bfloat16")
-    parser.add_argument("--minutes", type=training.minutes, help="time for both stages, earlier runs included")
+    parser.add_argument(
+        "--minutes", type=training.minutes, help="time for both stages, earlier runs included"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(

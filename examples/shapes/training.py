@@ -184,9 +184,7 @@ class Stage:
         other = [k for k, v in self.settings.items() if found["settings"].get(k) != v]
         if other:
             said = ", ".join(f"{k} {found['settings'].get(k)!r}, now {self.settings[k]!r}" for k in other)
-            raise Unusable(
-                f"{self.file} was made with other settings ({said}); give those or another folder"
-            )
+            raise Unusable(f"{self.file} was made with other settings ({said}); give those or another folder")
         return found
 
     def summary(self) -> dict[str, Any]:
@@ -222,7 +220,9 @@ def read(file: Path, **options: Any) -> Any:
 
 def damaged(file: Path, error: Exception) -> Unusable:
     why = type(error).__name__
-    return Unusable(f"{file} is damaged ({why}); put it back from a copy, or delete it and lose what it holds")
+    return Unusable(
+        f"{file} is damaged ({why}); put it back from a copy, or delete it and lose what it holds"
+    )
 
 
 def check_export(folder: Path | None, scored: bool) -> None:

@@ -118,7 +118,9 @@ def test_a_time_that_is_none_is_refused(minutes: str, tmp_path: Path, capsys) ->
 
 
 @pytest.mark.parametrize("kind", ["pipeline", "vlm"])
-def test_a_second_stage_without_time_is_not_trained_and_not_exported(kind: str, tmp_path: Path, capsys) -> None:
+def test_a_second_stage_without_time_is_not_trained_and_not_exported(
+    kind: str, tmp_path: Path, capsys
+) -> None:
     more = ("--minutes", "0.00001", "--export", str(tmp_path / "model"))
     said = refused(capsys, kind, tmp_path / "out", *more)
     assert f"no time is left for {STAGES[kind][1][:-3]}" in said and "give more" in said
@@ -126,7 +128,9 @@ def test_a_second_stage_without_time_is_not_trained_and_not_exported(kind: str, 
 
 
 @pytest.mark.parametrize(("kind", "made"), [("pipeline", "latents.pt"), ("vlm", "answers.pt")])
-def test_a_first_stage_that_is_gone_is_not_left_untrained(exported, kind: str, made: str, tmp_path: Path, capsys):
+def test_a_first_stage_that_is_gone_is_not_left_untrained(
+    exported, kind: str, made: str, tmp_path: Path, capsys
+):
     out = shutil.copytree(exported(kind)[0], tmp_path / "out")
     (out / STAGES[kind][0]).unlink()
     before = (out / made).read_bytes()
@@ -135,7 +139,9 @@ def test_a_first_stage_that_is_gone_is_not_left_untrained(exported, kind: str, m
     assert (out / made).read_bytes() == before
 
 
-def test_latents_are_kept_when_the_denoiser_is_of_another_autoencoder(exported, tmp_path: Path, capsys) -> None:
+def test_latents_are_kept_when_the_denoiser_is_of_another_autoencoder(
+    exported, tmp_path: Path, capsys
+) -> None:
     out = shutil.copytree(exported("pipeline")[0], tmp_path / "out")
     denoiser = torch.load(out / "unet.pt", weights_only=True)
     denoiser["settings"]["steps of the vae"] = 2
@@ -261,6 +267,30 @@ def test_the_exported_pipeline_paints_and_is_patched(exported, tmp_path: Path) -
     assert (tmp_path / "96x64.png").is_file()
     with pytest.raises(SystemExit):
         evaluate.main([*arguments[:4], "--sizes", "60x64"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["pipeline", "demo:shapes", "--sizes", "64"], "write HEIGHTxWIDTH"),
+        (["pipeline", "demo:shapes", "--sizes", "64x60"], "multiples of 8 and at least 32"),
+        (["pipeline", "demo:shapes", "--prompts", "0"], "'0' is no whole number from 1"),
+        (["vlm", "demo:shapes-vlm", "--pictures", "-3"], "'-3' is no whole number from 1"),
+        (["vlm", "demo:shapes-vlm", "-o", "missing/scores.json"], "there is no folder 'missing'"),
+        (["vlm", "demo:shapes"], "StableDiffusionPipeline, not a vision-language model"),
+        (["pipeline", "demo:shapes-vlm"], "not a text-to-image pipeline"),
+    ],
+)
+def test_wrong_arguments_end_before_weights(arguments: list[str], says: str, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("trainless.models.load", None)
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main(arguments)
+    assert says in (capsys.readouterr().err + str(stopped.value.code))
+
+
+def test_a_setting_that_is_no_json_says_how_to_write_it() -> None:
+    with pytest.raises(SystemExit, match="""--set 'act.heads="all"'"""):
+        evaluate.patching(None, ["act"], [], ["act.heads=all"])
 
 
 # ---------------------------------------------------------------- vision and language
