@@ -34,7 +34,7 @@ def with_words(folder, target, words=("a", "red", "cat"), **more):
 def test_foreign_words_are_said_once_and_in_each_record(run, diffusion, tmp_path):
     folder = with_words(diffusion, tmp_path / "closed")
     rows = [
-        {"id": "known", "prompt": "A red, red cat!"},
+        {"id": "known", "prompt": "A red  RED\ncat"},
         {"id": "foreign", "prompt": "a cad on a table"},
         {"id": "negative", "prompt": "a cat", "negative_prompt": "rust", "n": 2},
     ]
@@ -76,9 +76,48 @@ def test_special_tokens_and_images_are_no_words(run, tmp_path):
     assert notes["marked"] is None and "'dog'" in notes["said"] and "'red'" not in notes["said"]
 
 
+def test_signs_are_words_too(run, diffusion, tmp_path):
+    """A tokenizer of words makes something unknown of them, which changes the picture."""
+    folder = with_words(diffusion, tmp_path / "closed", ("a", "red", "cat", "?"))
+    rows = [{"id": "known", "prompt": "a red cat?"}, {"id": "signs", "prompt": "a_red 🟥, cat"}]
+    write_lines("p.jsonl", rows)
+    assert run("generate", folder, "p.jsonl", "-o", "out", *ARGS)[0] == 0
+    notes = {r["id"]: r.get("note") for r in records("out")}
+    assert notes["known"] is None
+    assert notes["signs"].startswith("the model does not know '_', '🟥', ',';")
+
+
+def test_special_tokens_of_a_pipeline_are_no_words(run, diffusion, tmp_path):
+    folder = with_words(diffusion, tmp_path / "closed")
+    write_lines("p.jsonl", [{"prompt": "<|startoftext|> a red cat"}])
+    code, _, err = run("generate", folder, "p.jsonl", "-o", "out", *ARGS)
+    assert code == 0 and "note" not in records("out")[0], err
+
+
+def test_only_prompts_that_are_run_are_said(run, diffusion, tmp_path):
+    folder = with_words(diffusion, tmp_path / "closed")
+    write_lines("p.jsonl", [{"prompt": "a cat"}, {"prompt": "a dog"}])
+    code, _, err = run("generate", folder, "p.jsonl", "-o", "out", "--limit", 1, *ARGS)
+    assert code == 0 and "trained on" not in err
+
+
+def test_a_prompt_that_is_long_because_it_is_spelled_says_so(run, diffusion, tmp_path):
+    folder = with_words(diffusion, tmp_path / "closed")
+    write_lines("p.jsonl", [{"prompt": "a photograph of an astronaut " * 20}])
+    code, _, _ = run("generate", folder, "p.jsonl", "-o", "out", *ARGS)
+    (record,) = records("out")
+    assert code == 3 and record["error"]["type"] == "PromptTooLong"
+    assert "count letter by letter: the model does not know 'photograph', 'of'" in record["error"]["message"]
+
+
+def test_a_word_without_end_is_cut_in_the_note():
+    known = Vocabulary(frozenset({"cat"}), "little")
+    assert len(known.note(known.foreign("x" * 100_000))) < 100
+
+
 def test_many_foreign_words_are_counted():
     known = Vocabulary(frozenset({"left-hand", "it's"}), "little")
-    assert known.foreign("Left-hand: IT'S") == []
+    assert known.foreign("Left-hand IT'S") == []
     foreign = known.foreign("one two one three four five six seven")
     assert len(foreign) == 7 and known.note(foreign).endswith("and 2 more; it knows little")
 
@@ -96,6 +135,9 @@ def test_a_broken_file_is_one_clear_error(diffusion, tmp_path, text):
 @pytest.mark.parametrize(
     ("row", "options", "said"),
     [
+        ({"params": {"height": -8}}, (), "params.height must be pixels, an integer from 8, not -8"),
+        ({"params": {"height": True}}, (), "params.height must be pixels, an integer from 8, not True"),
+        ({"params": {"height": 4}}, (), "params.height must be pixels, an integer from 8, not 4"),
         ({"params": {"height": 20}}, (), "params.height 20 is no multiple of 8, which the autoencoder"),
         ({"params": {"width": 13}}, (), "give 8 or 16"),
         ({}, ("--size", "48x32"), "--size: height 48 is no multiple of 32"),
@@ -114,4 +156,4 @@ def test_sizes_that_do_not_divide_are_refused_before_weights(
         config.write_text(json.dumps({**found, "block_out_channels": [8] * 6}), encoding="utf-8")
     write_lines("p.jsonl", [{"prompt": "a cat", **row}])
     code, _, err = run("generate", folder, "p.jsonl", "-o", "out", "--steps", 1, *options)
-    assert code == 1 and said in err
+    assert code == 1 and said in err and len(err.splitlines()) == 1, "one fault for one value"

@@ -289,7 +289,7 @@ def test_wrong_arguments_end_before_weights(arguments: list[str], says: str, mon
 
 
 def test_a_setting_that_is_no_json_says_how_to_write_it() -> None:
-    with pytest.raises(SystemExit, match="""--set 'act.heads="all"'"""):
+    with pytest.raises(SystemExit, match=r"""--set 'act\.heads="all"'"""):
         evaluate.patching(None, ["act"], [], ["act.heads=all"])
 
 

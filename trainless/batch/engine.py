@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -26,6 +26,10 @@ class Engine(Protocol):
 
     media: bool  # results are images
     notes: list[str]  # what the user should know after ``prepare``, one line each
+
+    @property
+    def tokenizers(self) -> Mapping[str, Any]:
+        """What prompts are read with, by name; after ``prepare``."""
 
     def __init__(
         self, description: Description, max_new_tokens: int | None, size: Any, steps: int | None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 from ..models import Description
 from .items import Item
@@ -11,15 +12,15 @@ from .keys import Job
 _PLACES = 5  # prompts that the line names
 
 
-def annotate(jobs: Sequence[Job], description: Description) -> list[str]:
-    """Give jobs with foreign words a ``note``; returns the line for the user, if there is anything to say.
+def annotate(jobs: Sequence[Job], description: Description, tokenizers: Iterable[Any]) -> list[str]:
+    """Give jobs with words outside the model's vocabulary a ``note``; returns the line for the user, if there is one.
 
     Such prompts are run all the same: who asks for a dog may want to see what comes of it.
     """
     known = description.vocabulary
     if known is None:
         return []
-    marks = _marks(description)
+    marks = _marks(tokenizers)
     foreign: dict[str, None] = {}
     places: dict[str, None] = {}
     for job in jobs:
@@ -46,12 +47,11 @@ def _texts(item: Item) -> Iterator[str]:
         )
 
 
-def _marks(description: Description) -> list[str]:
+def _marks(tokenizers: Iterable[Any]) -> list[str]:
     """Special tokens, which a prompt may hold beside its words; the longest first."""
-    if description.is_pipeline:
-        return []
-    tokenizer = description.processor.tokenizer if description.kind == "vlm" else description.tokenizer
-    # Placeholders of images are often among the added tokens only.
-    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
-    marks = {str(token) for token in (*tokenizer.all_special_tokens, *added)}
+    marks: set[str] = set()
+    for tokenizer in tokenizers:
+        # Placeholders of images are often among the added tokens only.
+        added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+        marks |= {str(token) for token in (*tokenizer.all_special_tokens, *added)}
     return sorted(marks, key=len, reverse=True)

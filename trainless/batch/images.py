@@ -72,7 +72,9 @@ class ImageEngine:
         parameters.check_params(item.params, self.known, self.description.type, item.where, faults)
         for name in ("height", "width"):
             value = item.params.get(name)
-            if isinstance(value, int) and value % self.multiple:
+            if not isinstance(value, int) or name not in self.known or not self.known[name].accepts(value):
+                continue  # no size, which has its fault already
+            if value % self.multiple:
                 faults.add(item.where, f"params.{self._uneven(name, value)}")
 
     def _uneven(self, name: str, value: int) -> str:
@@ -100,13 +102,21 @@ class ImageEngine:
             over = [name for name, limit in limits.items() if limit is not None and counts[name] > limit]
             if over and len(over) == len(counts):
                 best = max(over, key=lambda name: limits[name] or 0)
-                refusal = (
-                    "PromptTooLong",
-                    f"{field} has {counts[best]} tokens; the text encoder reads {limits[best]}; shorten it",
-                )
+                said = f"{field} has {counts[best]} tokens; the text encoder reads {limits[best]}; shorten it"
+                refusal = ("PromptTooLong", said + self._spelled(text))
             elif over:
                 self._partly.update((name, limits[name] or 0) for name in over)
         return length, refusal
+
+    def _spelled(self, text: str) -> str:
+        """Why a short text may have many tokens: a closed vocabulary has one for a word, and spells all others."""
+        known = self.description.vocabulary
+        foreign = known.foreign(text) if known is not None else []
+        return (
+            f". Words that it does not know count letter by letter: {known.note(foreign)}"
+            if known and foreign
+            else ""
+        )
 
     def _limit(self, tokenizer: Any, item: Item) -> int | None:
         own = getattr(tokenizer, "model_max_length", None)

@@ -73,12 +73,15 @@ def generate(request: Request, say: Callable[[str], None] = lambda line: print(l
     if recipe is not None:
         _check_fit(description, recipe)
     understood = recipe.understood() if recipe is not None else []
-    for line in [*understood, *engine.notes, *annotate(work, description)]:
+    chosen = {id(item) for item in items[: request.limit]}
+    foreign = annotate(
+        [job for job in work if id(job.item) in chosen], description, engine.tokenizers.values()
+    )
+    for line in [*understood, *engine.notes, *foreign]:
         if launch.rank == 0:
             say(line)
     settings = _settings(request, description, engine, recipe)
     rename(work, jobs(items, settings))
-    chosen = {id(item) for item in items[: request.limit]}
     work = [job for job in work if id(job.item) in chosen]
     store.check(settings, request.overwrite)
     size = request.batch_size or DEFAULT_BATCH[description.kind]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -41,6 +41,10 @@ class TextEngine:
     @property
     def tokenizer(self) -> Any:
         return self.description.tokenizer
+
+    @property
+    def tokenizers(self) -> Mapping[str, Any]:
+        return {"tokenizer": self.tokenizer}
 
     # ------------------------------------------------------------ before weights
 

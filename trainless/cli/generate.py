@@ -82,5 +82,8 @@ def _size(text: str | None) -> tuple[int, int] | None:
         )
     height, width = int(found[1]), int(found[2])
     if height % 8 or width % 8:
-        raise typer.BadParameter(f"{text!r}: height and width must be multiples of 8", param_hint="--size")
+        near = "x".join(str(max(8, round(side / 8) * 8)) for side in (height, width))
+        raise typer.BadParameter(
+            f"{text!r}: height and width must be multiples of 8, such as {near}", param_hint="--size"
+        )
     return height, width

@@ -17,8 +17,10 @@ from ..errors import InputError
 from .sources import Source
 
 FILE = "closed_vocabulary.json"  # not vocabulary.json, which other tools write with other contents
-_WORD = re.compile(r"[^\W_]+(?:['-][^\W_]+)*")
+# A word, or one sign: tokenizers of words make something unknown of signs too, and of "red_circle".
+_WORD = re.compile(r"[^\W_]+(?:['-][^\W_]+)*|[^\w\s]|_")
 _NAMED = 5  # foreign words that a note names
+_SHOWN = 40  # letters of each
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Vocabulary:
     knows: str
 
     def foreign(self, text: str, marks: Iterable[str] = ()) -> list[str]:
-        """Words of ``text`` that the model does not know, each once; ``marks`` (special tokens) are no words."""
+        """Words and signs of ``text`` that the model does not know, each once; ``marks`` (special tokens) are none."""
         for mark in marks:
             text = text.replace(mark, " ")
         found = dict.fromkeys(word.lower() for word in _WORD.findall(text))
@@ -39,6 +41,9 @@ class Vocabulary:
         """One sentence about foreign words, with the known ones that they look like."""
         said = []
         for word in (words := list(foreign))[:_NAMED]:
+            if len(word) > _SHOWN:
+                said.append(repr(word[: _SHOWN - 1] + "…"))
+                continue
             near = difflib.get_close_matches(word, self.words, 1)
             said.append(f"{word!r} (did you mean {near[0]!r}?)" if near else repr(word))
         more = f" and {len(words) - _NAMED} more" if len(words) > _NAMED else ""
