@@ -185,6 +185,36 @@ def test_tensors_that_are_not_for_loops_are_an_error_and_no_crash():
 
 
 @needs_numba
+@pytest.mark.parametrize("place", range(3))
+def test_a_sign_that_torch_has_yet_to_turn_is_not_lost(place):
+    """Such a tensor's memory, which is all that a loop looks at, holds the other sign."""
+    window, given = Window2d((5, 7), 3), [torch.randn(1, 2, 35, 16) for _ in range(3)]
+    turned = [torch._neg_view(t) if i == place else t for i, t in enumerate(given)]
+    said = choose_window(*turned)
+    assert said.name == "blocked" and any("sign" in reason for reason in said.reasons)
+    whole = [t.resolve_neg() for t in turned]
+    assert choose_window(*whole).name == "numba"
+    for found, wanted in zip(
+        window2d(*turned, window=window, scale=0.3), window2d(*whole, window=window, scale=0.3), strict=True
+    ):
+        assert torch.allclose(found, wanted, atol=1e-5)
+
+
+@needs_numba
+@pytest.mark.parametrize("grid", [(1, 600), (600, 2), (3, 301)])
+def test_what_is_seen_on_a_long_grid_takes_no_more_than_its_sides(grid):
+    compiled, window = compiled_form("trainless.kernels.window2d")[0], Window2d(grid, 1e6)
+    seen, _ = compiled.near(window, *compiled._patch(window))
+    assert seen.numel() <= 64 * grid[0] * grid[1]
+    given = [torch.randn(1, 1, window.tokens, 16) for _ in range(3)]
+    out, lse = compiled.window2d(*given, window=window, scale=0.3)
+    double = [t.double() for t in given]
+    z = double[0] @ double[1].transpose(2, 3) * 0.3
+    assert torch.allclose(out.double(), z.softmax(-1) @ double[2], atol=1e-5)
+    assert torch.allclose(lse.double(), z.logsumexp(-1), atol=1e-5)
+
+
+@needs_numba
 def test_who_cannot_have_it_is_told():
     assert any("CPU" in r for r in numba_reasons([torch.empty(1, device="meta")]))
     grown = torch.zeros(1, requires_grad=True)

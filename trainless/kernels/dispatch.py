@@ -50,6 +50,8 @@ def triton_reasons(tensors: Iterable[Tensor | None]) -> tuple[str, ...]:
         reasons.append("triton: float64 is not supported")
     if any(t.requires_grad for t in given) and torch.is_grad_enabled():
         reasons.append("triton: no gradient")
+    if not torch.compiler.is_compiling() and any(t.is_neg() for t in given):
+        reasons.append("triton: a tensor whose sign torch has yet to turn")
     return tuple(reasons)
 
 
@@ -78,6 +80,8 @@ def numba_reasons(tensors: Iterable[Tensor | None]) -> tuple[str, ...]:
         return ("numba: no gradient",)
     if _recorded() or any(type(t) not in (Tensor, torch.nn.Parameter) for t in given):
         return ("numba: operations are being recorded or transformed",)
+    if any(t.is_neg() for t in given):  # its memory, which is all that a loop sees, holds the other sign
+        return ("numba: a tensor whose sign torch has yet to turn",)
     missing = numba_missing()
     return () if missing is None else (missing,)
 

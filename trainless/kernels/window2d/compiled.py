@@ -78,7 +78,7 @@ def _heads(
     images = b * h * _items(window)
     items = images + b * h * -(-window.text // loops.LANES)
     numbers = (
-        h, hkv, d, n, window.image[0], *window.grid, window.dilation, ty, tx, window.reach, _down(window), window.text,
+        h, hkv, d, n, window.image[0], *window.grid, window.dilation, ty, tx, _down(window), window.text,
         *_places(q), *_places(o), *_places(lse),
         k.data_ptr(), v.data_ptr(), ek.data_ptr(), ev.data_ptr(), ek.shape[2],
         images, items, seen.data_ptr(), *seen.shape, runs.data_ptr(), factor.data_ptr(),
@@ -129,12 +129,15 @@ def _items(window: Window2d) -> int:
 def near(window: Window2d, ty: int, tx: int) -> tuple[Tensor, Tensor]:
     """What is seen around a patch of ty x tx tokens inside the grid.
 
-    Returns seen, int32 (ty + 2 reach, tx + 2 reach): a bit for each token of the patch, for the keys from ``reach``
-    rows and columns before its corner on; and runs, int64 (ty + 2 reach, 2): of every row the first key that some
-    token sees and the one behind the last.
+    Returns seen, int32 (ty + 2 up, tx + 2 left): a bit for each token of the patch, for the keys from ``up`` rows and
+    ``left`` columns before its corner on, which is as far as the window reaches or the grid goes; and runs, int64
+    (ty + 2 up, 2): of every row the first key that some token sees and the one behind the last.
     """
-    reach, kind = window.reach, torch.int32
-    y, x = (torch.arange(-reach, own + reach, dtype=kind, device="cpu") for own in (ty, tx))
+    kind = torch.int32
+    reach = (min(window.reach, side - 1) for side in _sides(window))
+    y, x = (
+        torch.arange(-r, own + r, dtype=kind, device="cpu") for r, own in zip(reach, (ty, tx), strict=True)
+    )
     seen = torch.zeros(len(y), len(x), dtype=kind, device="cpu")
     for lane in range(loops.LANES):
         seen |= window.near(y[:, None] - lane // tx, x - lane % tx).int() << lane

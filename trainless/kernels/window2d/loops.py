@@ -48,7 +48,7 @@ SPAN = 128  # numbers of a key that one sum runs over
 SEEN_BY_ALL = (1 << LANES) - 1
 LOWEST = -3e38  # a maximum to begin with: finite, so that what is hidden before the first key counts as zero
 LN2 = math.log(2)
-NUMBERS = 37  # that a body is given
+NUMBERS = 36  # that a body is given
 
 
 @compile_loop
@@ -166,13 +166,15 @@ def _line(work, d, k, v, at, bits, first, count):
 def _window(work, d, k, v, at, bits, seen, runs, reach, y, x, tall, wide, start, of_row, of_column):
     """The keys near a patch with its corner at (y, x) of a grid of tall x wide keys.
 
-    Key (0, 0) is token ``start``; of_row, of_column: tokens from one to the next. seen, runs: ``compiled.near``.
+    Key (0, 0) is token ``start``; of_row, of_column: tokens from one to the next. seen, runs: ``compiled.near``,
+    which begins ``reach`` (rows, columns) before the corner.
     """
+    up, left = reach
     start, of_row, of_column = 4 * d * start, 4 * d * of_row, 4 * d * of_column  # bytes
     count = 0
-    for i in range(max(0, reach - y), min(runs.shape[0], reach - y + tall)):
-        j, stop = max(runs[i, 0], reach - x), min(runs[i, 1], reach - x + wide)
-        line = start + (y + i - reach) * of_row + (x - reach) * of_column
+    for i in range(max(0, up - y), min(runs.shape[0], up - y + tall)):
+        j, stop = max(runs[i, 0], left - x), min(runs[i, 1], left - x + wide)
+        line = start + (y + i - up) * of_row + (x - left) * of_column
         while j < stop:
             last = min(stop, j + CHUNK - count)
             for n in range(j, last):
@@ -194,7 +196,7 @@ def _seat(n, lane, i, token, spare, where):
         return
     b, h = lane // n[1], lane % n[1]
     for t in range(3):
-        address, of_batch, of_head, of_token = n[14 + 4 * t : 18 + 4 * t]
+        address, of_batch, of_head, of_token = n[13 + 4 * t : 17 + 4 * t]
         where[t, i] = address + b * of_batch + h * of_head + token * of_token
 
 
@@ -203,13 +205,14 @@ def _keys(n, lane):
     """Where the keys, values, extra keys and extra values of a query head begin."""
     heads, key_heads, d, tokens = n[1:5]
     g = 4 * d * (lane // heads * key_heads + lane % heads // (heads // key_heads))
-    return n[26] + g * tokens, n[27] + g * tokens, n[28] + g * n[30], n[29] + g * n[30]
+    return n[25] + g * tokens, n[26] + g * tokens, n[27] + g * n[29], n[28] + g * n[29]
 
 
 @compile_loop
 def _row(n, item, seen, runs, factor, floats, where, at, bits):
     """The ``item``-th row of patches. n: a counter and ``compiled._heads``'s numbers; the rest: see ``part``."""
-    d, _, first, rows, columns, dilation, ty, tx, reach, down, text = n[3:14]
+    d, _, first, rows, columns, dilation, ty, tx, down, text = n[3:13]
+    reach = (seen.shape[0] - ty) // 2, (seen.shape[1] - tx) // 2
     # Each residue of the dilation is a grid of its own, whose steps are ``dilation`` tokens long.
     y, rest = item % down * ty, item // down
     x_off, rest = rest % min(dilation, columns), rest // min(dilation, columns)
@@ -227,14 +230,14 @@ def _row(n, item, seen, runs, factor, floats, where, at, bits):
         _begin(work, d, where.ctypes.data, factor)
         _window(work, d, k, v, at, bits, seen, runs, reach, y, x, tall, wide, corner, of_row, of_column)
         _line(work, d, k, v, at, bits, 0 if first else rows * columns, text)
-        _line(work, d, ek, ev, at, bits, 0, n[30])
+        _line(work, d, ek, ev, at, bits, 0, n[29])
         _finish(work, d, where[1].ctypes.data, where[2])
 
 
 @compile_loop
 def _text(n, item, factor, floats, where, at, bits):
     """The ``item``-th sixteen tokens of text, of which each sees every token and no extra key."""
-    d, tokens, first, rows, columns, text = n[3], n[4], n[5], n[6], n[7], n[13]
+    d, tokens, first, rows, columns, text = n[3], n[4], n[5], n[6], n[7], n[12]
     of_head = (text + LANES - 1) // LANES
     lane, start = item // of_head, item % of_head * LANES
     k, v, _, _ = _keys(n, lane)
@@ -254,7 +257,7 @@ def _text(n, item, factor, floats, where, at, bits):
 def part(data):
     n = carray(data, NUMBERS + 1)
     d = n[3]
-    images, items, at_seen, high, across, at_runs, at_factor = n[31:]
+    images, items, at_seen, high, across, at_runs, at_factor = n[30:]
     seen = carray(pointer(at_seen), (high, across), np.int32)
     runs = carray(pointer(at_runs), (high, 2), np.int64)
     factor = carray(pointer(at_factor), 1, np.float32)[0]
