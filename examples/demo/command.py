@@ -10,9 +10,20 @@ from typing import Any
 
 
 def generate(model: str, prompts: Path, out: Path, *options: str) -> dict[str, dict[str, Any]]:
-    """Run `trainless generate`; returns its records by id."""
+    """Run `trainless generate`; returns its records by id. Where it fails it says why, and the demo ends."""
     command = ["generate", model, str(prompts), "-o", str(out), "--overwrite", *options]
     print("$ trainless", " ".join(command), flush=True)
-    subprocess.run([sys.executable, "-m", "trainless", *command], check=True)
+    child = subprocess.Popen([sys.executable, "-m", "trainless", *command])
+    try:
+        code = child.wait()
+    except BaseException:  # Ctrl-C or TERM: it must not go on alone and hold its folder
+        child.terminate()
+        try:
+            child.wait(60)
+        except subprocess.TimeoutExpired:
+            child.kill()
+        raise
+    if code:
+        raise SystemExit(code)
     lines = [line for part in sorted(out.glob("part-*.jsonl")) for line in part.open(encoding="utf-8")]
     return {str(record["id"]): record for record in map(json.loads, lines)}

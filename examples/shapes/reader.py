@@ -56,9 +56,13 @@ def as_array(image: Any) -> Array:
     array = np.asarray(image.convert("RGB") if hasattr(image, "convert") else image)
     if array.ndim != 3 or array.shape[2] != 3:
         raise ValueError(f"a picture of shape {array.shape}: (height, width, 3) was expected")
-    array = array.astype(np.float32) / (255.0 if array.dtype == np.uint8 else 1.0)
+    array = array.astype(np.float32) / (255.0 if array.dtype.kind in "ui" else 1.0)
     if not np.isfinite(array).all():
         raise ValueError("a picture with NaN or infinite values")
+    if array.size and array.max() > 1.5:  # decoders overshoot a little
+        raise ValueError(
+            f"a picture with values up to {array.max():g}: 0..1, or integers of 0..255, were expected"
+        )
     return array
 
 
@@ -66,6 +70,7 @@ def _islands(difference: Array, ground: Array) -> list[tuple[NDBool, tuple[slice
     """Connected areas of one colour: mask inside its box, the box, index of the colour."""
     strength = _PALETTE - ground
     full = (strength**2).sum(1)
+    full = np.where(full < 0.01, np.inf, full)  # the colour of the ground itself explains nothing on it
     # The share of each colour that explains a pixel best, and what then remains unexplained.
     share = np.clip(difference @ strength.T / full, 0, 1.3)
     rest = ((difference[:, :, None] - share[..., None] * strength) ** 2).sum(-1)

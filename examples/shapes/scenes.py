@@ -142,12 +142,16 @@ def parse(text: str) -> Request:
     while not reader.done:
         if reader.take("and"):
             groups.append(reader.group())
-        elif reader.take("at", "the"):
+        elif place is None and reader.take("at", "the"):
             place = reader.one_of(PLACES, "a place")
         else:
             relation = reader.relation()
             groups.append(reader.group())
     request = Request(tuple(groups), relation, place)
+    if len({group.kind for group in groups}) < len(groups):
+        raise ValueError(
+            f"{text!r} names the same things twice; name each colour and shape once, with its number; known are {KNOWN}"
+        )
     if len(groups) > 3 or (relation and len(groups) != 2) or (place and (relation or request.count != 1)):
         raise ValueError(
             f"{text!r} says more than these captions can: a relation joins two groups, a place goes with "

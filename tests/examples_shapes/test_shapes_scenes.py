@@ -62,6 +62,8 @@ def test_captions_are_plain_english() -> None:
         ("a red circle left", "a relation was expected"),
         ("two red circles at the top", "more than these captions can"),
         ("a red circle above a blue star and a black cross", "more than these captions can"),
+        ("a red circle at the top at the left", "a relation was expected where 'at'"),
+        ("a red circle left of a red circle", "names the same things twice"),
     ],
 )
 def test_what_is_no_caption_is_refused_with_what_is_known(text: str, said: str) -> None:
@@ -126,6 +128,17 @@ def test_the_reader_finds_places_and_takes_8_bit_pictures() -> None:
         as_array(np.full((4, 4, 3), np.nan))
     with pytest.raises(ValueError, match="shape"):
         as_array(np.zeros((4, 4)))
+    with pytest.raises(ValueError, match="values up to 255"):
+        as_array(np.full((4, 4, 3), 255.0))
+    assert as_array(np.full((4, 4, 3), 255)).max() == 1
+
+
+def test_a_ground_of_the_colour_of_a_thing_hides_nothing_else() -> None:
+    with np.errstate(all="raise"):
+        image = np.empty((64, 64, 3), np.float32)
+        image[:] = COLOURS["red"]
+        image[16:40, 16:40] = COLOURS["blue"]
+        assert [thing.kind for thing in read(image)] == [("blue", "square")]
 
 
 def test_agreement_sees_every_kind_of_fault() -> None:

@@ -28,9 +28,13 @@ class Picture:
 
     def open(self) -> Any:
         """A PIL image in RGB, turned the way its EXIF data say. Whatever Pillow raises for a bad one."""
-        from PIL import Image, ImageOps
+        from PIL import Image, ImageOps, UnidentifiedImageError
 
-        with Image.open(BytesIO(self.read())) as image:
+        try:
+            opened = Image.open(BytesIO(self.read()))
+        except UnidentifiedImageError:  # its message is the address of the buffer
+            raise ValueError("no picture in a format that Pillow knows") from None
+        with opened as image:
             upright = ImageOps.exif_transpose(image) or image
             if upright.mode.startswith("I;16"):  # Pillow would cut all above 255 to white
                 upright = upright.point(lambda value: value * (1 / 256)).convert("L")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import struct
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -77,7 +76,7 @@ def load(
     if description.source.gguf:
         keywords = keywords | gguf.dense()
     try:
-        with quiet(), reading(description.source):
+        with quiet(description), reading(description.source):
             if description.is_pipeline:
                 model = _pipeline(description, dtype).to(device)
             else:
@@ -98,7 +97,7 @@ def load(
 
 def skeleton(description: Description) -> Any:
     """The model on the meta device: its modules and shapes, no weights. A pipeline for kind "image"."""
-    with quiet():
+    with quiet(description):
         if not description.is_pipeline:
             with torch.device("meta"):
                 return auto_class(description).from_config(description.config).eval()
@@ -130,28 +129,27 @@ def auto_class(description: Description) -> Any:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """No progress bars but ours while a model loads."""
+def quiet(description: Description) -> Iterator[None]:
+    """No progress bars but ours while a model loads; whoever had switched them off finds them off."""
     from transformers.utils import logging
 
-    was = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    bars: Any = None
-    if "diffusers" in sys.modules:
-        from diffusers.utils import logging as bars
+    bars = [logging]
+    if description.is_pipeline:
+        require("diffusers", f"the pipeline {description.type}")
+        from diffusers.utils import logging as of_diffusers
 
-        bars.disable_progress_bar()
+        bars.append(of_diffusers)
+    shown = [bar for bar in bars if bar.is_progress_bar_enabled()]
+    for bar in shown:
+        bar.disable_progress_bar()
     try:
         yield
     finally:
-        if was:
-            logging.enable_progress_bar()
-        if bars is not None:
-            bars.enable_progress_bar()
+        for bar in shown:
+            bar.enable_progress_bar()
 
 
 def _pipeline(description: Description, dtype: torch.dtype) -> Any:
-    require("diffusers", f"the pipeline {description.type}")
     place, keywords = description.source.origin
     variant = _variant(description)
     extra = {"variant": variant} if variant else {}
