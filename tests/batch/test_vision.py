@@ -115,7 +115,7 @@ def test_patched_and_sampled(run, vlms, pictures):
 FAULTS = [
     ({"prompt": "<image>", "image": "gone.png"}, "image 'gone.png' is no file"),
     ({"prompt": "<image>", "image": "torn.png"}, "image 'torn.png' cannot be decoded (OSError: "),
-    ({"prompt": "<image>", "image": "text.png"}, "image 'text.png' cannot be decoded (ValueError: no picture in a format"),
+    ({"prompt": "<image>", "image": "text.png"}, "image 'text.png' cannot be decoded (ValueError: no picture in"),
     ({"prompt": "<image>", "image": "https://x.org/a.png"}, "is remote, and nothing is fetched"),
     ({"prompt": "<image>", "image": "iVBORw0KGgo" * 500}, "cannot be read (File name too long)"),
     ({"prompt": "<image>", "image": "s3:" + "x" * 5000}, "is remote, and nothing is fetched"),
