@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +14,14 @@ def generate(model: str, prompts: Path, out: Path, *options: str) -> dict[str, d
     """Run `trainless generate`; returns its records by id. Where it fails it says why, and the demo ends."""
     command = ["generate", model, str(prompts), "-o", str(out), "--overwrite", *options]
     print("$ trainless", " ".join(command), flush=True)
+    # While the command starts nobody has hold of it yet, so a TERM waits until then.
+    late: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: late.append(128 + number))
     child = subprocess.Popen([sys.executable, "-m", "trainless", *command])
     try:
+        signal.signal(signal.SIGTERM, before)
+        if late:
+            raise SystemExit(late[0])
         code = child.wait()
     except BaseException:  # Ctrl-C or TERM: it must not go on alone and hold its folder
         child.terminate()
@@ -22,6 +29,7 @@ def generate(model: str, prompts: Path, out: Path, *options: str) -> dict[str, d
             child.wait(60)
         except subprocess.TimeoutExpired:
             child.kill()
+            child.wait()
         raise
     if code:
         raise SystemExit(code)
