@@ -318,6 +318,10 @@ def table(out: Path, facts: dict[str, Any], options: Any) -> str:
     """The figures of every variant in the file, in Markdown, against the dense cache."""
     by: dict[str, dict[str, dict[int, dict[str, Any]]]] = {"recall": {}, "likelihood": {}}
     there = [r for r in records(out) if (r["tokens"], r["model"]) == (options.tokens, options.model)]
+    if not there:
+        raise SystemExit(
+            f"{out} holds nothing that was measured with {options.model} and {options.tokens} tokens"
+        )
     for record in there:
         by[record["task"]].setdefault(record["variant"], {})[record["item"]] = record
     dense = {task: found.get(DENSE.key, {}) for task, found in by.items()}
