@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 LONGEST = 24  # tokens of a prompt, its ends included; the longest caption has 17
+SHIFT = 16
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
@@ -24,8 +26,12 @@ class Sizes:
     """Widths and depths. ``tiny`` is for tests: it learns nothing, quickly."""
 
     vae: tuple[int, ...] = (16, 32, 64)  # three levels: a latent pixel is 4 pixels wide
-    unet: tuple[int, ...] = (48, 112)  # levels at 16 x 16 and 8 x 8, both with self- and cross-attention
-    heads: tuple[int, ...] = (3, 7)  # of width 16
+    unet: tuple[int, ...] = (
+        48,
+        64,
+        96,
+    )  # levels at 16 x 16, 8 x 8 and 4 x 4, all with self- and cross-attention
+    heads: tuple[int, ...] = (3, 4, 6)  # of width 16
     layers: int = 1
     text: int = 128
     text_layers: int = 2
@@ -142,11 +148,25 @@ def tokens(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
     return made.input_ids
 
 
+def betas(times: int = 1000) -> list[float]:
+    """Steps of noise after a squared cosine with SHIFT times the noise, as a ratio of variances; ends in noise alone.
+
+    Things are dozens of latents large, so they shine through noise that would hide single ones: unshifted, where
+    they are is hidden in the last two of a hundred times only.
+    """
+
+    def kept(part: float) -> float:  # the share of the variance that is picture
+        cosine = math.cos((part + 0.008) / 1.008 * math.pi / 2) ** 2
+        return cosine / (cosine + SHIFT * (1 - cosine))
+
+    return [min(1 - kept((i + 1) / times) / kept(i / times), 0.999) for i in range(times)]
+
+
 def build_scheduler() -> DDIMScheduler:
-    """Noise after a squared cosine, which ends in noise alone, and the velocity as what is predicted."""
+    """The velocity is what is predicted; see ``betas`` for the noise."""
     return DDIMScheduler(
         num_train_timesteps=1000,
-        beta_schedule="squaredcos_cap_v2",
+        trained_betas=betas(),
         prediction_type="v_prediction",
         timestep_spacing="trailing",
         clip_sample=False,

@@ -2,9 +2,10 @@
 
     python examples/shapes/train_pipeline.py --out out/shapes --minutes 110 --export out/demo-shapes
 
-Two stages, one after the other: the autoencoder, then denoiser and text encoder together on latents that
-are computed once. Kill it whenever you like; the same command takes it up again. With --minutes the stages
-share that time; without, they take all their steps (and the weights depend on the seed alone).
+Three stages, one after the other: the autoencoder; denoiser and text encoder together, on latents that are computed
+once, where the noise leaves nothing of the picture and the caption alone says what goes where; then both at all levels
+of noise. Kill it whenever you like; the same command takes it up again. With --minutes the stages share that time;
+without, they take all their steps (and the weights depend on the seed alone).
 """
 
 from __future__ import annotations
@@ -14,43 +15,50 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pipeline_models as models
 import torch
 import training
-from scenes import KNOWN, SIDE, Array, caption, draw, rng_for, sample_scene, vocabulary
+from scenes import KNOWN, RELATIONS, SIDE, Array, caption, draw, rng_for, sample_scene, vocabulary
 from torch import Tensor, nn
 from tqdm import tqdm
 from world import sample_picture
 
-VAE, LATENTS, UNET, PROMPTS = range(4)  # what random numbers are for
-VAE_SHARE = 0.2  # of the minutes
+VAE, LATENTS, UNET, PROMPTS, LAYOUT = range(5)  # what random numbers are for
+VAE_SHARE, LAYOUT_SHARE = 0.2, 0.15  # of the minutes
 
 
 @dataclass(frozen=True)
 class Setting:
     sizes: models.Sizes
     vae: training.Plan
+    layout: training.Plan
     unet: training.Plan
     vae_batch: int
     unet_batch: int
     scenes: int  # that latents are computed of
     drop: float = 0.1  # captions left out, so that guidance has something to guide away from
+    where_share: float = (
+        0.7  # of captions with a place and with a relation, half each, when layouts are learnt
+    )
 
 
 FULL = Setting(
     models.FULL,
     vae=training.Plan(steps=3000, rate=1.5e-3, average=0.995),
-    unet=training.Plan(steps=7000, rate=1e-3, warmup=200, average=0.9985),
+    layout=training.Plan(steps=700, rate=1e-3, average=0.99, final=1.0),
+    unet=training.Plan(steps=4000, rate=1e-3, warmup=200, average=0.9985),
     vae_batch=16, unet_batch=32, scenes=40_000,
 )  # fmt: skip
 TINY = Setting(
     models.TINY,
     vae=training.Plan(steps=3, rate=1e-3, warmup=1),
+    layout=training.Plan(steps=3, rate=1e-3, warmup=1),
     unet=training.Plan(steps=3, rate=1e-3, warmup=1),
     vae_batch=2, unet_batch=2, scenes=8,
 )  # fmt: skip
@@ -62,8 +70,13 @@ def batch(images: Sequence[Array], device: torch.device) -> Tensor:
     return (stacked * 2 - 1).contiguous().to(device)
 
 
+def spread(number: int, generator: torch.Generator) -> Tensor:
+    """One number from each of ``number`` equal parts of 0..1, in any order: every batch sees all levels of noise."""
+    return (torch.randperm(number, generator=generator) + torch.rand(number, generator=generator)) / number
+
+
 class PipelineTraining:
-    """Both stages in one folder."""
+    """All stages in one folder."""
 
     def __init__(self, setting: Setting, out: Path, *, seed: int, device: torch.device, minutes: float | None,
                  save_every: float, dtype: str):  # fmt: skip
@@ -81,7 +94,8 @@ class PipelineTraining:
     def stage(
         self, name: str, module: nn.Module, plan: training.Plan, minutes: float | None, more: Any = None
     ) -> training.Stage:
-        settings = {"sizes": repr(self.setting.sizes), "dtype": self.dtype, **(more or {})}
+        sizes = self.setting.sizes  # an autoencoder may go on with another denoiser
+        settings = {"sizes": repr(sizes.vae if name == "vae" else sizes), "dtype": self.dtype, **(more or {})}
         return training.Stage(
             name, nn.ModuleDict({name: module}), plan, self.out, seed=self.seed, minutes=minutes,
             save_every=self.save_every, settings=settings,
@@ -93,14 +107,30 @@ class PipelineTraining:
         stage = self.stage("vae", self.vae, self.setting.vae, share)
         stage.run(self.vae_loss, before=self.out / "latents.pt")
         self.stages["vae"] = stage.summary()
-        spent = stage.seconds
         # A denoiser belongs to one autoencoder: trained further, that would leave it latents it never saw.
-        stage = self.stage("unet", self.painter, self.setting.unet, None, {"steps of the vae": stage.step})
-        stage.kept()  # refuses another autoencoder's denoiser before its latents are lost
-        latents, ids, seconds = self.latents(stage.settings["steps of the vae"])
-        stage.minutes = None if self.minutes is None else self.minutes - (spent + seconds) / 60
-        stage.run(lambda step: self.unet_loss(step, latents, ids))
-        self.stages["unet"] = stage.summary()
+        more, plans = (
+            {"steps of the vae": stage.step},
+            {"layout": self.setting.layout, "unet": self.setting.unet},
+        )
+        for (
+            name,
+            plan,
+        ) in plans.items():  # another autoencoder's denoiser is refused before its latents are lost
+            self.stage(name, self.painter, plan, None, more).kept()
+        latents, ids, seconds = self.latents(stage.step)
+        spent = (stage.seconds + seconds) / 60
+        losses = {"layout": self.layout_loss, "unet": self.unet_loss}
+        for name, plan in plans.items():
+            share = None if self.minutes is None else self.minutes - spent
+            if share is not None and name == "layout":
+                share = min(share, self.minutes * LAYOUT_SHARE)
+            stage = self.stage(name, self.painter, plan, share, more)
+            stage.run(
+                partial(losses[name], latents=latents, ids=ids),
+                before=self.out / "unet.pt" if name == "layout" else None,
+            )
+            self.stages[name] = stage.summary()
+            spent += stage.seconds / 60
 
     def settle_type(self) -> None:
         def loss(name: str) -> Tensor:
@@ -168,24 +198,51 @@ class PipelineTraining:
 
     # ------------------------------------------------------------ denoiser and text encoder
 
+    def layout_loss(self, step: int, latents: Tensor, ids: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """From noise alone, at the last time, and mostly with captions that say where things are.
+
+        Everywhere else a batch can be denoised without knowing it: words of places stay without effect, and later
+        they are much harder to learn than at the beginning.
+        """
+        number = self.setting.unet_batch
+        generator = training.noise_for(torch.device("cpu"), self.seed, LAYOUT, step)
+        shares = ((1 - self.setting.where_share), self.setting.where_share / 2, self.setting.where_share / 2)
+        weights = torch.zeros(len(ids), dtype=torch.float64)
+        for share, kind in zip(shares, self.kinds(ids), strict=True):
+            weights[kind] = share / max(int(kind.sum()), 1)
+        chosen = torch.multinomial(weights, number, replacement=True, generator=generator)
+        return self.denoise(latents[chosen], ids[chosen], torch.full((number,), 999.0), generator)
+
     def unet_loss(self, step: int, latents: Tensor, ids: Tensor) -> tuple[Tensor, dict[str, float]]:
         number = self.setting.unet_batch
         generator = training.noise_for(torch.device("cpu"), self.seed, UNET, step)
         chosen = torch.randint(len(latents), (number,), generator=generator)
-        clean, words = latents[chosen].float(), ids[chosen].clone()
-        words[torch.rand(number, generator=generator) < self.setting.drop] = self.empty
+        return self.denoise(latents[chosen], ids[chosen], spread(number, generator) * 1000, generator)
+
+    def denoise(
+        self, latents: Tensor, ids: Tensor, times: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, float]]:
+        """Loss of the velocity that is predicted for ``latents`` (B, 4, h, w) noised to ``times`` (B,), 0..1000."""
+        clean, words, times = latents.float(), ids.clone(), times.long().clamp(max=999)
+        words[torch.rand(len(words), generator=generator) < self.setting.drop] = self.empty
         noise = torch.randn(clean.shape, generator=generator)
-        # One time from each of equal parts: every batch sees all levels of noise.
-        parts = (
-            torch.randperm(number, generator=generator) + torch.rand(number, generator=generator)
-        ) / number
-        times = (parts * 1000).long().clamp(max=999)
         scheduler = models.build_scheduler()
         noisy, target = scheduler.add_noise(clean, noise, times), scheduler.get_velocity(clean, noise, times)
         noisy = noisy.to(self.device)
         with training.autocast(self.device, self.dtype):
             made = self.painter(noisy, times.to(self.device), words.to(self.device))
         return (made.float() - target.to(self.device)).square().mean(), {}
+
+    def kinds(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """bool (N,): captions (N, L) that say nothing of where things are, that name a place, and a relation."""
+
+        def holds(words: Iterable[str]) -> Tensor:
+            known = self.tokenizer.convert_tokens_to_ids([f"{word}</w>" for word in words])
+            return torch.isin(ids, torch.tensor(known)).any(1)
+
+        place = holds(["at"])
+        relation = holds(name.split()[0] for name in RELATIONS) & ~place
+        return ~place & ~relation, place, relation
 
     @property
     def empty(self) -> Tensor:

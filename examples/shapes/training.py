@@ -33,7 +33,7 @@ class Plan:
     """How a stage is trained.
 
     steps: of the whole stage. rate: highest learning rate, reached after ``warmup`` steps; from there it falls
-    to a hundredth along half a cosine. average: decay of the moving average of the weights, which is what
+    to ``final`` of it along half a cosine. average: decay of the moving average of the weights, which is what
     the stage leaves behind.
     """
 
@@ -42,10 +42,11 @@ class Plan:
     warmup: int = 100
     decay: float = 0.01
     average: float = 0.999
+    final: float = 0.01
     clip: float = 1.0
 
     def factor(self, progress: float, step: int) -> float:
-        cosine = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+        cosine = self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
         return cosine * min(1.0, (step + 1) / max(self.warmup, 1))
 
 

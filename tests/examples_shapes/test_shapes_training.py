@@ -27,7 +27,7 @@ from scenes import caption, rng_for, sample_request, vocabulary
 from torch import nn
 from world import sample_picture
 
-STAGES = {"pipeline": ["vae.pt", "unet.pt"], "vlm": ["tower.pt", "answers.pt"]}
+STAGES = {"pipeline": ["vae.pt", "layout.pt", "unet.pt"], "vlm": ["tower.pt", "answers.pt"]}
 MAINS: dict[str, Callable[[list[str]], None]] = {"pipeline": train_pipeline.main, "vlm": train_vlm.main}
 SCORED = {"pipeline": ["--score-prompts", "2"], "vlm": ["--score-pictures", "2"]}
 
@@ -82,7 +82,7 @@ def killed_while_saving(kind: str, out: Path, number: int) -> int:
     return os.WTERMSIG(os.waitpid(child, 0)[1])
 
 
-@pytest.mark.parametrize(("kind", "number"), [("pipeline", 2), ("pipeline", 6), ("vlm", 5)])
+@pytest.mark.parametrize(("kind", "number"), [("pipeline", 2), ("pipeline", 6), ("pipeline", 9), ("vlm", 5)])
 def test_a_killed_run_ends_in_the_same_weights(exported, kind: str, number: int, tmp_path: Path) -> None:
     assert killed_while_saving(kind, tmp_path, number) == signal.SIGKILL
     assert list(tmp_path.glob("*.new")), "the kill came between files, not within one"
@@ -249,6 +249,39 @@ def test_normalising_the_latents_leaves_the_pictures() -> None:
         assert torch.allclose(after.mean.std((0, 2, 3)), torch.ones(4).double())
         assert torch.allclose(after.std, before.std / std.view(1, -1, 1, 1))
         assert torch.allclose(vae.decode(after.mean).sample, stock, atol=1e-12)
+
+
+def test_layouts_are_learnt_where_only_the_caption_says_them(exported, monkeypatch) -> None:
+    """At such times, mostly from captions that say where; later at all times, with a share of those."""
+    out, _ = exported("pipeline")
+    work = train_pipeline.PipelineTraining(
+        replace(train_pipeline.TINY, unet_batch=200), out, seed=0, device=torch.device("cpu"), minutes=None,
+        save_every=1e9, dtype="float32",
+    )  # fmt: skip
+    rng = rng_for(3)
+    captions = [caption(sample_request(rng)) for _ in range(400)]
+    ids = pipeline_models.tokens(work.tokenizer, captions)
+    none, place, relation = work.kinds(ids)
+    for text, *kinds in zip(captions, none, place, relation, strict=True):
+        assert kinds == [not any(w in text for w in (" at the ", " of ", "above", "below")), " at the " in text,
+                         any(w in text for w in (" of ", "above", "below"))]  # fmt: skip
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    monkeypatch.setattr(work, "denoise", lambda latents, ids, times, generator: seen.append((ids, times)))
+    work.layout_loss(0, torch.zeros(400, 4, 2, 2), ids)
+    work.unet_loss(0, torch.zeros(400, 4, 2, 2), ids)
+    (said, last), (_, all_times) = seen
+    assert (last == 999).all()
+    shares = [float(kind.float().mean()) for kind in work.kinds(said)]
+    assert all(abs(share - wanted) < 0.12 for share, wanted in zip(shares, (0.3, 0.35, 0.35), strict=True))
+    assert (all_times.sort().values // 5).tolist() == list(range(200)), "one from each part of the schedule"
+
+
+def test_the_schedule_ends_in_noise_and_hides_things_in_time() -> None:
+    kept = pipeline_models.build_scheduler().alphas_cumprod
+    assert kept[0] > 0.99 and kept[-1] < 1e-6 and (kept.diff() < 0).all()
+    cosine = pipeline_models.DDIMScheduler(beta_schedule="squaredcos_cap_v2").alphas_cumprod
+    ratio = (cosine / (1 - cosine)) / (kept / (1 - kept))
+    assert torch.allclose(ratio[:-2], torch.full((998,), float(pipeline_models.SHIFT)), rtol=0.02)
 
 
 def test_the_exported_pipeline_paints_and_is_patched(exported, tmp_path: Path) -> None:
