@@ -26,11 +26,7 @@ class Sizes:
     """Widths and depths. ``tiny`` is for tests: it learns nothing, quickly."""
 
     vae: tuple[int, ...] = (16, 32, 64)  # three levels: a latent pixel is 4 pixels wide
-    unet: tuple[int, ...] = (
-        48,
-        64,
-        96,
-    )  # levels at 16 x 16, 8 x 8 and 4 x 4, all with self- and cross-attention
+    unet: tuple[int, ...] = (48, 64, 96)  # levels at 16, 8 and 4 squared, all with self- and cross-attention
     heads: tuple[int, ...] = (3, 4, 6)  # of width 16
     layers: int = 1
     text: int = 128

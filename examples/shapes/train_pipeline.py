@@ -43,15 +43,13 @@ class Setting:
     unet_batch: int
     scenes: int  # that latents are computed of
     drop: float = 0.1  # captions left out, so that guidance has something to guide away from
-    where_share: float = (
-        0.7  # of captions with a place and with a relation, half each, when layouts are learnt
-    )
+    where_share: float = 0.7  # of captions with a place or a relation, half each, when layouts are learnt
 
 
 FULL = Setting(
     models.FULL,
-    vae=training.Plan(steps=3000, rate=1.5e-3, average=0.995),
-    layout=training.Plan(steps=700, rate=1e-3, average=0.99, final=1.0),
+    vae=training.Plan(steps=2000, rate=1.5e-3, average=0.995),
+    layout=training.Plan(steps=2500, rate=1e-3, average=0.99, final=1.0),
     unet=training.Plan(steps=4000, rate=1e-3, warmup=200, average=0.9985),
     vae_batch=16, unet_batch=32, scenes=40_000,
 )  # fmt: skip
@@ -108,10 +106,8 @@ class PipelineTraining:
         stage.run(self.vae_loss, before=self.out / "latents.pt")
         self.stages["vae"] = stage.summary()
         # A denoiser belongs to one autoencoder: trained further, that would leave it latents it never saw.
-        more, plans = (
-            {"steps of the vae": stage.step},
-            {"layout": self.setting.layout, "unet": self.setting.unet},
-        )
+        more = {"steps of the vae": stage.step}
+        plans = {"layout": self.setting.layout, "unet": self.setting.unet}
         for (
             name,
             plan,

@@ -44,7 +44,13 @@ class Case:
     def seen(self, real=None) -> Visibility:
         lq, lk = self.truth.shape[-2:]
         return visibility(
-            self.mask, causal=self.causal, lq=lq, lk=lk, window=self.window, real=real, device="cpu"
+            self.mask,
+            causal=self.causal,
+            lq=lq,
+            lk=lk,
+            window=self.window,
+            real=real,
+            device=self.truth.device,
         )
 
     def to(self, dtype) -> Case:

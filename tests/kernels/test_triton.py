@@ -39,9 +39,9 @@ def python(tmp_path, *arguments, **environment):
 @pytest.mark.parametrize(
     ("file", "those"),
     [
-        ("interpreted_kernels.py", "float32"),
-        ("interpreted_kernels.py", "not float32"),
-        ("interpreted_linear.py", ""),
+        ("triton_kernels.py", "float32"),
+        ("triton_kernels.py", "not float32"),
+        ("triton_linear.py", ""),
     ],
 )
 def test_every_kernel_runs_in_the_interpreter(file, those, tmp_path):
@@ -52,6 +52,26 @@ def test_every_kernel_runs_in_the_interpreter(file, those, tmp_path):
         tmp_path, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", those,
         str(HERE / file), TRITON_INTERPRET="1",
     )  # fmt: skip
+    assert code == 0, output[-6000:]
+    assert re.search(r"\b[1-9]\d+ passed", output), output[-300:]
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("file", ["triton_kernels.py", "triton_linear.py"])
+def test_every_kernel_runs_on_the_gpu(file, tmp_path):
+    code, output = python(
+        tmp_path,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        str(HERE / file),
+        TRITON_INTERPRET="0",
+    )
     assert code == 0, output[-6000:]
     assert re.search(r"\b[1-9]\d+ passed", output), output[-300:]
 

@@ -1,17 +1,15 @@
-"""The Triton kernels of linear attention in the interpreter; run by ``test_triton.py`` like interpreted_kernels.py."""
+"""The Triton kernels of linear attention; run by ``test_triton.py`` like triton_kernels.py."""
 
-import os
 from dataclasses import replace
 
 import pytest
 import torch
 from kernel_cases import no_worse
 from test_linear import FEATURES, KINDS, make, mask_of, oracle
+from triton_device import DEVICE, on_the_device  # noqa: F401 — a fixture that every test uses
 
 from trainless.kernels import linear_attention
 from trainless.kernels.linear import triton as form
-
-assert os.environ.get("TRITON_INTERPRET") == "1", "run through test_triton.py"
 
 # (B, H, Hkv, Lq, Lk, D, Dv): longer than a tile, several tiles of values, groups, one token, more queries than keys.
 SHAPES = [
@@ -20,9 +18,13 @@ SHAPES = [
     (1, 1, 1, 1, 1, 16, 16),
     (1, 2, 2, 90, 40, 16, 8),
 ]
+DTYPES = [torch.float32, torch.float16]
+if DEVICE == "cuda":
+    DTYPES.append(torch.bfloat16)
+    SHAPES += [(1, 4, 2, 700, 700, 64, 64), (1, 2, 2, 300, 300, 128, 128), (1, 2, 1, 100, 100, 256, 256)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("feature", FEATURES)

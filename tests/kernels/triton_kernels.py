@@ -1,10 +1,9 @@
-"""Every Triton kernel on the CPU, in Triton's interpreter. Run by ``test_triton.py`` in a process of its own.
+"""Every Triton kernel against float64: in Triton's interpreter on the CPU, or compiled on a GPU where there is one.
 
-The interpreter has to be chosen before Triton is imported, and other tests of the same run may have
-imported it. It knows no bfloat16 arithmetic: float32 and float16 here.
+Run by ``test_triton.py`` in a process of its own: the interpreter has to be chosen before Triton is imported,
+and other tests of the same run may have imported it. It knows no bfloat16 arithmetic: float32 and float16
+there, bfloat16 and wide heads on a GPU.
 """
-
-import os
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from packed_cases import SHAPES as PACKED_SHAPES
 from packed_cases import Case as PackedCase
 from packed_cases import dense as packed_dense
 from test_block_sparse import PATTERNS, pattern_of, truth_of
+from triton_device import DEVICE, on_the_device  # noqa: F401 — a fixture that every test uses
 
 from trainless.kernels import attention, visibility
 from trainless.kernels.block_sparse import triton as block_sparse_form
@@ -28,11 +28,19 @@ from trainless.kernels.window2d import Window2d
 from trainless.kernels.window2d import reference as window2d_reference
 from trainless.kernels.window2d import triton as window2d_form
 
-assert os.environ.get("TRITON_INTERPRET") == "1", "run through test_triton.py"
-
 KINDS = ("full", "causal", "left", "keys", "window", "local", "dense", "per_head", "additive")
 SHAPES = [(1, 2, 1, 70, 70, 24), (1, 4, 1, 5, 90, 16), (2, 2, 2, 40, 33, 16), (1, 1, 1, 1, 1, 16)]
 DTYPES = [torch.float32, torch.float16]
+WIDE: list[tuple[int, ...]] = []
+if DEVICE == "cuda":
+    DTYPES.append(torch.bfloat16)
+    # What models have: several tiles, head widths up to the widest.
+    WIDE = [
+        (2, 4, 2, 301, 301, 64),
+        (1, 8, 2, 200, 333, 128),
+        (1, 2, 1, 130, 130, 256),
+        (1, 2, 2, 90, 90, 80),
+    ]
 terms_of = lambda case: Terms(case.scale, **case.terms)  # noqa: E731
 
 
@@ -42,12 +50,17 @@ CASES = [
     for n, kind in enumerate(KINDS)
     for shape in SHAPES[: 1 if n % 2 else 4]
 ]
+CASES += [
+    pytest.param(kind, shape, False, id=f"{kind}-{shape[3]}x{shape[4]}x{shape[5]}")
+    for kind in ("full", "causal", "left", "window")
+    for shape in WIDE
+]
 # A type differs from another in how its products are rounded, so the second one sees one shape of each kind.
 TYPED = [
     pytest.param(*case.values, dtype, id=f"{case.id}-{dtype}")
     for dtype in DTYPES
     for case in CASES
-    if dtype == DTYPES[0] or case.values[1] == SHAPES[0]
+    if dtype == DTYPES[0] or case.values[1] in (SHAPES[0], *WIDE)
 ]
 
 
@@ -85,7 +98,7 @@ def test_column_mass(kind, shape, extras, dtype):
     torch.testing.assert_close(group.double(), want.view(b, hkv, -1, lk).sum(2), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("dtype", "keep"), [(torch.float32, 0.0), (torch.float16, 0.4)], ids=str)
+@pytest.mark.parametrize(("dtype", "keep"), [(d, 0.4 if n else 0.0) for n, d in enumerate(DTYPES)], ids=str)
 @pytest.mark.parametrize(("kind", "shape", "extras"), CASES)
 def test_mass_move(kind, shape, extras, keep, dtype):
     case = make(kind, shape, dtype, extras=extras)
@@ -119,7 +132,7 @@ def test_mass_move(kind, shape, extras, keep, dtype):
 def test_block_sparse(kind, shape, extras, name):
     if name == "spans" and kind not in ("causal", "left", "window"):
         kind = "causal"
-    dtype = DTYPES[len(kind) % 2]
+    dtype = DTYPES[len(kind) % len(DTYPES)]
     case = make(kind, shape, dtype, extras=extras)
     pattern, allowed = pattern_of(name, shape)
     got = block_sparse_form.block_sparse(*case.qkv, pattern, visibility=case.seen(), terms=terms_of(case))
@@ -283,7 +296,7 @@ GRID_WINDOWS = [
 ]
 
 
-@pytest.mark.parametrize(("dtype", "extra"), [(torch.float32, 3), (torch.float16, None)], ids=str)
+@pytest.mark.parametrize(("dtype", "extra"), [(d, None if n else 3) for n, d in enumerate(DTYPES)], ids=str)
 @pytest.mark.parametrize("w", GRID_WINDOWS, ids=str)
 def test_window2d(w, dtype, extra):
     def make(heads, length):
