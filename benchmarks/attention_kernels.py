@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from record import Claim, about, write
+from record import Claim, about, queued, write
 from torch import Tensor
 
 from trainless.bench.measure import Clock
@@ -263,7 +263,7 @@ def timed(
     padded = Claim(f"attention with lse of a padded row (against sdpa with its mask), {length} tokens", kind)
     padded_base: list[float] = []
     turns += [(masked, padded_base), (masked_with_lse, padded.ratios)]
-    inner = max(1, int(2e6 // length**2))
+    inner = max(queued(device), int(2e6 // length**2))
     for run, _ in turns:
         run(call)
     for i in range(repeats):
@@ -311,7 +311,12 @@ def main() -> None:
         for length in lengths:
             found, milliseconds = timed(shape, length, getattr(torch, dtype), device, options.repeats)
             claims += found
-            notes.append(f"fused attention, {dtype}, {length} tokens: {milliseconds:.1f} ms")
+            rate = (
+                2 * length**2 * shape.heads * shape.width / milliseconds / 1e9
+            )  # half of the pairs are hidden
+            notes.append(
+                f"fused attention, {dtype}, {length} tokens: {milliseconds:.2f} ms, {rate:.3g} TFLOP/s"
+            )
             for claim in found:
                 print("  ".join(cell for cell in claim.cells() if cell), flush=True)
     notes.append(

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from record import Claim, about, write
+from record import Claim, about, queued, write
 from torch import Tensor
 
 from trainless.bench.measure import Clock
@@ -141,7 +141,7 @@ def timed(
         if not claim.withheld:
             live.append(claim)
             turns.append((lambda pattern=pattern: sparse(call, pattern), claim.ratios))
-    inner = max(1, int(2e6 // length**2))
+    inner = max(queued(device), int(2e6 // length**2))
     for run, _ in turns:
         run()
     for i in range(repeats):

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from record import Claim, about, write
+from record import Claim, about, queued, write
 from torch import Tensor
 
 from trainless.bench.measure import Clock
@@ -124,7 +124,7 @@ def timed(
     times: dict[str, list[float]] = {form.name: [] for form in FORMS if not faults[form.name]}
     live = [form for form in FORMS if form.name in times]
     slow = {form.name for form in live if form.name.startswith("fused") and device.type == "cpu"}
-    inner = {f.name: 1 if f.name in slow else max(1, 32768 // length) for f in live}
+    inner = {f.name: 1 if f.name in slow else max(queued(device), 32768 // length) for f in live}
     for form in live:
         form.run(call)
     for i in range(repeats):

@@ -24,11 +24,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from prose import reference_text
-from record import Claim, about, write
+from record import Claim, about, queued, write
 from torch import Tensor
 from transformers import DynamicCache
 
 import trainless
+from trainless.bench.measure import Clock
 from trainless.bench.subjects import token_ids
 from trainless.kernels.common import Terms
 from trainless.kernels.quant_kv import blocked, choose, packed_rows, quantise, raw, reference, rows
@@ -102,11 +103,10 @@ class Step:
 
 
 def timed(run: Callable[[], Tensor], device: torch.device) -> float:
-    start = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    clock, count = Clock(device), queued(device)
+    for _ in range(count):
+        run()
+    return clock.lap() / count
 
 
 def measure(shape: Shape, length: int, dtype: torch.dtype, device: torch.device, repeats: int) -> list[Claim]:
@@ -201,6 +201,8 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device(options.device)
     facts, claims = about(), []
+    if device.type == "cuda":
+        facts["cpu"] = torch.cuda.get_device_name(device)
     for dtype in options.dtypes or (["bfloat16"] if device.type == "cuda" else ["float32", "bfloat16"]):
         for shape in SHAPES:
             for length in options.lengths:

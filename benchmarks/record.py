@@ -98,6 +98,11 @@ def about() -> dict[str, Any]:
     }
 
 
+def queued(device: torch.device) -> int:
+    """Calls that are timed together: on a GPU the launches of the next ones hide behind the work of the first."""
+    return 10 if device.type == "cuda" else 1
+
+
 def named(name: str, facts: dict[str, Any], suffix: str) -> Path:
     """``name-<cpu>`` with this suffix in benchmarks/results."""
     slug = re.sub(r"[^a-z0-9]+", "-", facts["cpu"].lower()).strip("-")

@@ -20,6 +20,7 @@ from .tools import CALLS, build, differs, given_of, same, text
 
 DEVICE = os.environ.get("TRAINLESS_TEST_DEVICE", "cuda" if torch.cuda.is_available() else "")
 pytestmark = pytest.mark.skipif(not DEVICE, reason="no GPU")
+ROUNDING = ("kvquant", "zipcache", "zipvl")
 ALL = (*models.CAUSAL, *models.ENCODERS, *models.DENOISERS, *VLMS)
 
 
@@ -85,7 +86,9 @@ def test_as_on_the_cpu(case: Case, family: str):
         got = said(there, family, DEVICE)
     assert patch.report().methods[0].fired
     largest = max(float(t.abs().max()) for t in want)
-    same(got, want, 5e-4 * max(largest, 1.0))
+    # What is packed is rounded to few levels: a last bit of difference may round it to the next one.
+    allowed = 5e-2 if case.method in ROUNDING else 5e-4
+    same(got, want, allowed * max(largest, 1.0))
     assert differs(got, stock)
     same(said(there, family, DEVICE), stock)
 

@@ -91,10 +91,10 @@ pointers = {"q": "bf16", "k": "bf16", "v": "bf16", "old": "bf16", "new": "bf16",
             "ek": "bf16", "ev": "bf16", "lse": "fp32", "keep": "fp32", "keys": "u8", "mask": "u8", "source": "u8",
             "index": "i64", "filled": "i64", "chosen": "i64", "state": "fp32", "total": "fp32",
             "rows_of": "i64", "cols_of": "i64", "limits": "i64", "spans": "i64",
-            "mass": "fp32", "given": "fp32", "groups": "i32"}
+            "mass": "fp32", "before": "fp32", "counted": "fp32", "given": "fp32", "groups": "i32"}
 flags = dict(CAUSAL=True, WINDOW=FULL, CAP=FULL, KEYS=True, MASK=int(FULL), BIAS=FULL, SINKS=FULL, EXACT=False,
              MODE=0, BM=64, BN=64, BS=16, BD=64, DISC=FULL, TY=8, TX=8, FEATURE=2 * FULL, BV=64, GIVEN=FULL,
-             COUNT=2, BG=2)
+             COUNT=2, BG=2, CUT=True)
 for kernel in KERNELS:
     types, constants = {}, {}
     for name in kernel.arg_names:

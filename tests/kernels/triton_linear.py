@@ -76,3 +76,15 @@ def test_many_spans_add_up_as_one(monkeypatch):
         found.append(torch.ops.trainless.linear_reduce(k, v, None, 0))
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("lengths", [(1100, 1100), (600, 1100), (1100, 500)], ids=str)
+@pytest.mark.parametrize("kind", ["causal", "causal-keys"])
+def test_a_causal_sequence_in_pieces(kind, lengths):
+    """Longer than a piece; more keys than queries, and queries before the first key."""
+    shape = (2, 2, 1, *lengths, 16, 80)
+    q, k, v = make(shape, torch.float32)
+    seen, truth = mask_of(kind, shape)
+    want = oracle(q.double(), k.double(), v.double(), truth, "elu", 1e-4)
+    got = form.linear_attention(q, k, v, visibility=seen, feature="elu", eps=1e-4)
+    no_worse(got, want, oracle(q, k, v, truth, "elu", 1e-4))

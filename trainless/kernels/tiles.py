@@ -8,6 +8,7 @@ Addresses are int64 throughout: batch x heads x tokens x width passes 2**31 in o
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -16,8 +17,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .dense import HIDDEN
+from .tile_table import HOPPER
 from .visibility import Visibility
 
+HOPPER_MEMORY = 200 << 10  # what the tiles of ``tile_table`` may need; newer small GPUs have half of it
 BOOL_MASK, ADDITIVE_MASK = 1, 2
 
 
@@ -73,6 +76,23 @@ def tile_sizes(width: int, dtype: torch.dtype) -> tuple[int, int]:
     return (64, 64) if width <= 128 and dtype.itemsize == 2 else (32, 32)
 
 
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes that one program may hold on this device; 0 where it is no GPU."""
+    if device.type != "cuda":
+        return 0
+    return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0))
+
+
+def launch(kernel: str, width: int, query: Tensor) -> dict[str, int]:
+    """BM, BN and, where they were measured, num_warps and num_stages of a launch; see ``tile_table``."""
+    measured = HOPPER.get(kernel, {}).get(width)
+    if measured is not None and query.dtype.itemsize == 2 and shared_memory(query.device) >= HOPPER_MEMORY:
+        return dict(zip(("BM", "BN", "num_warps", "num_stages"), measured, strict=True))
+    bm, bn = tile_sizes(width, query.dtype)
+    return {"BM": bm, "BN": bn}
+
+
 @triton.jit
 def load_rows(base, index, stride_n, stride_d, valid, d, BD: tl.constexpr):
     """Rows ``index`` of a (n, d) matrix as (len(index), BD), zero where not valid and past d."""
@@ -90,6 +110,21 @@ def tanh(x):
     y = x * x
     near = x * (1.0 + y * (-1.0 / 3.0 + y * (2.0 / 15.0 - y * (17.0 / 315.0))))
     return tl.where(tl.abs(x) < 0.15, near, far)
+
+
+@triton.jit
+def fold(z, value, top, total, acc, EXACT: tl.constexpr):
+    """One block of logits and values into the running softmax (top, total, acc)."""
+    higher = tl.maximum(top, tl.max(z, 1))
+    base = tl.where(higher == float("-inf"), 0.0, higher)
+    p = tl.exp(z - base[:, None])
+    shrink = tl.exp(top - base)
+    total = total * shrink + tl.sum(p, 1)
+    if EXACT:
+        acc = acc * shrink[:, None] + tl.dot(p, value, input_precision="ieee")
+    else:
+        acc = tl.dot(p.to(value.dtype), value, acc * shrink[:, None])
+    return higher, total, acc
 
 
 @triton.jit
@@ -120,7 +155,8 @@ def finish(
     if KEYS:
         exists = tl.load(keys + b * keys_b + cols * keys_k, mask=(cols < lk) & col_valid, other=0) != 0
         seen = seen & exists[None, :]
-    gap = rows[:, None] + offset - cols[None, :]
+    # Differences of positions need no 64 bits, of which a tile has few to spare.
+    gap = (rows + offset).to(tl.int32)[:, None] - cols.to(tl.int32)[None, :]
     if CAUSAL:
         seen = seen & (gap >= 0)
         if WINDOW:
@@ -136,6 +172,14 @@ def product(a, b, EXACT: tl.constexpr):
     if EXACT:
         return tl.dot(a, tl.trans(b), input_precision="ieee")
     return tl.dot(a, tl.trans(b))
+
+
+@triton.jit
+def multiply(a, b, EXACT: tl.constexpr):
+    """a @ b of float32 tiles; EXACT keeps float32 inputs from being cut to TF32."""
+    if EXACT:
+        return tl.dot(a, b, input_precision="ieee")
+    return tl.dot(a, b, input_precision="tf32")
 
 
 @triton.jit

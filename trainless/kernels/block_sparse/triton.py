@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import Terms
-from ..tiles import finish, load_rows, mask_arguments, mask_operands, product, tile_sizes, width_of
+from ..tiles import finish, fold, launch, load_rows, mask_arguments, mask_operands, product, width_of
 from ..visibility import Visibility
 from .patterns import Blocks, Pattern, Subset
 
@@ -83,19 +83,10 @@ def _block_sparse(
             CAUSAL, WINDOW, CAP, KEYS, MASK, BIAS,
         )  # fmt: skip
         if MODE == 2:
-            gap = rows[:, None] + offset - cols[None, :]
+            gap = (rows + offset).to(tl.int32)[:, None] - cols.to(tl.int32)[None, :]
             z = tl.where((gap < span) | (cols[None, :] < first_keys), z, float("-inf"))
-        higher = tl.maximum(top, tl.max(z, 1))
-        base = tl.where(higher == float("-inf"), 0.0, higher)
-        p = tl.exp(z - base[:, None])
-        shrink = tl.exp(top - base)
-        total = total * shrink + tl.sum(p, 1)
         value = load_rows(v + b * v_b + (h // share) * v_h, cols, v_n, v_d, there, d, BD)
-        if EXACT:
-            acc = acc * shrink[:, None] + tl.dot(p, value, input_precision="ieee")
-        else:
-            acc = acc * shrink[:, None] + tl.dot(p.to(value.dtype), value)
-        top = higher
+        top, total, acc = fold(z, value, top, total, acc, EXACT)
     blind = top == float("-inf")
     base = tl.where(blind, 0.0, top)
     if SINKS:
@@ -136,7 +127,8 @@ def block_sparse_op(
     b, h, lq, d = query.shape
     lk = key.shape[2]
     width = width_of(d)
-    bm, bn = tile_sizes(width, query.dtype)
+    sizes = launch("block_sparse", width, query)
+    bm, bn = sizes["BM"], sizes["BN"]
     out = query.new_zeros(b, h, lq, d)  # rows outside a subset are never written
     nothing = chosen.new_zeros(1)
     lists: dict[str, object] = {
@@ -157,6 +149,7 @@ def block_sparse_op(
         }  # fmt: skip
     elif mode == BLOCKS:
         bm, bn = min(bm, size), min(bn, size)
+        sizes |= {"BM": bm, "BN": bn}
         tiles = triton.cdiv(lq, bm)
         index = chosen.contiguous()
         each = index.shape[2] * index.shape[3]
@@ -174,7 +167,7 @@ def block_sparse_op(
         query if sinks is None else sinks.contiguous(), **lists,
         heads=h, share=h // key.shape[1], lq=lq, lk=lk, d=d, scale=scale,
         **mask_arguments(query, softcap, causal, window, keys, mask, bias),
-        SINKS=sinks is not None, EXACT=query.dtype == torch.float32, MODE=mode, BM=bm, BN=bn, BD=width,
+        SINKS=sinks is not None, EXACT=query.dtype == torch.float32, MODE=mode, BD=width, **sizes,
     )  # fmt: skip
     return out
 

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import Terms
-from ..tiles import finish, load_rows, mask_arguments, mask_operands, product, tile_sizes, width_of
+from ..tiles import finish, launch, load_rows, mask_arguments, mask_operands, product, tanh, width_of
 from ..visibility import Visibility
 
 
@@ -37,7 +37,8 @@ def _column_mass(
     cols = left + tl.arange(0, BN)
     offset = lk - lq
     key = load_rows(k + b * k_b + (h // share) * k_h, cols, k_n, k_d, cols < lk, d, BD)
-    acc = tl.full((BN,), 0.0, tl.float32)
+    # Summed over the rows of a tile at the end only: a sum across threads per tile would cost as much as the rest.
+    acc = tl.full((BM, BN), 0.0, tl.float32)
     lo = left * 0
     hi = lo + lq
     if CAUSAL:
@@ -47,7 +48,13 @@ def _column_mass(
     elif WINDOW:
         lo = tl.maximum(lo, left - offset - window)
         hi = tl.minimum(hi, left + BN - offset + window)
-    for start in range(lo // BM * BM, hi, BM):
+    begin, masked = lo // BM * BM, hi
+    if not (WINDOW or KEYS or MASK != 0 or BIAS):
+        # From here every row sees every key of the tile; rows past the end have an infinite sum.
+        masked = begin
+        if CAUSAL:
+            masked = tl.maximum(tl.cdiv(left + BN - 1 - offset, BM) * BM, begin)
+    for start in range(begin, tl.minimum(masked, hi), BM):
         rows = start + tl.arange(0, BM).to(tl.int64)
         query = load_rows(q + b * q_b + h * q_h, rows, q_n, q_d, rows < lq, d, BD)
         total = tl.load(lse + (b * heads + h) * lq + rows, mask=rows < lq, other=float("inf"))
@@ -57,8 +64,16 @@ def _column_mass(
             mask, mask_b, mask_h, mask_q, mask_k, bias, bias_b, bias_h, bias_q, bias_k,
             CAUSAL, WINDOW, CAP, KEYS, MASK, BIAS,
         )  # fmt: skip
-        acc += tl.sum(tl.exp(z - total[:, None]), 0)
-    tl.store(out + lane * lk + cols, acc, mask=cols < lk)
+        acc += tl.exp(z - total[:, None])
+    for start in range(masked, hi, BM):
+        rows = start + tl.arange(0, BM).to(tl.int64)
+        query = load_rows(q + b * q_b + h * q_h, rows, q_n, q_d, rows < lq, d, BD)
+        total = tl.load(lse + (b * heads + h) * lq + rows, mask=rows < lq, other=float("inf"))
+        z = product(query, key, EXACT) * scale
+        if CAP:
+            z = softcap * tanh(z / softcap)
+        acc += tl.exp(z - total[:, None])
+    tl.store(out + lane * lk + cols, tl.sum(acc, 0), mask=cols < lk)
 
 
 @torch.library.custom_op("trainless::column_mass", mutates_args=())
@@ -80,12 +95,12 @@ def column_mass_op(
     lk, count = key.shape[2], heads.shape[0]
     out = torch.empty(b, count, lk, dtype=torch.float32, device=query.device)
     width = width_of(d)
-    bm, bn = tile_sizes(width, query.dtype)
-    _column_mass[(triton.cdiv(lk, bn), b * count)](
+    sizes = launch("column_mass", width, query)
+    _column_mass[(triton.cdiv(lk, sizes["BN"]), b * count)](
         query, *query.stride(), key, *key.stride(), lse.contiguous(), heads.contiguous(), out,
         h, count, h // key.shape[1], lq, lk, d, scale,
         **mask_arguments(query, softcap, causal, window, keys, mask, bias),
-        EXACT=query.dtype == torch.float32, BM=bm, BN=bn, BD=width,
+        EXACT=query.dtype == torch.float32, BD=width, **sizes,
     )  # fmt: skip
     return out
 

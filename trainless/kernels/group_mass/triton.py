@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import Terms
-from ..tiles import finish, load_rows, mask_arguments, mask_operands, product, tile_sizes, width_of
+from ..tiles import finish, launch, load_rows, mask_arguments, mask_operands, product, width_of
 from ..visibility import Visibility
 
 
@@ -116,9 +116,9 @@ def group_mass_op(
     # Asked rows first, in order: no size has to come back to the host.
     index = torch.argsort(asked.to(torch.uint8), dim=1, descending=True, stable=True)
     width = width_of(d)
-    bm, bn = tile_sizes(width, query.dtype)
+    sizes = launch("group_mass", width, query)
     groups = groups.contiguous()
-    _group_mass[(triton.cdiv(lq, bm), b * h)](
+    _group_mass[(triton.cdiv(lq, sizes["BM"]), b * h)](
         query, *query.stride(), key, *key.stride(), mass, lse,
         lse if given is None else given.contiguous(), groups, groups.stride(0),
         0 if groups.shape[1] == 1 else groups.stride(1), index, asked.sum(1),
@@ -126,7 +126,7 @@ def group_mass_op(
         h, h // key.shape[1], lq, lk, d, scale,
         **mask_arguments(query, softcap, causal, window, keys, mask, bias),
         SINKS=sinks is not None, GIVEN=given is not None, EXACT=query.dtype == torch.float32,
-        COUNT=count, BG=triton.next_power_of_2(count), BM=bm, BN=bn, BD=width,
+        COUNT=count, BG=triton.next_power_of_2(count), BD=width, **sizes,
     )  # fmt: skip
     return mass, lse
 

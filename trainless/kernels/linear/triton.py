@@ -4,10 +4,9 @@
 """Triton form of ``linear_attention``: sums over pieces of keys, one product per tile of queries; and causal.
 
 Without a causal mask the keys are cut into pieces, one program each, whose sums are added up afterwards: no
-atomics, the same bits every time. Then one program per tile of queries. The causal form walks through a head
-in chunks with the sums in registers. Registered as ``trainless::linear_reduce``, ``linear_apply`` and
-``linear_causal``. Speed on a GPU has not been measured yet; correctness is tested on the CPU through
-Triton's interpreter.
+atomics, the same bits every time. Then one program per tile of queries. The causal form cuts the keys likewise:
+a program begins with the sums of the pieces before its own and walks through its piece in chunks. Registered as
+``trainless::linear_reduce``, ``linear_apply`` and ``linear_causal``.
 
 Features stay in float32 and products run as TF32 for half-precision inputs (whose values TF32 holds exactly
 or nearly so): the whole is bound by memory, and features of half precision would be the larger error.
@@ -20,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tiles import load_rows, width_of
+from ..tiles import load_rows, multiply, width_of
 from ..visibility import Visibility
 
 CODES = {"elu": 0, "relu": 1, "softmax": 2}
@@ -44,14 +43,6 @@ def features(x, valid, d, FEATURE: tl.constexpr, BD: tl.constexpr):
 
 
 @triton.jit
-def multiply(a, b, EXACT: tl.constexpr):
-    """a @ b of float32 tiles; EXACT keeps float32 inputs from being cut to TF32."""
-    if EXACT:
-        return tl.dot(a, b, input_precision="ieee")
-    return tl.dot(a, b, input_precision="tf32")
-
-
-@triton.jit
 def load_keys(k, v, keys, at, cols, k_n, k_d, v_n, v_d, keys_k, lk, d, dv,
               FEATURE: tl.constexpr, KEYS: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr):  # fmt: skip
     """(phi(k), v, exists) of the keys ``cols``; keys that do not exist are zero in both."""
@@ -66,7 +57,7 @@ def load_keys(k, v, keys, at, cols, k_n, k_d, v_n, v_d, keys_k, lk, d, dv,
 @triton.jit
 def _reduce(
     k, k_b, k_h, k_n, k_d, v, v_b, v_h, v_n, v_d, keys, keys_b, keys_k, state, total,
-    hkv, lk, d, dv, span, pieces,
+    hkv, lk, d, dv, origin, span, pieces,
     FEATURE: tl.constexpr, KEYS: tl.constexpr, EXACT: tl.constexpr,
     BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
@@ -74,10 +65,11 @@ def _reduce(
     b, g = lane // hkv, lane % hkv
     acc = tl.full((BD, BV), 0.0, tl.float32)
     mean = tl.full((BD,), 0.0, tl.float32)
-    for start in range(part * span, tl.minimum(part * span + span, lk), BN):
+    begin = origin + part * span
+    for start in range(begin, tl.minimum(begin + span, lk), BN):
         cols = start + tl.arange(0, BN).to(tl.int64)
         phi, value, _ = load_keys(
-            k + b * k_b + g * k_h, v + b * v_b + g * v_h, keys + b * keys_b, at, cols,
+            k + b * k_b + g * k_h, v + b * v_b + g * v_h, keys + b * keys_b, at, tl.where(cols < 0, lk, cols),
             k_n, k_d, v_n, v_d, keys_k, lk, d, dv, FEATURE, KEYS, BD, BV,
         )  # fmt: skip
         acc += multiply(tl.trans(phi), value, EXACT)
@@ -117,22 +109,30 @@ def _apply(
 @triton.jit
 def _causal(
     q, q_b, q_h, q_n, q_d, k, k_b, k_h, k_n, k_d, v, v_b, v_h, v_n, v_d, keys, keys_b, keys_k, out,
-    heads, share, lq, lk, d, dv, eps,
-    FEATURE: tl.constexpr, KEYS: tl.constexpr, EXACT: tl.constexpr,
+    state, before, counted, heads, share, lq, lk, d, dv, origin, span, pieces, eps,
+    FEATURE: tl.constexpr, KEYS: tl.constexpr, EXACT: tl.constexpr, CUT: tl.constexpr,
     BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     lane, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BV
     b, h = lane // heads, lane % heads
     g = h // share
-    offset = (lk - lq).to(tl.int64)
+    offset = lane * 0 + (lk - lq)  # a single token is a constant to the compiler, which has no type to change
     acc = tl.full((BD, BV), 0.0, tl.float32)
     total = tl.full((BD,), 0.0, tl.float32)
     held = 0.0
     wide = at + tl.arange(0, BV)
+    part = tl.program_id(2).to(tl.int64)
+    if CUT:
+        inside = tl.arange(0, BD)
+        base = ((b * (heads // share) + g) * pieces + part) * d
+        where = state + (base + inside[:, None]) * dv + wide[None, :]
+        acc = tl.load(where, mask=(inside[:, None] < d) & (wide[None, :] < dv), other=0.0)
+        total = tl.load(before + base + inside, mask=inside < d, other=0.0)
+        held = tl.load(counted + b * pieces + part)
     # Chunks of keys in step with the queries that come with them; the first ones have keys only. Key c
     # comes with query c - offset, so a chunk of keys that starts at a multiple of BN meets its own queries.
-    first = tl.minimum(offset, 0)
-    for start in range(first, lk, BN):
+    begin = origin + part * span
+    for start in range(begin, tl.minimum(begin + span, lk), BN):
         cols = start + tl.arange(0, BN).to(tl.int64)
         rows = cols - offset
         phi, value, there = load_keys(
@@ -179,7 +179,7 @@ def linear_reduce_op(key: Tensor, value: Tensor, keys: Tensor | None, feature: i
     mask, mask_b, mask_k = _keys(key, keys)
     _reduce[(pieces, b * hkv, triton.cdiv(dv, BV))](
         key, *key.stride(), value, *value.stride(), mask, mask_b, mask_k, state, total,
-        hkv, lk, d, dv, span, pieces,
+        hkv, lk, d, dv, 0, span, pieces,
         FEATURE=feature, KEYS=keys is not None, EXACT=key.dtype == torch.float32, BN=bn, BD=width, BV=BV,
     )  # fmt: skip
     if keys is None:
@@ -222,15 +222,49 @@ def linear_causal_op(
     """The causal form: (B, H, Lq, Dv) in the dtype of ``query``."""
     b, h, lq, d = query.shape
     lk, dv = value.shape[2:]
+    hkv, width, bn = key.shape[1], width_of(d), 64 if d <= 64 else 32
+    exact, wide = query.dtype == torch.float32, triton.cdiv(dv, BV)
     out = torch.empty(b, h, lq, dv, dtype=query.dtype, device=query.device)
     mask, mask_b, mask_k = _keys(query, keys)
-    _causal[(b * h, triton.cdiv(dv, BV))](
+    # Queries before the first key have chunks too: those begin at a negative number.
+    origin = min(lk - lq, 0)
+    pieces = max(1, min(triton.cdiv(lk - origin, 4 * bn), SPANS // max(1, b * h * wide)))
+    span = triton.cdiv(triton.cdiv(lk - origin, pieces), bn) * bn
+    pieces = triton.cdiv(lk - origin, span)
+    state, total, counted = out, out, out  # never read with one piece
+    if pieces > 1:
+        state = torch.empty(b, hkv, pieces, d, dv, dtype=torch.float32, device=key.device)
+        total = torch.empty(b, hkv, pieces, d, dtype=torch.float32, device=key.device)
+        _reduce[(pieces, b * hkv, wide)](
+            key, *key.stride(), value, *value.stride(), mask, mask_b, mask_k, state, total,
+            hkv, lk, d, dv, origin, span, pieces,
+            FEATURE=feature, KEYS=keys is not None, EXACT=exact, BN=bn, BD=width, BV=BV,
+        )  # fmt: skip
+        state, total = _before(state, 2), _before(total, 2)
+        counted = _count_before(keys, b, lk, origin, span, pieces, key.device)
+    _causal[(b * h, wide, pieces)](
         query, *query.stride(), key, *key.stride(), value, *value.stride(), mask, mask_b, mask_k, out,
-        h, h // key.shape[1], lq, lk, d, dv, eps,
-        FEATURE=feature, KEYS=keys is not None, EXACT=query.dtype == torch.float32,
-        BN=64 if d <= 64 else 32, BD=width_of(d), BV=BV,
+        state, total, counted, h, h // hkv, lq, lk, d, dv, origin, span, pieces, eps,
+        FEATURE=feature, KEYS=keys is not None, EXACT=exact, CUT=pieces > 1, BN=bn, BD=width, BV=BV,
     )  # fmt: skip
     return out
+
+
+def _before(parts: Tensor, dim: int) -> Tensor:
+    """The sums of all parts before each."""
+    none, all_but_last = parts.narrow(dim, 0, 1), parts.narrow(dim, 0, parts.shape[dim] - 1)
+    return torch.cat([torch.zeros_like(none), all_but_last.cumsum(dim)], dim)
+
+
+def _count_before(
+    keys: Tensor | None, b: int, lk: int, origin: int, span: int, pieces: int, device: torch.device
+) -> Tensor:
+    """(B, pieces) float32: keys that exist before each piece."""
+    starts = (origin + span * torch.arange(pieces, device=device)).clamp(0, lk)
+    if keys is None:
+        return starts.float().expand(b, pieces).contiguous()
+    so_far = torch.nn.functional.pad(keys.cumsum(1), (1, 0))
+    return so_far.expand(b, lk + 1)[:, starts].float().contiguous()
 
 
 @linear_causal_op.register_fake

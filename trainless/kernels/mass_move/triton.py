@@ -17,7 +17,17 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import Terms
-from ..tiles import finish, key_range, load_rows, mask_arguments, mask_operands, product, tile_sizes, width_of
+from ..tiles import (
+    finish,
+    key_range,
+    launch,
+    load_rows,
+    mask_arguments,
+    mask_operands,
+    multiply,
+    product,
+    width_of,
+)
 from ..visibility import Visibility
 
 # As LIMIT of ``blocked``, for every dtype: a tile that walks over all keys costs little here.
@@ -66,8 +76,8 @@ def _mass_move(
         p = tl.exp(z - total[:, None])
         s += tl.sum(p, 1)
         value = load_rows(v_base, cols, v_n, v_d, slot < here, d, BD)
-        # Few columns: float32 costs nothing here, and half precision would cost accuracy.
-        moved += tl.dot(p, value.to(tl.float32), input_precision="ieee")
+        # Half precision would cost accuracy: the correction is a difference. TF32 holds its values exactly.
+        moved += multiply(p, value.to(tl.float32), EXACT)
     wide = tl.arange(0, BD).to(tl.int64)
     held = tl.full((BM,), 1.0, tl.float32)
     if SINKS:
@@ -103,7 +113,7 @@ def _mass_move(
             shrink = tl.exp(top - base)
             sum_ = sum_ * shrink + tl.sum(p, 1)
             value = load_rows(v_base, cols, v_n, v_d, cols < lk, d, BD)
-            acc = acc * shrink[:, None] + tl.dot(p, value.to(tl.float32), input_precision="ieee")
+            acc = acc * shrink[:, None] + multiply(p, value.to(tl.float32), EXACT)
             top = higher
         receives = top != float("-inf")
         mean = acc / tl.where(receives, sum_, 1.0)[:, None]
@@ -141,15 +151,16 @@ def mass_move_op(
     # Source keys first, in order: no size has to come back to the host.
     index = torch.argsort(source.to(torch.uint8), dim=-1, descending=True, stable=True)
     width = width_of(d)
-    bm, bn = tile_sizes(width, query.dtype)
-    _mass_move[(triton.cdiv(lq, bm), b * count)](
+    sizes = launch("mass_move", width, query)
+    _mass_move[(triton.cdiv(lq, sizes["BM"]), b * count)](
         query, *query.stride(), key, *key.stride(), value, *value.stride(), out, *out.stride(),
         new, *new.stride(), lse.float().contiguous(), keep.contiguous(),
         source.contiguous().view(torch.uint8), index, filled, heads.contiguous(),
         query if sinks is None else sinks.contiguous(),
         h, count, h // key.shape[1], lq, lk, d, lk, scale, LIMIT,
         **mask_arguments(query, softcap, causal, window, keys, mask, bias),
-        SINKS=sinks is not None, EXACT=query.dtype == torch.float32, BM=bm, BN=bn, BS=16, BD=width,
+        SINKS=sinks is not None, EXACT=query.dtype == torch.float32,
+        BS=16 if query.dtype == torch.float32 else 32, BD=width, **sizes,
     )  # fmt: skip
     return new
 

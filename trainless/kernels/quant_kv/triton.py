@@ -19,9 +19,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import Terms
+from ..tiles import multiply
 from .format import RAW, Segment, per_byte
 
-SPAN = 1024  # slots per program
+SPAN = 1024  # slots per program, at most
+TILE = 64  # slots of a tile
+PROGRAMS = 528  # that a long cache is shared among: four for each multiprocessor of the largest GPUs
 
 
 @triton.jit
@@ -29,7 +32,8 @@ def _packed(
     q, key, key_step, key_min, value, value_step, value_min, value_root, valid, logits, out, lse,
     r, d, kw, vw, size, groups, slots, span, spans, scale, softcap,
     KBITS: tl.constexpr, VBITS: tl.constexpr, KPER: tl.constexpr, VPER: tl.constexpr, VALID: tl.constexpr,
-    CAP: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    EXACT: tl.constexpr, ONE: tl.constexpr, CAP: tl.constexpr,
+    BR: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     lane = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1).to(tl.int64)
@@ -62,12 +66,18 @@ def _packed(
                 k = raw.to(tl.float32)
             else:
                 code = ((raw >> (KBITS * p)) & ((1 << KBITS) - 1)).to(tl.float32)
-                where = (lane * groups + group[:, None]) * d + chan[None, :]
-                seen = here[:, None] & in_d[None, :]
-                step = tl.load(key_step + where, mask=seen, other=0.0).to(tl.float32)
-                least = tl.load(key_min + where, mask=seen, other=0.0).to(tl.float32)
-                k = code * step + least
-            z += tl.dot(query, tl.trans(k), input_precision="ieee")
+                if ONE:  # the slots of a tile are of one group: its steps are read once
+                    where = (lane * groups + (first + start) // size) * d + chan
+                    step = tl.load(key_step + where, mask=in_d, other=0.0).to(tl.float32)
+                    least = tl.load(key_min + where, mask=in_d, other=0.0).to(tl.float32)
+                    k = code * step[None, :] + least[None, :]
+                else:
+                    where = (lane * groups + group[:, None]) * d + chan[None, :]
+                    seen = here[:, None] & in_d[None, :]
+                    step = tl.load(key_step + where, mask=seen, other=0.0).to(tl.float32)
+                    least = tl.load(key_min + where, mask=seen, other=0.0).to(tl.float32)
+                    k = code * step + least
+            z += multiply(query, tl.trans(k), EXACT)
         z = z * scale
         if CAP:
             e = tl.exp(-2.0 * tl.abs(z / softcap))
@@ -96,12 +106,19 @@ def _packed(
                 code = ((raw >> (VBITS * p)) & ((1 << VBITS) - 1)).to(tl.float32)
                 step = tl.load(value_step + at, mask=here, other=0.0).to(tl.float32)
                 least = tl.load(value_min + at, mask=here, other=0.0).to(tl.float32)
-                root = tl.load(
-                    value_root + (lane * groups + group[:, None]) * (vw * VPER) + p * vw + wide_v[None, :],
-                    mask=here[:, None] & in_v[None, :], other=0.0,
-                ).to(tl.float32)  # fmt: skip
-                v = (code * step[:, None] + least[:, None]) * root
-            add = tl.dot(w, v, input_precision="ieee")
+                if ONE:
+                    of = (
+                        value_root + (lane * groups + (first + start) // size) * (vw * VPER) + p * vw + wide_v
+                    )
+                    root = tl.load(of, mask=in_v, other=0.0).to(tl.float32)
+                    v = (code * step[:, None] + least[:, None]) * root[None, :]
+                else:
+                    of = (
+                        value_root + (lane * groups + group[:, None]) * (vw * VPER) + p * vw + wide_v[None, :]
+                    )
+                    root = tl.load(of, mask=here[:, None] & in_v[None, :], other=0.0).to(tl.float32)
+                    v = (code * step[:, None] + least[:, None]) * root
+            add = multiply(w, v, EXACT)
             if p == 0:
                 acc0 = acc0 * fade[:, None] + add
             if p == 1:
@@ -123,6 +140,12 @@ def _packed(
     if VPER > 2:
         tl.store(base + 2 * vw, acc2 / norm[:, None], mask=inside)
         tl.store(base + 3 * vw, acc3 / norm[:, None], mask=inside)
+
+
+def _span(lanes: int, slots: int) -> int:
+    """Slots per program: short enough that there are programs for all multiprocessors."""
+    share = -(-slots * lanes // (PROGRAMS * TILE)) * TILE
+    return min(SPAN, max(2 * TILE, share))
 
 
 @torch.library.custom_op("trainless::packed_rows", mutates_args=())
@@ -149,7 +172,8 @@ def packed_rows_op(
     groups, size, kw = key.shape[2:]
     vw, slots = value.shape[4], groups * size
     kper, vper = per_byte(k_bits), per_byte(v_bits)
-    spans = max(1, triton.cdiv(slots, SPAN))
+    span = _span(b * hkv, slots)
+    spans = max(1, triton.cdiv(slots, span))
     logits = torch.empty(b, hkv, r, slots, dtype=torch.float32, device=query.device)
     out = torch.empty(b, hkv, spans, r, vw * vper, dtype=torch.float32, device=query.device)
     lse = torch.empty(b, hkv, spans, r, dtype=torch.float32, device=query.device)
@@ -161,9 +185,10 @@ def packed_rows_op(
     mask = none if valid is None else valid.contiguous().view(torch.uint8)
     _packed[(b * hkv, spans)](
         query.contiguous(), *given, mask, logits, out, lse,
-        r, d, kw, vw, size, groups, slots, SPAN, spans, scale, softcap or 1.0,
+        r, d, kw, vw, size, groups, slots, span, spans, scale, softcap or 1.0,
         KBITS=k_bits, VBITS=v_bits, KPER=kper, VPER=vper, VALID=valid is not None, CAP=softcap is not None,
-        BR=max(16, triton.next_power_of_2(r)), BN=64,
+        EXACT=query.dtype == torch.float32, ONE=groups == 1 or (size % TILE == 0 and span % TILE == 0),
+        BR=max(16, triton.next_power_of_2(r)), BN=TILE,
         BK=max(16, triton.next_power_of_2(kw)), BV=max(16, triton.next_power_of_2(vw)),
     )  # fmt: skip
     return logits, out, lse
@@ -187,7 +212,7 @@ def _(
 ):
     b, hkv, r, _ = query.shape
     slots = key.shape[2] * key.shape[3]
-    spans = max(1, -(-slots // SPAN))
+    spans = max(1, -(-slots // _span(b * hkv, slots)))
     wide = value.shape[4] * per_byte(v_bits)
     make = lambda *shape: query.new_empty(shape, dtype=torch.float32)  # noqa: E731
     return make(b, hkv, r, slots), make(b, hkv, spans, r, wide), make(b, hkv, spans, r)

@@ -19,24 +19,9 @@ from torch import Tensor
 
 from ..common import Terms
 from ..lse.triton import attention
-from ..tiles import load_rows, product, width_of
+from ..tiles import fold, launch, load_rows, product, width_of
 from ..visibility import Visibility
 from .window import Window2d
-
-
-@triton.jit
-def _add(z, value, top, total, acc, EXACT: tl.constexpr):
-    """One block of logits and values into the running softmax (top, total, acc)."""
-    higher = tl.maximum(top, tl.max(z, 1))
-    base = tl.where(higher == float("-inf"), 0.0, higher)
-    p = tl.exp(z - base[:, None])
-    shrink = tl.exp(top - base)
-    total = total * shrink + tl.sum(p, 1)
-    if EXACT:
-        acc = acc * shrink[:, None] + tl.dot(p, value, input_precision="ieee")
-    else:
-        acc = acc * shrink[:, None] + tl.dot(p.to(value.dtype), value)
-    return higher, total, acc
 
 
 @triton.jit
@@ -49,7 +34,7 @@ def _line(query, k, k_n, k_d, v, v_n, v_d, count, scale, top, total, acc, d,
         value = load_rows(v, at, v_n, v_d, at < count, d, BD)
         z = product(query, key, EXACT) * scale
         z = tl.where((at < count)[None, :], z, float("-inf"))
-        top, total, acc = _add(z, value, top, total, acc, EXACT)
+        top, total, acc = fold(z, value, top, total, acc, EXACT)
     return top, total, acc
 
 
@@ -71,11 +56,13 @@ def _window2d(
     tall = (rows - y_off + dilation - 1) // dilation
     wide = (columns - x_off + dilation - 1) // dilation
     tile = tl.program_id(0).to(tl.int64)
-    top_y, left_x = (tile // across) * TY, (tile % across) * TX
-    inner = tl.arange(0, BM).to(tl.int64)
+    # Places on the grid are small numbers; only addresses need 64 bits.
+    top_y, left_x = ((tile // across) * TY).to(tl.int32), ((tile % across) * TX).to(tl.int32)
+    tall, wide = tall.to(tl.int32), wide.to(tl.int32)
+    inner = tl.arange(0, BM)
     y, x = top_y + inner // TX, left_x + inner % TX
     real = (y < tall) & (x < wide)
-    place = (y_off + y * dilation) * columns + x_off + x * dilation
+    place = (y_off + y.to(tl.int64) * dilation) * columns + x_off + x * dilation
     query = load_rows(q + b * q_b + h * q_h, place, q_n, q_d, real, d, BD)
     best = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.full((BM,), 0.0, tl.float32)
@@ -97,7 +84,7 @@ def _window2d(
             if gap <= most:
                 ky, kx = key_y + inner // TX, key_x + inner % TX
                 exists = (ky < tall) & (kx < wide)
-                at = (y_off + ky * dilation) * columns + x_off + kx * dilation
+                at = (y_off + ky.to(tl.int64) * dilation) * columns + x_off + kx * dilation
                 key = load_rows(key_at, at, k_n, k_d, exists, d, BD)
                 value = load_rows(value_at, at, v_n, v_d, exists, d, BD)
                 dy, dx = tl.abs(y[:, None] - ky[None, :]), tl.abs(x[:, None] - kx[None, :])
@@ -106,7 +93,7 @@ def _window2d(
                     far = dy * dy + dx * dx
                 z = product(query, key, EXACT) * scale
                 z = tl.where((far <= most) & exists[None, :], z, float("-inf"))
-                best, total, acc = _add(z, value, best, total, acc, EXACT)
+                best, total, acc = fold(z, value, best, total, acc, EXACT)
         best, total, acc = _line(
             query, key_at + text * k_n, k_n, k_d, value_at + text * v_n, v_n, v_d, words, scale,
             best, total, acc, d, EXACT, BM, BD,
@@ -148,7 +135,9 @@ def window2d_op(
     out = query.new_empty(b, n, h, d).transpose(1, 2)
     lse = torch.empty(b, h, n, dtype=torch.float32, device=query.device)
     width = width_of(d)
-    ty, tx = (8, 8) if width <= 128 and query.dtype.itemsize == 2 else (8, 4)
+    sizes = launch("window2d", width, query)
+    ty, tx = (16, 8) if sizes["BM"] == 128 else (8, 8) if sizes["BM"] == 64 else (8, 4)
+    more = {name: sizes[name] for name in sizes if name.startswith("num_")}
     tall, wide = -(-rows // dilation), -(-columns // dilation)
     across = triton.cdiv(wide, tx)
     ek, ev = (key, value) if extra_key is None or extra_value is None else (extra_key, extra_value)
@@ -160,7 +149,7 @@ def window2d_op(
         out, *out.stride(), lse, *lse.stride(),
         h, h // key.shape[1], rows, columns, d, scale, words_at, text,
         0 if extra_key is None else ek.shape[2], dilation, reach, most, across,
-        DISC=disc, EXACT=query.dtype == torch.float32, TY=ty, TX=tx, BM=ty * tx, BD=width,
+        DISC=disc, EXACT=query.dtype == torch.float32, TY=ty, TX=tx, BM=ty * tx, BD=width, **more,
     )  # fmt: skip
     return out, lse
 
