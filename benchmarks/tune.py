@@ -5,7 +5,8 @@
 Every kernel runs on a call as in a model of 8 billion parameters (32 query heads, 8 key heads, bfloat16, causal)
 with each candidate (rows of a tile, keys of a tile, warps, stages) at head widths 64 and 128; the least median
 time wins. Candidates are compiled first, in parallel. One that does not fit this GPU is left out. Whether results
-are right is not this script's business: run tests/kernels afterwards, they go through the table.
+are right is not this script's business: run tests/kernels afterwards, they go through the table. All times:
+benchmarks/results/tiles-<gpu>.txt.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
+from record import about, named
 
 from trainless.kernels import tile_table, visibility
 from trainless.kernels.block_sparse import Subset
@@ -133,13 +136,16 @@ def main() -> None:
         done = [pool.submit(tried, *job, options.tokens, False) for job in jobs]
         fits = {job for job, one in zip(jobs, done, strict=True) if one.result() is not None}
     best: dict[tuple[str, int], float] = {}
+    lines = []
     for kernel, width, sizes in jobs:
         if (kernel, width, sizes) not in fits:
-            print(f"{kernel} {width} {sizes}: does not fit", flush=True)
+            lines.append(f"{kernel} {width} {sizes}: does not fit")
+            print(lines[-1], flush=True)
             continue
         took = tried(kernel, width, sizes, options.tokens, True)
         assert took is not None
-        print(f"{kernel} {width} {sizes}: {took:.3f} ms", flush=True)
+        lines.append(f"{kernel} {width} {sizes}: {took:.3f} ms")
+        print(lines[-1], flush=True)
         if took < best.get((kernel, width), float("inf")):
             best[kernel, width] = took
             found.setdefault(kernel, {})[width] = sizes
@@ -149,6 +155,9 @@ def main() -> None:
         name = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
         assert tile_table.__file__ is not None
         Path(tile_table.__file__).write_text(written(found, name), encoding="utf-8")
+        facts = {**about(), "cpu": torch.cuda.get_device_name()}
+        head = [f"{facts['date']}, {name}, triton {version('triton')}: {facts['command']}"]
+        named("tiles", facts, ".txt").write_text("\n".join([*head, *lines, ""]), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -336,4 +336,7 @@ def test_packed_rows(shape, dtype, monkeypatch):
     assert out.dtype == dtype and p.dtype == lse.dtype == torch.float32
     no_worse(out, want[0], plain[0])
     no_worse(p, want[1], plain[1].float(), factor=4.0)
-    torch.testing.assert_close(lse.double(), want[2], rtol=0, atol=2e-5)
+    if DEVICE == "cuda" and dtype != torch.float32:  # products of half precision run as TF32 there
+        no_worse(lse, want[2], plain[2].float())
+    else:
+        torch.testing.assert_close(lse.double(), want[2], rtol=0, atol=2e-5)

@@ -4,8 +4,8 @@
 """Triton form of ``column_mass``: one program per (batch row, query head, key tile).
 
 A program walks over the query tiles that can see its keys and adds up in registers: no atomics, one
-write, the same bits every time. Registered as ``trainless::column_mass``. Speed on a GPU has not been
-measured yet; correctness is tested on the CPU through Triton's interpreter.
+write, the same bits every time. Registered as ``trainless::column_mass``. On an H100 it costs as much
+as fused attention at 8,192 tokens, three quarters at 32,768 (benchmarks/results/kernels-nvidia-h100-80gb-hbm3.md).
 """
 
 from __future__ import annotations

@@ -4,8 +4,7 @@
 """Triton form of ``group_mass``: one program per tile of asked rows, which walks over the keys once.
 
 Rows are picked by number, so that those nobody asked about cost nothing. Registered as
-``trainless::group_mass``. Speed on a GPU has not been measured yet; correctness is tested on the CPU through
-Triton's interpreter.
+``trainless::group_mass``.
 """
 
 from __future__ import annotations

@@ -107,6 +107,19 @@ def _apply(
 
 
 @triton.jit
+def _sums_before(parts, each, pieces, BS: tl.constexpr):
+    """parts (lanes, pieces, each): every piece becomes the sum of those before it, in place and always in order."""
+    at = tl.program_id(0) * BS + tl.arange(0, BS)
+    base = parts + tl.program_id(1).to(tl.int64) * pieces * each + at
+    so_far = tl.full((BS,), 0.0, tl.float32)
+    for piece in range(0, pieces):
+        where = base + piece * each
+        mine = tl.load(where, mask=at < each, other=0.0)
+        tl.store(where, so_far, mask=at < each)
+        so_far += mine
+
+
+@triton.jit
 def _causal(
     q, q_b, q_h, q_n, q_d, k, k_b, k_h, k_n, k_d, v, v_b, v_h, v_n, v_d, keys, keys_b, keys_k, out,
     state, before, counted, heads, share, lq, lk, d, dv, origin, span, pieces, eps,
@@ -240,7 +253,9 @@ def linear_causal_op(
             hkv, lk, d, dv, origin, span, pieces,
             FEATURE=feature, KEYS=keys is not None, EXACT=exact, BN=bn, BD=width, BV=BV,
         )  # fmt: skip
-        state, total = _before(state, 2), _before(total, 2)
+        for parts in (state, total):
+            each = parts[0, 0, 0].numel()
+            _sums_before[(triton.cdiv(each, 256), b * hkv)](parts, each, pieces, BS=256)
         counted = _count_before(keys, b, lk, origin, span, pieces, key.device)
     _causal[(b * h, wide, pieces)](
         query, *query.stride(), key, *key.stride(), value, *value.stride(), mask, mask_b, mask_k, out,
@@ -248,12 +263,6 @@ def linear_causal_op(
         FEATURE=feature, KEYS=keys is not None, EXACT=exact, CUT=pieces > 1, BN=bn, BD=width, BV=BV,
     )  # fmt: skip
     return out
-
-
-def _before(parts: Tensor, dim: int) -> Tensor:
-    """The sums of all parts before each."""
-    none, all_but_last = parts.narrow(dim, 0, 1), parts.narrow(dim, 0, parts.shape[dim] - 1)
-    return torch.cat([torch.zeros_like(none), all_but_last.cumsum(dim)], dim)
 
 
 def _count_before(

@@ -3,8 +3,9 @@
 # mypy: disable-error-code="no-untyped-def"
 """Triton form of ``attention``: one program per query tile, online softmax, log-sum-exp beside it.
 
-Registered as ``trainless::attention_lse``, so a compiler sees one operator. Speed on a GPU has not been
-measured yet; correctness is tested on the CPU through Triton's interpreter.
+Registered as ``trainless::attention_lse``, so a compiler sees one operator. On an H100 it takes
+1.7 times as long as the fused attention, which uses instructions of that chip that this form does not reach, and
+about half as long on a padded batch (benchmarks/results/kernels-nvidia-h100-80gb-hbm3.md).
 """
 
 from __future__ import annotations

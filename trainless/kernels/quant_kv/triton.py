@@ -5,8 +5,9 @@
 
 Each program reads the codes of its slots once, for all query rows of the key head, and keeps a running maximum and
 sum; the spans are merged by their log-sum-exp. Logits are written out as well: the caller makes probabilities of
-them. Registered as ``trainless::packed_rows``. Speed on a GPU has not been measured; correctness is tested on the
-CPU through Triton's interpreter.
+them. Registered as ``trainless::packed_rows``. On an H100 a step is slower than a stock one, since a call is some
+thirty launches (benchmarks/results/quant-decode-nvidia-h100-80gb-hbm3.md): what it saves there is memory. Products
+of half precision run as TF32, to which packed numbers are exact enough.
 """
 
 from __future__ import annotations

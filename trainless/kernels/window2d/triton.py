@@ -6,8 +6,7 @@
 Tokens are addressed by their place on the grid, so that tiles of queries and keys are compact patches of
 the image whatever their order in memory. A program leaves out the tiles of keys that its own tile cannot
 reach, then adds the text and the extra keys. Rows of text are dense and go through the form of ``lse``.
-Registered as ``trainless::window2d``. Speed on a GPU has not been measured yet; correctness is tested on
-the CPU through Triton's interpreter.
+Registered as ``trainless::window2d``.
 """
 
 from __future__ import annotations
