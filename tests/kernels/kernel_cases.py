@@ -82,7 +82,8 @@ def truth_of(kind: str, b: int, h: int, lq: int, lk: int) -> torch.Tensor:
     return seen
 
 
-def make(kind: str, shape, dtype=torch.float64, strength: float = 1.5, extras: bool = False) -> Case:
+def make(kind: str, shape, dtype=torch.float64, strength: float = 1.5, extras: bool | str = False) -> Case:
+    """extras: soft-cap, position bias and learned sinks; "cap" leaves the bias out."""
     b, h, hkv, lq, lk, d = shape
     q = (torch.randn(b, h, lq, d, dtype=torch.float64) * strength).to(dtype)
     k = (torch.randn(b, hkv, lk, d, dtype=torch.float64) * strength).to(dtype)
@@ -104,6 +105,8 @@ def make(kind: str, shape, dtype=torch.float64, strength: float = 1.5, extras: b
             "position_bias": torch.randn(1, h, lq, lk),
             "sink_logits": torch.randn(h),
         }
+        if extras == "cap":
+            del terms["position_bias"]
     return Case(q, k, v, mask, kind in ("causal", "window"), window, truth, added, terms)
 
 

@@ -82,7 +82,7 @@ from triton.compiler import ASTSource, compile
 from trainless.kernels.block_sparse.triton import _block_sparse
 from trainless.kernels.column_mass.triton import _column_mass
 from trainless.kernels.group_mass.triton import _group_mass
-from trainless.kernels.linear.triton import _apply, _causal, _reduce
+from trainless.kernels.linear.triton import _apply, _causal, _reduce, _sums_before
 from trainless.kernels.lse.triton import _attention
 from trainless.kernels.mass_move.triton import _mass_move
 from trainless.kernels.window2d.triton import _window2d
@@ -91,9 +91,9 @@ pointers = {"q": "bf16", "k": "bf16", "v": "bf16", "old": "bf16", "new": "bf16",
             "ek": "bf16", "ev": "bf16", "lse": "fp32", "keep": "fp32", "keys": "u8", "mask": "u8", "source": "u8",
             "index": "i64", "filled": "i64", "chosen": "i64", "state": "fp32", "total": "fp32",
             "rows_of": "i64", "cols_of": "i64", "limits": "i64", "spans": "i64",
-            "mass": "fp32", "before": "fp32", "counted": "fp32", "given": "fp32", "groups": "i32"}
+            "mass": "fp32", "before": "fp32", "counted": "fp32", "given": "fp32", "parts": "fp32", "groups": "i32"}
 flags = dict(CAUSAL=True, WINDOW=FULL, CAP=FULL, KEYS=True, MASK=int(FULL), BIAS=FULL, SINKS=FULL, EXACT=False,
-             MODE=0, BM=64, BN=64, BS=16, BD=64, DISC=FULL, TY=8, TX=8, FEATURE=2 * FULL, BV=64, GIVEN=FULL,
+             MODE=0, BM=64, BN=64, BS=32, BD=64, DISC=FULL, TY=8, TX=8, FEATURE=2 * FULL, BV=64, GIVEN=FULL,
              COUNT=2, BG=2, CUT=True)
 for kernel in KERNELS:
     types, constants = {}, {}
@@ -120,7 +120,8 @@ for kernel in KERNELS:
     [
         ("_column_mass, _attention, _window2d", True, 80),
         ("_mass_move, _block_sparse, _group_mass", False, 90),
-        ("_reduce, _apply", True, 80),
+        ("_reduce, _apply, _sums_before", True, 80),
+        ("_column_mass, _attention", False, 90),
         ("_causal,", False, 90),
     ],
 )

@@ -5,6 +5,8 @@ and other tests of the same run may have imported it. It knows no bfloat16 arith
 there, bfloat16 and wide heads on a GPU.
 """
 
+import dataclasses
+
 import pytest
 import torch
 from kernel_cases import edit, make, no_worse, oracle, times_values
@@ -16,6 +18,7 @@ from test_block_sparse import PATTERNS, pattern_of, truth_of
 from triton_device import DEVICE, on_the_device  # noqa: F401 — a fixture that every test uses
 
 from trainless.kernels import attention, visibility
+from trainless.kernels import tiles as tiles_of
 from trainless.kernels.block_sparse import triton as block_sparse_form
 from trainless.kernels.column_mass import triton as column_mass_form
 from trainless.kernels.common import Terms
@@ -49,6 +52,12 @@ CASES = [
     pytest.param(kind, shape, bool(n % 2), id=f"{kind}-{shape[3]}x{shape[4]}")
     for n, kind in enumerate(KINDS)
     for shape in SHAPES[: 1 if n % 2 else 4]
+]
+# Without mask and bias most tiles are computed without a mask, with and without a cap; also with more queries than keys.
+CASES += [
+    pytest.param("causal", shape, extras, id=f"causal-{shape[3]}x{shape[4]}-{extras or 'plain'}")
+    for extras in (False, "cap")
+    for shape in (SHAPES[0], SHAPES[1], (2, 2, 2, 40, 33, 16), (1, 2, 1, 150, 70, 16))
 ]
 CASES += [
     pytest.param(kind, shape, False, id=f"{kind}-{shape[3]}x{shape[4]}x{shape[5]}")
@@ -287,6 +296,43 @@ def test_addresses_are_wide(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
+@pytest.mark.parametrize("tiles", [(64, 32), (32, 64), (128, 16)], ids=str)
+@pytest.mark.parametrize("kind", ["causal", "left"])
+def test_tiles_of_the_table(kind, tiles, monkeypatch):
+    """Tiles whose two sides differ, as a measured table has them; taken by half precision where there is memory."""
+    monkeypatch.setattr(tiles_of, "shared_memory", lambda device: 1 << 30)
+    names = ("attention", "column_mass", "group_mass", "mass_move", "block_sparse")
+    monkeypatch.setattr(tiles_of, "HOPPER", {name: {32: (*tiles, 4, 2)} for name in names})
+    case = make(kind, (2, 4, 2, 150, 170, 24), torch.float16)
+    plain = case.to(torch.float32)  # which no table is for
+    options = {"visibility": case.seen(), "terms": terms_of(case)}
+    out, lse = lse_form.attention(*case.qkv, **options)
+    wide, wide_lse = lse_form.attention(*plain.qkv, **options)
+    near = {"rtol": 5e-3, "atol": 5e-3}
+    torch.testing.assert_close(out.float(), wide, **near)
+    torch.testing.assert_close(lse, wide_lse, rtol=1e-3, atol=1e-3)
+    got = column_mass_form.column_mass(case.query, case.key, lse, **options)
+    want = column_mass_form.column_mass(plain.query, plain.key, wide_lse, **options)
+    torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-2)
+    source = torch.rand(2, 4, 170) < 0.2
+    move = {"source": source, "keep": 0.4, "rows": None, "heads": None, **options}
+    torch.testing.assert_close(
+        mass_move_form.mass_move(*case.qkv, out, lse, **move).float(),
+        mass_move_form.mass_move(*plain.qkv, wide, wide_lse, **move), rtol=1e-2, atol=1e-2,
+    )  # fmt: skip
+    groups = torch.randint(0, 3, (2, 2, 170))
+    rest = {"groups": groups, "count": 2, "rows": None, "lse": None, **options}
+    torch.testing.assert_close(
+        group_mass_form.group_mass(case.query, case.key, **rest)[0],
+        group_mass_form.group_mass(plain.query, plain.key, **rest)[0], **near,
+    )  # fmt: skip
+    pattern, _ = pattern_of("subset", (2, 4, 2, 150, 170, 24))
+    torch.testing.assert_close(
+        block_sparse_form.block_sparse(*case.qkv, pattern, **options).float(),
+        block_sparse_form.block_sparse(*plain.qkv, pattern, **options), **near,
+    )  # fmt: skip
+
+
 GRID_WINDOWS = [
     Window2d((17, 11), 4.2, text=5),
     Window2d((9, 16), 3, "square", text=40, text_first=False),
@@ -299,8 +345,10 @@ GRID_WINDOWS = [
 @pytest.mark.parametrize(("dtype", "extra"), [(d, None if n else 3) for n, d in enumerate(DTYPES)], ids=str)
 @pytest.mark.parametrize("w", GRID_WINDOWS, ids=str)
 def test_window2d(w, dtype, extra):
+    width = 64 if DEVICE == "cuda" else 24  # for which there are measured tiles
+
     def make(heads, length):
-        return torch.randn(1, length, heads, 24).to(dtype).transpose(1, 2)
+        return torch.randn(1, length, heads, width).to(dtype).transpose(1, 2)
 
     q, k, v = make(2, w.tokens), make(1, w.tokens), make(1, w.tokens)
     more = None if extra is None else (make(1, extra), make(1, extra))
@@ -321,6 +369,34 @@ def test_the_operator_of_window2d_is_registered_correctly():
     call = (q, k, v, 0.3, 5, 6, 3, True, True, w.most, w.reach, 1, None, None)
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(torch.ops.trainless.window2d.default, call, test_utils=tests)
+
+
+# One group or several of whole tiles, spans of several tiles, and a last one that ends before its tiles do.
+LONG_PACKED = [(1, 2, 1, 1, 16, 5, 64, 4, 4), (1, 2, 2, 1, 16, 3, 128, 2, 8), (1, 1, 1, 2, 16, 1, 300, 8, 4)]
+
+
+@pytest.mark.parametrize("shape", [*PACKED_SHAPES, *LONG_PACKED], ids=str)
+def test_packed_rows_read_only_their_own(shape):
+    """In spans as they are, with NaN behind every parameter: a tile past the last group would take it up."""
+    case = PackedCase(shape, torch.float32)
+
+    def guarded(t):
+        if t is None:
+            return None
+        wide = torch.full((t.numel() + 4096,), torch.nan if t.is_floating_point() else 255).to(t.dtype)
+        wide[: t.numel()] = t.flatten()
+        return wide[: t.numel()].view(t.shape)
+
+    segments = []
+    for s in case.segments:
+        names = ("key", "key_step", "key_min", "value", "value_step", "value_min", "value_root")
+        segments.append(dataclasses.replace(s, **{n: guarded(getattr(s, n)) for n in names}))
+    want = packed_form.rows(case.query, case.segments, Terms(0.3), None, True)
+    exact = packed_reference.rows(case.query.double(), case.segments, Terms(0.3))
+    got = packed_form.rows(case.query, segments, Terms(0.3), None, True)
+    for a, b, c in zip(got, want, exact, strict=False):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(a.double(), c, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

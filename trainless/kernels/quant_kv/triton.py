@@ -49,7 +49,7 @@ def _packed(
     acc1 = tl.zeros((BR, BV), tl.float32)
     acc2 = tl.zeros((BR, BV), tl.float32)
     acc3 = tl.zeros((BR, BV), tl.float32)
-    for start in range(0, span, BN):
+    for start in range(0, tl.minimum(span, slots - first), BN):  # no tile of slots that do not exist
         cols = first + start + tl.arange(0, BN)
         here = (cols < slots) & (start + tl.arange(0, BN) < span)
         group = cols // size

@@ -20,7 +20,11 @@ from ..common import Terms
 from ..lse.triton import attention
 from ..tiles import fold, launch, load_rows, product, width_of
 from ..visibility import Visibility
+from . import blocked
 from .window import Window2d
+
+# Squares of distances on the grid are 32-bit numbers in a program; a longer reach goes through ``blocked``.
+LONGEST = 32_000
 
 
 @triton.jit
@@ -93,8 +97,9 @@ def _window2d(
                 z = product(query, key, EXACT) * scale
                 z = tl.where((far <= most) & exists[None, :], z, float("-inf"))
                 best, total, acc = fold(z, value, best, total, acc, EXACT)
+        after = lane * 0 + text  # of 64 bits: behind an image it is as large as that
         best, total, acc = _line(
-            query, key_at + text * k_n, k_n, k_d, value_at + text * v_n, v_n, v_d, words, scale,
+            query, key_at + after * k_n, k_n, k_d, value_at + after * v_n, v_n, v_d, words, scale,
             best, total, acc, d, EXACT, BM, BD,
         )  # fmt: skip
         best, total, acc = _line(
@@ -170,6 +175,8 @@ def window2d(
     extra: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See ``api.window2d``."""
+    if window.reach > LONGEST:
+        return blocked.window2d(query, key, value, window=window, scale=scale, extra=extra)
     extra_key, extra_value = extra if extra is not None and extra[0].shape[2] else (None, None)
     found = window2d_op(
         query, key, value, scale, *window.grid, window.text, window.text_first, window.shape == "disc",
