@@ -30,7 +30,7 @@ from tqdm import tqdm
 from world import sample_picture
 
 VAE, LATENTS, UNET, PROMPTS, LAYOUT = range(5)  # what random numbers are for
-VAE_SHARE, LAYOUT_SHARE = 0.2, 0.15  # of the minutes
+VAE_SHARE, LAYOUT_SHARE = 0.2, 0.28  # of the minutes
 
 
 @dataclass(frozen=True)
