@@ -2,9 +2,9 @@
 
     python examples/shapes/train_pipeline.py --out out/shapes --minutes 110 --export out/demo-shapes
 
-Four stages, one after the other: the autoencoder; denoiser and text encoder together, on latents that are computed
+Three stages, one after the other: the autoencoder; denoiser and text encoder together, on latents that are computed
 once, where the noise leaves nothing of the picture and the caption alone says what goes where; then both at all levels
-of noise; then mostly where little of it is left. Kill it whenever you like; the same command takes it up again. With
+of noise, half of it where little is left. Kill it whenever you like; the same command takes it up again. With
 --minutes the stages share that time; without, they take all their steps (and the weights depend on the seed alone).
 """
 
@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from world import sample_picture
 
-VAE, LATENTS, UNET, PROMPTS, LAYOUT, DETAILS = range(6)  # what random numbers are for
-VAE_SHARE, LAYOUT_SHARE, DETAILS_SHARE = 0.2, 0.28, 0.11  # of the minutes
+VAE, LATENTS, UNET, PROMPTS, LAYOUT = range(5)  # what random numbers are for
+VAE_SHARE, LAYOUT_SHARE = 0.2, 0.28  # of the minutes
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,6 @@ class Setting:
     vae: training.Plan
     layout: training.Plan
     unet: training.Plan
-    details: training.Plan
     vae_batch: int
     unet_batch: int
     scenes: int  # that latents are computed of
@@ -52,8 +51,7 @@ FULL = Setting(
     models.FULL,
     vae=training.Plan(steps=2000, rate=1.5e-3, average=0.995),
     layout=training.Plan(steps=2500, rate=1e-3, average=0.99, final=1.0),
-    unet=training.Plan(steps=4000, rate=1e-3, warmup=200, average=0.9985),
-    details=training.Plan(steps=1000, rate=6e-4, average=0.995),
+    unet=training.Plan(steps=5000, rate=1e-3, warmup=200, average=0.9985),
     vae_batch=16, unet_batch=32, scenes=40_000,
 )  # fmt: skip
 TINY = Setting(
@@ -61,7 +59,6 @@ TINY = Setting(
     vae=training.Plan(steps=3, rate=1e-3, warmup=1),
     layout=training.Plan(steps=3, rate=1e-3, warmup=1),
     unet=training.Plan(steps=3, rate=1e-3, warmup=1),
-    details=training.Plan(steps=3, rate=1e-3, warmup=1),
     vae_batch=2, unet_batch=2, scenes=8,
 )  # fmt: skip
 
@@ -111,26 +108,22 @@ class PipelineTraining:
         self.stages["vae"] = stage.summary()
         # A denoiser belongs to one autoencoder: trained further, that would leave it latents it never saw.
         more = {"steps of the vae": stage.step}
-        setting = self.setting
-        plans = {"layout": setting.layout, "unet": setting.unet, "details": setting.details}
-        after = {"layout": "unet", "unet": "details"}
+        plans = {"layout": self.setting.layout, "unet": self.setting.unet}
         for name, plan in plans.items():  # one of another autoencoder is refused before its latents are lost
             self.stage(name, self.painter, plan, None, more).kept()
         latents, ids, seconds = self.latents(stage.step)
         spent = (stage.seconds + seconds) / 60
-        losses = {"layout": self.layout_loss, "unet": self.unet_loss, "details": self.details_loss}
+        losses = {"layout": self.layout_loss, "unet": self.unet_loss}
         for name, plan in plans.items():
             share = None
             if self.minutes is not None:
                 share = self.minutes - spent
                 if name == "layout":
                     share = min(share, self.minutes * LAYOUT_SHARE)
-                if name == "unet":
-                    share = max(share - self.minutes * DETAILS_SHARE, 0)
             stage = self.stage(name, self.painter, plan, share, more)
             stage.run(
                 partial(losses[name], latents=latents, ids=ids),
-                before=self.out / f"{after[name]}.pt" if name in after else None,
+                before=self.out / "unet.pt" if name == "layout" else None,
             )
             self.stages[name] = stage.summary()
             spent += stage.seconds / 60
@@ -217,20 +210,14 @@ class PipelineTraining:
         return self.denoise(latents[chosen], ids[chosen], torch.full((number,), 999.0), generator)
 
     def unet_loss(self, step: int, latents: Tensor, ids: Tensor) -> tuple[Tensor, dict[str, float]]:
-        number = self.setting.unet_batch
-        generator = training.noise_for(torch.device("cpu"), self.seed, UNET, step)
-        chosen = torch.randint(len(latents), (number,), generator=generator)
-        return self.denoise(latents[chosen], ids[chosen], spread(number, generator) * 1000, generator)
-
-    def details_loss(self, step: int, latents: Tensor, ids: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """Two thirds where little noise is left and edges say a circle from a star, a third at all levels.
+        """Half at all levels of noise; half where little is left and edges say a circle from a star.
 
         A schedule that hides things leaves few of its times to what they look like.
         """
         number = self.setting.unet_batch
-        generator = training.noise_for(torch.device("cpu"), self.seed, DETAILS, step)
+        generator = training.noise_for(torch.device("cpu"), self.seed, UNET, step)
         chosen = torch.randint(len(latents), (number,), generator=generator)
-        some = number * 2 // 3
+        some = number // 2
         times = torch.cat(
             [spread(some, generator) * self.setting.fine, spread(number - some, generator) * 1000]
         )

@@ -27,7 +27,7 @@ from scenes import caption, rng_for, sample_request, vocabulary
 from torch import nn
 from world import sample_picture
 
-STAGES = {"pipeline": ["vae.pt", "layout.pt", "unet.pt", "details.pt"], "vlm": ["tower.pt", "answers.pt"]}
+STAGES = {"pipeline": ["vae.pt", "layout.pt", "unet.pt"], "vlm": ["tower.pt", "answers.pt"]}
 MAINS: dict[str, Callable[[list[str]], None]] = {"pipeline": train_pipeline.main, "vlm": train_vlm.main}
 SCORED = {"pipeline": ["--score-prompts", "2"], "vlm": ["--score-pictures", "2"]}
 
@@ -82,9 +82,7 @@ def killed_while_saving(kind: str, out: Path, number: int) -> int:
     return os.WTERMSIG(os.waitpid(child, 0)[1])
 
 
-@pytest.mark.parametrize(
-    ("kind", "number"), [("pipeline", 2), ("pipeline", 6), ("pipeline", 9), ("pipeline", 13), ("vlm", 5)]
-)
+@pytest.mark.parametrize(("kind", "number"), [("pipeline", 2), ("pipeline", 6), ("pipeline", 9), ("vlm", 5)])
 def test_a_killed_run_ends_in_the_same_weights(exported, kind: str, number: int, tmp_path: Path) -> None:
     assert killed_while_saving(kind, tmp_path, number) == signal.SIGKILL
     assert list(tmp_path.glob("*.new")), "the kill came between files, not within one"
@@ -271,15 +269,14 @@ def test_layouts_are_learnt_where_only_the_caption_says_them(exported, monkeypat
     monkeypatch.setattr(work, "denoise", lambda latents, ids, times, generator: seen.append((ids, times)))
     work.layout_loss(0, torch.zeros(400, 4, 2, 2), ids)
     work.unet_loss(0, torch.zeros(400, 4, 2, 2), ids)
-    work.details_loss(0, torch.zeros(400, 4, 2, 2), ids)
-    (said, last), (_, all_times), (_, late) = seen
+    (said, last), (_, times) = seen
     assert (last == 999).all()
     shares = [float(kind.float().mean()) for kind in work.kinds(said)]
     assert all(abs(share - wanted) < 0.12 for share, wanted in zip(shares, (0.3, 0.35, 0.35), strict=True))
-    assert 0.7 < float((late < 300).float().mean()) < 0.8, (
-        "two thirds, and those of all times that fall there"
+    few, every = times[:100].sort().values, times[100:].sort().values
+    assert (few // 3).tolist() == (every // 10).tolist() == list(range(100)), (
+        "one from each part of either range"
     )
-    assert (all_times.sort().values // 5).tolist() == list(range(200)), "one from each part of the schedule"
 
 
 def test_the_schedule_ends_in_noise_and_hides_things_in_time() -> None:
