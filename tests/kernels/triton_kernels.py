@@ -56,8 +56,11 @@ CASES = [
 # Without mask and bias most tiles are computed without a mask, with and without a cap; also with more queries than keys.
 CASES += [
     pytest.param("causal", shape, extras, id=f"causal-{shape[3]}x{shape[4]}-{extras or 'plain'}")
-    for extras in (False, "cap")
-    for shape in (SHAPES[0], SHAPES[1], (2, 2, 2, 40, 33, 16), (1, 2, 1, 150, 70, 16))
+    for shape, extras in (
+        (SHAPES[1], False),
+        ((1, 2, 1, 150, 70, 16), False),
+        (SHAPES[0], "cap"),
+    )
 ]
 CASES += [
     pytest.param(kind, shape, False, id=f"{kind}-{shape[3]}x{shape[4]}x{shape[5]}")
@@ -296,8 +299,9 @@ def test_addresses_are_wide(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
-@pytest.mark.parametrize("tiles", [(64, 32), (32, 64), (128, 16)], ids=str)
-@pytest.mark.parametrize("kind", ["causal", "left"])
+@pytest.mark.parametrize(
+    ("kind", "tiles"), [("causal", (64, 32)), ("left", (32, 64)), ("causal", (128, 16))], ids=str
+)
 def test_tiles_of_the_table(kind, tiles, monkeypatch):
     """Tiles whose two sides differ, as a measured table has them; taken by half precision where there is memory."""
     monkeypatch.setattr(tiles_of, "shared_memory", lambda device: 1 << 30)
