@@ -420,3 +420,13 @@ def test_packed_rows(shape, dtype, monkeypatch):
         no_worse(lse, want[2], plain[2].float())
     else:
         torch.testing.assert_close(lse.double(), want[2], rtol=0, atol=2e-5)
+
+
+def test_a_reach_beyond_32_bits_takes_the_other_form(monkeypatch):
+    monkeypatch.setattr(window2d_form, "LONGEST", 1)
+    w = GRID_WINDOWS[0]
+    q, k, v = (torch.randn(1, 2, w.tokens, 16) for _ in range(3))
+    got = window2d_form.window2d(q, k, v, window=w, scale=0.3)
+    want = window2d_reference.window2d(q, k, v, window=w, scale=0.3)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
