@@ -16,7 +16,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from typing import Any
 import pipeline_models as models
 import torch
 import training
+from arguments import positive
 from scenes import KNOWN, RELATIONS, SIDE, Array, caption, draw, rng_for, sample_scene, vocabulary
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -88,6 +89,7 @@ class PipelineTraining:
             models.build_unet(setting.sizes), models.build_text_encoder(setting.sizes, self.tokenizer)
         )
         self.painter = painter.to(device)
+        self.recorded: nn.Module | None = None
         self.stages: dict[str, dict[str, Any]] = {}
 
     def stage(
@@ -107,13 +109,16 @@ class PipelineTraining:
         stage.run(self.vae_loss, before=self.out / "latents.pt")
         self.stages["vae"] = stage.summary()
         # A denoiser belongs to one autoencoder: trained further, that would leave it latents it never saw.
-        more = {"steps of the vae": stage.step}
+        more = {"steps of the vae": stage.step, "batch": self.setting.unet_batch}
         plans = {"layout": self.setting.layout, "unet": self.setting.unet}
         for name, plan in plans.items():  # one of another autoencoder is refused before its latents are lost
             self.stage(name, self.painter, plan, None, more).kept()
         latents, ids, seconds = self.latents(stage.step)
         spent = (stage.seconds + seconds) / 60
-        losses = {"layout": self.layout_loss, "unet": self.unet_loss}
+        losses = {
+            "layout": partial(self.layout_loss, weights=self.layout_weights(ids)),
+            "unet": self.unet_loss,
+        }
         for name, plan in plans.items():
             share = None
             if self.minutes is not None:
@@ -194,7 +199,17 @@ class PipelineTraining:
 
     # ------------------------------------------------------------ denoiser and text encoder
 
-    def layout_loss(self, step: int, latents: Tensor, ids: Tensor) -> tuple[Tensor, dict[str, float]]:
+    def layout_weights(self, ids: Tensor) -> Tensor:
+        """(N,): how often each caption (N, L) is to be drawn when layouts are learnt."""
+        shares = ((1 - self.setting.where_share), self.setting.where_share / 2, self.setting.where_share / 2)
+        weights = torch.zeros(len(ids), dtype=torch.float64)
+        for share, kind in zip(shares, self.kinds(ids), strict=True):
+            weights[kind] = share / max(int(kind.sum()), 1)
+        return weights
+
+    def layout_loss(
+        self, step: int, latents: Tensor, ids: Tensor, weights: Tensor
+    ) -> tuple[Tensor, dict[str, float]]:
         """From noise alone, at the last time, and mostly with captions that say where things are.
 
         Everywhere else a batch can be denoised without knowing it: words of places stay without effect, and later
@@ -202,10 +217,6 @@ class PipelineTraining:
         """
         number = self.setting.unet_batch
         generator = training.noise_for(torch.device("cpu"), self.seed, LAYOUT, step)
-        shares = ((1 - self.setting.where_share), self.setting.where_share / 2, self.setting.where_share / 2)
-        weights = torch.zeros(len(ids), dtype=torch.float64)
-        for share, kind in zip(shares, self.kinds(ids), strict=True):
-            weights[kind] = share / max(int(kind.sum()), 1)
         chosen = torch.multinomial(weights, number, replacement=True, generator=generator)
         return self.denoise(latents[chosen], ids[chosen], torch.full((number,), 999.0), generator)
 
@@ -232,9 +243,11 @@ class PipelineTraining:
         noise = torch.randn(clean.shape, generator=generator)
         scheduler = models.build_scheduler()
         noisy, target = scheduler.add_noise(clean, noise, times), scheduler.get_velocity(clean, noise, times)
-        noisy = noisy.to(self.device)
+        inputs = (noisy.to(self.device), times.to(self.device), words.to(self.device))
         with training.autocast(self.device, self.dtype):
-            made = self.painter(noisy, times.to(self.device), words.to(self.device))
+            if self.recorded is None:
+                self.recorded = training.recorded(self.painter, inputs)
+            made = self.recorded(*inputs)
         return (made.float() - target.to(self.device)).square().mean(), {}
 
     def kinds(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -261,7 +274,7 @@ class PipelineTraining:
         pipeline = models.assemble(self.vae, self.painter, self.tokenizer, torch.bfloat16)
         pipeline.save_pretrained(folder)
         training.write_vocabulary(folder, vocabulary(), KNOWN)
-        loaded = load_pipeline(str(folder))
+        loaded = load_pipeline(str(folder)).to(self.device)
         scores = (
             score_pipeline(loaded, prompts=prompts, sizes=[(SIDE, SIDE)], seed=self.seed + 1)
             if prompts
@@ -270,7 +283,7 @@ class PipelineTraining:
         facts = {
             "command": shlex.join(["python", *sys.argv]),
             "seed": self.seed,
-            "device": str(self.device),
+            "device": training.name_of(self.device),
             "threads": torch.get_num_threads(),
             "dtype of training": self.dtype,
             "parameters": models.parameters(self.vae, self.painter),
@@ -291,6 +304,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--export", type=Path, help="folder for the finished pipeline, in bfloat16")
     parser.add_argument("--minutes", type=training.minutes, help="time for all stages, earlier runs included")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--batch",
+        type=positive,
+        help=f"captions in a step of the denoiser (default: {FULL.unet_batch}); a GPU has room for 256",
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
         "--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: the faster one"
@@ -303,10 +321,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--tiny", action="store_true", help="three steps of a model that learns nothing, for tests"
     )
     given = parser.parse_args(arguments)
+    setting = TINY if given.tiny else FULL
+    if given.batch is not None:
+        setting = replace(setting, unet_batch=given.batch)
+    torch.backends.cuda.matmul.allow_tf32 = True  # as its convolutions are anyway
     try:
         training.check_export(given.export, given.score_prompts > 0)
         work = PipelineTraining(
-            TINY if given.tiny else FULL, given.out, seed=given.seed, device=torch.device(given.device),
+            setting, given.out, seed=given.seed, device=torch.device(given.device),
             minutes=given.minutes, save_every=given.save_seconds, dtype=given.dtype,
         )  # fmt: skip
         work.run()

@@ -283,7 +283,25 @@ def _faster_type(loss: Callable[[str], Tensor]) -> str:
 
 
 def autocast(device: torch.device, name: str) -> torch.autocast:
-    return torch.autocast(device.type, torch.bfloat16, enabled=name == "bfloat16")
+    # A recorded graph may not use the cast weights of another step.
+    return torch.autocast(
+        device.type, torch.bfloat16, enabled=name == "bfloat16", cache_enabled=device.type != "cuda"
+    )
+
+
+def recorded(module: nn.Module, inputs: tuple[Tensor, ...]) -> nn.Module:
+    """``module``, in training and on a GPU a replay of one recording for inputs of these shapes and types.
+
+    The networks here are so small that a GPU spends most of a step on waiting for the next launch.
+    """
+    if inputs[0].device.type != "cuda":
+        return module
+    made: nn.Module = torch.cuda.make_graphed_callables(module, inputs)
+    return made
+
+
+def name_of(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
 def size_of(folder: Path) -> int:

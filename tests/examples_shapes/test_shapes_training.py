@@ -267,7 +267,7 @@ def test_layouts_are_learnt_where_only_the_caption_says_them(exported, monkeypat
                          any(w in text for w in (" of ", "above", "below"))]  # fmt: skip
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     monkeypatch.setattr(work, "denoise", lambda latents, ids, times, generator: seen.append((ids, times)))
-    work.layout_loss(0, torch.zeros(400, 4, 2, 2), ids)
+    work.layout_loss(0, torch.zeros(400, 4, 2, 2), ids, work.layout_weights(ids))
     work.unet_loss(0, torch.zeros(400, 4, 2, 2), ids)
     (said, last), (_, times) = seen
     assert (last == 999).all()
