@@ -1,6 +1,6 @@
 """What methods do to the pictures of demo:shapes: agreement with the prompt and repetition, at four sizes.
 
-    python benchmarks/shapes_images.py [--prompts 64] [--sizes 64x64 …] [--only NAME …] [--out FILE.jsonl] [--report]
+    python benchmarks/shapes_images.py [--model demo:shapes-dit] [--prompts 64] [--sizes 64x64 …] [--only NAME …] [--out FILE.jsonl] [--report]
 
 Each of --prompts captions is painted once for every variant and size, from the same noise, and read by the rules of
 examples/shapes/reader.py. agreement: the mean of what a caption asks for that can be found (things, sizes, number,
@@ -12,7 +12,8 @@ that paints things as large in pixels as it learnt loses there at 128 x 128.
 
 One JSON line for every batch goes into --out as it is done: a run that was killed goes on where it was, and one with
 more captions adds those. Pictures of the first captions go into --strips, apart for every model and setting, and from
-there into one sheet for each size: docs/img/shapes-HxW.png, or beside --out where that is given.
+there into one sheet for each size: docs/img/shapes-HxW.png (shapes-dit-HxW.png for the other model), or beside --out
+where that is given.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from evaluate import ATTRIBUTES, SIZES, montage, new_requests, paint  # noqa: E4
 from reader import agreement  # noqa: E402
 from scenes import caption  # noqa: E402
 
+DEMOS = ("demo:shapes", "demo:shapes-dit")
 SEED = 1
 SHOWN = 6  # captions on a sheet
 COLUMNS = (("agreement", ".3f"), ("whole", ".2f"), ("repeated", ".2f"), ("extra", ".2f"))
@@ -91,7 +93,8 @@ def main() -> None:
     options = parser.parse_args()
     names = chosen(parser, [v.name for v in VARIANTS], options.only)
     facts = about()
-    out = options.out or named("shapes-images", facts, ".jsonl")
+    stem = options.model.removeprefix("demo:") if options.model in DEMOS else "shapes"
+    out = options.out or named(f"{stem}-images", facts, ".jsonl")
     description = describe(options.model)
     asked = {"steps": options.steps, "guidance": options.guidance, "model": description.fingerprint}
     options.strips /= "-".join(str(value) for value in asked.values())
@@ -105,7 +108,7 @@ def main() -> None:
     out.with_suffix(".md").write_text(page + "\n", encoding="utf-8")
     sheets = options.sheets or (ROOT / "docs" / "img" if options.out is None else out.parent)
     for height, width in options.sizes:
-        sheet(options.strips, f"{height}x{width}", sheets)
+        sheet(options.strips, f"{height}x{width}", sheets / f"{stem}-{height}x{width}.png")
 
 
 def measure(options: Any, asked: dict[str, Any], variants: list[Variant], out: Path) -> None:
@@ -160,7 +163,7 @@ def _slug(variant: Variant) -> str:
 def table(there: list[dict[str, Any]], cpu: str, options: Any) -> str:
     """One table for each size, in Markdown."""
     lines = [
-        "# demo:shapes, patched",
+        f"# {options.model}, patched",
         "",
         f"{when(there, cpu)} · {options.model}, {options.steps} steps, "
         f"guidance {options.guidance:g}; the same captions and noise for every row",
@@ -208,7 +211,7 @@ def _values(there: list[dict[str, Any]], name: str) -> dict[int, dict[str, Any]]
     return found
 
 
-def sheet(strips: Path, size: str, folder: Path) -> None:
+def sheet(strips: Path, size: str, file: Path) -> None:
     """Rows of variants under their captions, as one picture; rows that were not painted are left out."""
     rows = [(v.name, strips / f"{size}-{_slug(v)}.png") for v in VARIANTS]
     rows = [(name, file) for name, file in rows if file.is_file()]
@@ -230,8 +233,7 @@ def sheet(strips: Path, size: str, folder: Path) -> None:
         top = head + i * (height + gap)
         pen.multiline_text((4, top + 4), _wrapped(name, font, margin - 10), "black", font)
         page.paste(picture.resize((width, height), Image.Resampling.NEAREST), (margin, top))
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"shapes-{size}.png"
+    file.parent.mkdir(parents=True, exist_ok=True)
     page.quantize(128, dither=Image.Dither.NONE).save(file, optimize=True)
     print(f"wrote {file}")
 

@@ -12,6 +12,7 @@ Intervals are 95 % bootstrap intervals over captions.
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -105,12 +106,15 @@ def paint(
 ) -> list[Any]:
     """One picture (H, W, 3) for each caption; the noise of each depends on its place alone, counted from ``first``."""
     made: list[Any] = []
+    # PixArt's pipelines paint the nearest of a list of sizes otherwise, and stretch that.
+    takes = inspect.signature(pipeline.__call__).parameters
+    own = {name: False for name in ("use_resolution_binning", "clean_caption") if name in takes}
     for start in range(0, len(requests), batch):
         part = requests[start : start + batch]
         made += list(
             pipeline(
                 prompt=[caption(request) for request in part], height=height, width=width, num_inference_steps=steps,
-                guidance_scale=guidance, output_type="np",
+                guidance_scale=guidance, output_type="np", **own,
                 generator=[
                     torch.Generator().manual_seed(seed * 100_003 + first + start + i) for i in range(len(part))
                 ],

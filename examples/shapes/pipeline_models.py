@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,12 +29,14 @@ class Sizes:
     unet: tuple[int, ...] = (48, 64, 96)  # levels at 16, 8 and 4 squared, all with self- and cross-attention
     heads: tuple[int, ...] = (3, 4, 6)  # of width 16
     layers: int = 1
+    width: int = 128  # of the transformer, in heads of 16
+    blocks: int = 6
     text: int = 128
     text_layers: int = 2
 
 
 FULL = Sizes()
-TINY = Sizes(vae=(8, 8, 8), unet=(8, 16), heads=(2, 2), text=16, text_layers=1)
+TINY = Sizes(vae=(8, 8, 8), unet=(8, 16), heads=(2, 2), width=16, blocks=1, text=16, text_layers=1)
 
 
 def build_vae(sizes: Sizes) -> AutoencoderKL:
@@ -138,10 +140,18 @@ def _merged(parts: Sequence[str], pair: tuple[str, str]) -> list[str]:
     return out
 
 
-def tokens(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
+def tokens(tokenizer: Any, captions: Sequence[str]) -> Tensor:
     """Ids (B, LONGEST), padded as the pipeline pads."""
-    made = tokenizer(list(captions), padding="max_length", max_length=LONGEST, return_tensors="pt")
-    return made.input_ids
+    made: Tensor = tokenizer(
+        list(captions), padding="max_length", max_length=LONGEST, return_tensors="pt"
+    ).input_ids
+    return made
+
+
+def word_ids(tokenizer: Any, words: Iterable[str]) -> list[int]:
+    """The token of each word, every one of which has its own."""
+    found = tokenizer(list(words), add_special_tokens=False).input_ids
+    return [number for (number,) in found]
 
 
 def betas(times: int = 1000) -> list[float]:

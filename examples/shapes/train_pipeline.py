@@ -2,6 +2,9 @@
 
     python examples/shapes/train_pipeline.py --out out/shapes --minutes 110 --export out/demo-shapes
 
+With --denoiser transformer it is demo:shapes-dit: a transformer in place of the UNet, over the same autoencoder, which
+is taken from --out if it is there.
+
 Three stages, one after the other: the autoencoder; denoiser and text encoder together, on latents that are computed
 once, where the noise leaves nothing of the picture and the caption alone says what goes where; then both at all levels
 of noise, half of it where little is left. Kill it whenever you like; the same command takes it up again. With
@@ -24,6 +27,7 @@ from typing import Any
 import pipeline_models as models
 import torch
 import training
+import transformer_models
 from arguments import positive
 from scenes import KNOWN, RELATIONS, SIDE, Array, caption, draw, rng_for, sample_scene, vocabulary
 from torch import Tensor, nn
@@ -79,16 +83,25 @@ class PipelineTraining:
     """All stages in one folder."""
 
     def __init__(self, setting: Setting, out: Path, *, seed: int, device: torch.device, minutes: float | None,
-                 save_every: float, dtype: str):  # fmt: skip
+                 save_every: float, dtype: str, denoiser: str = "unet"):  # fmt: skip
         self.setting, self.out, self.seed, self.device = setting, out, seed, device
-        self.minutes, self.save_every, self.dtype = minutes, save_every, dtype
+        self.minutes, self.save_every, self.dtype, self.denoiser = minutes, save_every, dtype, denoiser
         torch.manual_seed(seed)  # of the first weights
-        self.tokenizer = models.build_tokenizer()
         self.vae = models.build_vae(setting.sizes).to(device)
-        painter = models.Painter(
-            models.build_unet(setting.sizes), models.build_text_encoder(setting.sizes, self.tokenizer)
-        )
-        self.painter = painter.to(device)
+        self.tokenizer: Any
+        self.painter: Any
+        if denoiser == "unet":
+            self.tokenizer = models.build_tokenizer()
+            self.painter = models.Painter(
+                models.build_unet(setting.sizes), models.build_text_encoder(setting.sizes, self.tokenizer)
+            )
+        else:
+            self.tokenizer = transformer_models.build_tokenizer()
+            self.painter = transformer_models.Painter(
+                transformer_models.build_transformer(setting.sizes),
+                transformer_models.build_text_encoder(setting.sizes, self.tokenizer),
+            )
+        self.painter.to(device)
         self.recorded: nn.Module | None = None
         self.stages: dict[str, dict[str, Any]] = {}
 
@@ -110,25 +123,26 @@ class PipelineTraining:
         self.stages["vae"] = stage.summary()
         # A denoiser belongs to one autoencoder: trained further, that would leave it latents it never saw.
         more = {"steps of the vae": stage.step, "batch": self.setting.unet_batch}
-        plans = {"layout": self.setting.layout, "unet": self.setting.unet}
+        layout = "layout" if self.denoiser == "unet" else f"layout-{self.denoiser}"
+        plans = {layout: self.setting.layout, self.denoiser: self.setting.unet}
         for name, plan in plans.items():  # one of another autoencoder is refused before its latents are lost
             self.stage(name, self.painter, plan, None, more).kept()
         latents, ids, seconds = self.latents(stage.step)
         spent = (stage.seconds + seconds) / 60
         losses = {
-            "layout": partial(self.layout_loss, weights=self.layout_weights(ids)),
-            "unet": self.unet_loss,
+            layout: partial(self.layout_loss, weights=self.layout_weights(ids)),
+            self.denoiser: self.unet_loss,
         }
         for name, plan in plans.items():
             share = None
             if self.minutes is not None:
                 share = self.minutes - spent
-                if name == "layout":
+                if name == layout:
                     share = min(share, self.minutes * LAYOUT_SHARE)
             stage = self.stage(name, self.painter, plan, share, more)
             stage.run(
                 partial(losses[name], latents=latents, ids=ids),
-                before=self.out / "unet.pt" if name == "layout" else None,
+                before=self.out / f"{self.denoiser}.pt" if name == layout else None,
             )
             self.stages[name] = stage.summary()
             spent += stage.seconds / 60
@@ -186,7 +200,7 @@ class PipelineTraining:
             latents = (latents - mean.view(1, -1, 1, 1)) / std.view(1, -1, 1, 1)
             found = {
                 "latents": latents.half(),
-                "ids": models.tokens(self.tokenizer, captions),
+                "captions": captions,
                 "mean": mean,
                 "std": std,
                 "seconds": time.monotonic() - began,
@@ -195,7 +209,7 @@ class PipelineTraining:
             training.write_atomically(file, found)
         found = training.read(file)
         models.normalise(self.vae, found["mean"].to(self.device), found["std"].to(self.device))
-        return found["latents"], found["ids"], found["seconds"]
+        return found["latents"], models.tokens(self.tokenizer, found["captions"]), found["seconds"]
 
     # ------------------------------------------------------------ denoiser and text encoder
 
@@ -254,8 +268,7 @@ class PipelineTraining:
         """bool (N,): captions (N, L) that say nothing of where things are, that name a place, and a relation."""
 
         def holds(words: Iterable[str]) -> Tensor:
-            known = self.tokenizer.convert_tokens_to_ids([f"{word}</w>" for word in words])
-            return torch.isin(ids, torch.tensor(known)).any(1)
+            return torch.isin(ids, torch.tensor(models.word_ids(self.tokenizer, words))).any(1)
 
         place = holds(["at"])
         relation = holds(name.split()[0] for name in RELATIONS) & ~place
@@ -271,7 +284,8 @@ class PipelineTraining:
         """The pipeline in bfloat16 with TRAINED.md, scored by the reader on ``prompts`` new captions."""
         from evaluate import load_pipeline, score_pipeline
 
-        pipeline = models.assemble(self.vae, self.painter, self.tokenizer, torch.bfloat16)
+        assemble = models.assemble if self.denoiser == "unet" else transformer_models.assemble
+        pipeline = assemble(self.vae, self.painter, self.tokenizer, torch.bfloat16)
         pipeline.save_pretrained(folder)
         training.write_vocabulary(folder, vocabulary(), KNOWN)
         loaded = load_pipeline(str(folder)).to(self.device)
@@ -291,7 +305,8 @@ class PipelineTraining:
             "settings": json.dumps(asdict(self.setting)),
             "torch": torch.__version__,
         }
-        training.write_report(folder, "demo:shapes", facts, self.stages, scores)
+        name = "demo:shapes" if self.denoiser == "unet" else "demo:shapes-dit"
+        training.write_report(folder, name, facts, self.stages, scores)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -301,6 +316,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("out/shapes"), help="checkpoints; taken up if there are any"
     )
+    parser.add_argument("--denoiser", choices=["unet", "transformer"], default="unet")
     parser.add_argument("--export", type=Path, help="folder for the finished pipeline, in bfloat16")
     parser.add_argument("--minutes", type=training.minutes, help="time for all stages, earlier runs included")
     parser.add_argument("--seed", type=int, default=0)
@@ -329,7 +345,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         training.check_export(given.export, given.score_prompts > 0)
         work = PipelineTraining(
             setting, given.out, seed=given.seed, device=torch.device(given.device),
-            minutes=given.minutes, save_every=given.save_seconds, dtype=given.dtype,
+            minutes=given.minutes, save_every=given.save_seconds, dtype=given.dtype, denoiser=given.denoiser,
         )  # fmt: skip
         work.run()
         if given.export:

@@ -138,7 +138,7 @@ def test_a_broken_file_is_one_clear_error(diffusion, tmp_path, text):
         ({"params": {"height": -8}}, (), "params.height must be pixels, an integer from 8, not -8"),
         ({"params": {"height": True}}, (), "params.height must be pixels, an integer from 8, not True"),
         ({"params": {"height": 4}}, (), "params.height must be pixels, an integer from 8, not 4"),
-        ({"params": {"height": 20}}, (), "params.height 20 is no multiple of 8, which the autoencoder"),
+        ({"params": {"height": 20}}, (), "params.height 20 is no multiple of 8, the pixels that"),
         ({"params": {"width": 13}}, (), "give 8 or 16"),
         ({}, ("--size", "48x32"), "--size: height 48 is no multiple of 32"),
     ],

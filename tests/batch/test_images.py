@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,13 @@ def flux(tmp_path_factory):
     return save_flux(tmp_path_factory.mktemp("pipelines") / "flux")
 
 
+@pytest.fixture(scope="session")
+def pixart(tmp_path_factory):
+    from tiny_models import save_pixart
+
+    return save_pixart(tmp_path_factory.mktemp("pipelines") / "pixart")
+
+
 def images(folder):
     """(id, sample) -> pixels, and every file that a record names must be there."""
     found = {}
@@ -53,7 +61,7 @@ def same(a, b):
     return a.keys() == b.keys() and all(np.abs(a[k] - b[k]).max() <= 1 for k in a)
 
 
-@pytest.mark.parametrize("model", ["diffusion", "flux"])
+@pytest.mark.parametrize("model", ["diffusion", "flux", "pixart"])
 def test_every_image_has_its_seed_whatever_the_batch(run, request, model):
     folder = request.getfixturevalue(model)
     write_lines("p.jsonl", ROWS)
@@ -91,6 +99,41 @@ def test_image_is_what_the_pipeline_gives_with_that_seed(run, diffusion):
         ).images[0]
         assert np.abs(np.asarray(wanted).astype(int) - made[name, 0]).max() <= 1
     assert np.abs(made["c", 0] - made["d", 0]).max() > 1
+
+
+def test_a_size_is_painted_and_not_stretched_from_a_list(run, pixart, monkeypatch):
+    from diffusers import PixArtSigmaPipeline
+    from diffusers.pipelines.pixart_alpha import pipeline_pixart_sigma
+
+    write_lines("p.jsonl", [{"id": "c", "prompt": "a cat", "seed": 7}])
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline_pixart_sigma.logger, "warning", lambda *said: pytest.fail(str(said)))
+        code, _, err = run("generate", pixart, "p.jsonl", "-o", "out", *ARGS)
+    assert code == 0, err
+    pipeline = PixArtSigmaPipeline.from_pretrained(pixart)
+    pipeline.set_progress_bar_config(disable=True)
+    made = [
+        pipeline(
+            "a cat", num_inference_steps=2, height=16, width=16, generator=torch.Generator().manual_seed(7),
+            use_resolution_binning=stretched,
+        ).images[0]
+        for stretched in (False, True)
+    ]  # fmt: skip
+    wanted, other = (np.asarray(image).astype(int) for image in made)
+    assert np.abs(images("out")["c", 0] - wanted).max() <= 1
+    assert np.abs(other - wanted).max() > 1
+
+
+@pytest.mark.parametrize("model", ["pixart", "flux"])
+def test_sizes_follow_the_tokens_of_the_transformer(run, request, model, tmp_path):
+    """An autoencoder of four levels and tokens of two latents squared: 16 pixels."""
+    folder = shutil.copytree(request.getfixturevalue(model), tmp_path / "model")
+    config = folder / "vae" / "config.json"
+    found = json.loads(config.read_text(encoding="utf-8"))
+    config.write_text(json.dumps({**found, "block_out_channels": [4] * 4}), encoding="utf-8")
+    write_lines("p.jsonl", [{"prompt": "a cat"}])
+    code, _, err = run("generate", folder, "p.jsonl", "-o", "out", "--size", "24x32")
+    assert code == 1 and "--size: height 24 is no multiple of 16" in err and "give 16 or 32" in err
 
 
 def test_resume_makes_only_what_is_missing(run, diffusion, monkeypatch):

