@@ -1,6 +1,7 @@
 """What methods do to the pictures of demo:shapes: agreement with the prompt and repetition, at four sizes.
 
-    python benchmarks/shapes_images.py [--model demo:shapes-dit] [--prompts 64] [--sizes 64x64 …] [--only NAME …] [--out FILE.jsonl] [--report]
+    python benchmarks/shapes_images.py [--model demo:shapes-dit] [--prompts 64] [--sizes 64x64 …] [--only NAME …]
+        [--out FILE.jsonl] [--report]
 
 Each of --prompts captions is painted once for every variant and size, from the same noise, and read by the rules of
 examples/shapes/reader.py. agreement: the mean of what a caption asks for that can be found (things, sizes, number,
@@ -168,7 +169,7 @@ def table(there: list[dict[str, Any]], cpu: str, options: Any) -> str:
         f"{when(there, cpu)} · {options.model}, {options.steps} steps, "
         f"guidance {options.guidance:g}; the same captions and noise for every row",
         "",
-        "Means with 95 % intervals over captions; Δ: agreement against the unpatched pipeline, paired.",
+        "Means with 95 % intervals over captions; Δ: against the unpatched pipeline, caption by caption.",
     ]
     for height, width in options.sizes:
         size = f"{height}x{width}"
@@ -178,20 +179,21 @@ def table(there: list[dict[str, Any]], cpu: str, options: Any) -> str:
             continue
         lines += [
             "", f"## {size}", "",
-            "| patched with | agreement | Δ | " + " | ".join(name for name, _ in COLUMNS[1:]) + " | captions |",
-            "|---|--:|--:|" + "--:|" * len(COLUMNS),
+            "| patched with | agreement | Δ | " + " | ".join(n for n, _ in COLUMNS[1:]) + " | Δ extra | captions |",
+            "|---|--:|--:|" + "--:|" * (len(COLUMNS) + 1),
         ]  # fmt: skip
         for name, found in values.items():
             if not found:
                 continue
             both = [i for i in found if i in before]
-            cells = [said([found[i]["agreement"] for i in both], ".3f")]
-            cells.append(
-                said([found[i]["agreement"] - before[i]["agreement"] for i in both], "+.3f")
+            change = {
+                column: said([found[i][column] - before[i][column] for i in both], form)
+                for column, form in (("agreement", "+.3f"), ("extra", "+.2f"))
                 if name != UNPATCHED.name
-                else ""
-            )
-            cells += [said([found[i][column] for i in both], form) for column, form in COLUMNS[1:]]
+            }
+            cells = [said([found[i][column] for i in both], form) for column, form in COLUMNS]
+            cells[1:1] = [change.get("agreement", "")]
+            cells.append(change.get("extra", ""))
             acted = [count for i in both for count in found[i]["acted"]]
             marked = f"{name} (acts on nothing here)" if acted and not any(acted) else name
             lines.append("| " + " | ".join([marked, *cells, str(len(both))]) + " |")
@@ -218,17 +220,16 @@ def sheet(strips: Path, size: str, file: Path) -> None:
     if not rows:
         return
     pictures = [Image.open(file).convert("RGB") for _, file in rows]
-    zoom = max(1, 96 // pictures[0].height)
+    zoom = 2 if pictures[0].height < 96 else 1
     width, height = pictures[0].width * zoom, pictures[0].height * zoom
     font = ImageFont.load_default(11)
-    margin, head, gap = 150, 48, 4
+    cell = width // SHOWN
+    captions = [_wrapped(caption(request), font, cell - 6) for request in new_requests(SHOWN, SEED)]
+    margin, head, gap = 150, 6 + 14 * max(text.count("\n") + 1 for text in captions), 4
     page = Image.new("RGB", (margin + width, head + len(rows) * (height + gap)), "white")
     pen = ImageDraw.Draw(page)
-    cell = width // SHOWN
-    for i, request in enumerate(new_requests(SHOWN, SEED)):
-        pen.multiline_text(
-            (margin + i * cell + 2, 2), _wrapped(caption(request), font, cell - 6), "black", font, spacing=1
-        )
+    for i, text in enumerate(captions):
+        pen.multiline_text((margin + i * cell + 2, 2), text, "black", font, spacing=1)
     for i, ((name, _), picture) in enumerate(zip(rows, pictures, strict=True)):
         top = head + i * (height + gap)
         pen.multiline_text((4, top + 4), _wrapped(name, font, margin - 10), "black", font)
