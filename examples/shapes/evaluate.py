@@ -73,7 +73,7 @@ def interval(values: Sequence[float], seed: int = 0, draws: int = 2000) -> dict[
 
 
 def load_pipeline(model: str) -> Any:
-    """The pipeline of a folder, or demo:shapes."""
+    """The pipeline of a folder, demo:shapes or demo:shapes-dit."""
     return _load(model, pipeline=True).model.to(torch.float32)
 
 
@@ -295,7 +295,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("kind", choices=["pipeline", "vlm"])
-    parser.add_argument("model", help="a folder, demo:shapes or demo:shapes-vlm")
+    parser.add_argument("model", help="a folder, or the name of a demo model")
     parser.add_argument("--patch", action="append", default=[], metavar="NAME", help="a method of trainless")
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME.key=value", help="values are JSON"
@@ -313,6 +313,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--grid", type=Path, help="folder for pictures of pictures")
     parser.add_argument("-o", "--output", type=output(), help="JSON file for the scores")
     given = parser.parse_args(arguments)
+    for name in (
+        ("pictures",) if given.kind == "pipeline" else ("prompts", "sizes", "steps", "guidance", "grid")
+    ):
+        if getattr(given, name) != parser.get_default(name):
+            parser.error(f"--{name} means nothing to a {given.kind}")
     if given.kind == "pipeline":
         pipeline = load_pipeline(given.model)
         with patching(pipeline, given.patch, given.recipe, given.set) as patch:

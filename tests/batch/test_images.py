@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 from pathlib import Path
@@ -124,13 +125,20 @@ def test_a_size_is_painted_and_not_stretched_from_a_list(run, pixart, monkeypatc
     assert np.abs(other - wanted).max() > 1
 
 
+@pytest.mark.parametrize(
+    "said",
+    [{"block_out_channels": [4] * 4}, {"dim_mult": [1, 2, 4, 4], "temperal_downsample": [False, True, True]}],
+    ids=lambda said: next(iter(said)),
+)
 @pytest.mark.parametrize("model", ["pixart", "flux"])
-def test_sizes_follow_the_tokens_of_the_transformer(run, request, model, tmp_path):
-    """An autoencoder of four levels and tokens of two latents squared: 16 pixels."""
+def test_sizes_follow_the_tokens_of_the_transformer(run, request, model, said, tmp_path):
+    """An autoencoder of three halvings, said in either way, and tokens of two latents squared: 16 pixels."""
     folder = shutil.copytree(request.getfixturevalue(model), tmp_path / "model")
     config = folder / "vae" / "config.json"
     found = json.loads(config.read_text(encoding="utf-8"))
-    config.write_text(json.dumps({**found, "block_out_channels": [4] * 4}), encoding="utf-8")
+    found.pop("block_out_channels")
+    found |= said
+    config.write_text(json.dumps(found), encoding="utf-8")
     write_lines("p.jsonl", [{"prompt": "a cat"}])
     code, _, err = run("generate", folder, "p.jsonl", "-o", "out", "--size", "24x32")
     assert code == 1 and "--size: height 24 is no multiple of 16" in err and "give 16 or 32" in err
@@ -177,6 +185,48 @@ def test_an_image_of_nan_is_an_error(run, diffusion, monkeypatch):
     assert record["error"]["type"] == "NotFinite" and record["file"] is None
 
 
+def test_a_picture_of_another_size_than_asked_is_an_error(run, diffusion, monkeypatch):
+    """Some pipelines round sizes for reasons of their own, and say nothing."""
+    from diffusers import StableDiffusionPipeline
+
+    sound = StableDiffusionPipeline.__call__
+
+    def rounding(self, *args, height=None, width=None, **keywords):
+        return sound(self, *args, height=height and height // 16 * 16, width=width, **keywords)
+
+    rounding.__signature__ = inspect.signature(sound)
+    monkeypatch.setattr(StableDiffusionPipeline, "__call__", rounding)
+    rows = [{"id": "a", "prompt": "a cat"}, {"id": "b", "prompt": "a cat", "params": {"height": 24}}]
+    write_lines("p.jsonl", rows)
+    assert run("generate", diffusion, "p.jsonl", "-o", "out", *ARGS)[0] == 3
+    a, b = sorted(records("out"), key=lambda record: record["id"])
+    assert a["status"] == "ok" and b["error"]["type"] == "OtherSize" and b["file"] is None
+    assert b["error"]["message"].startswith("24x16 was asked for and the pipeline made 16x16 of it")
+
+
+def test_prompts_are_measured_as_the_pipeline_writes_them(run, pixart):
+    """In lower case: a capital I with a dot is two letters then."""
+    write_lines("p.jsonl", [{"prompt": "  \u0130\u0130  "}])
+    assert run("generate", pixart, "p.jsonl", "-o", "out", *ARGS)[0] == 0
+    write_lines("p.jsonl", [{"prompt": "i\u0307i\u0307"}])
+    assert run("generate", pixart, "p.jsonl", "-o", "lower", *ARGS)[0] == 0
+    assert records("out")[0]["tokens_in"] == records("lower")[0]["tokens_in"] > 3
+
+
+def test_a_model_with_its_own_words_reads_as_many_tokens_as_it_was_trained_on(run, pixart, tmp_path):
+    folder = shutil.copytree(pixart, tmp_path / "model")
+    tokenizer = folder / "tokenizer" / "tokenizer_config.json"
+    found = json.loads(tokenizer.read_text(encoding="utf-8"))
+    tokenizer.write_text(json.dumps({**found, "model_max_length": 6}), encoding="utf-8")
+    write_lines("p.jsonl", [{"prompt": "abcdefgh"}])
+    assert run("generate", folder, "p.jsonl", "-o", "open", *ARGS)[0] == 0, "300 is the pipeline's own number"
+    words = {"words": ["abcdefgh"], "knows": "one word"}
+    (folder / "closed_vocabulary.json").write_text(json.dumps(words), encoding="utf-8")
+    code, _, err = run("generate", folder, "p.jsonl", "-o", "closed", *ARGS)
+    assert code == 3, err
+    assert "the text encoder reads 6" in records("closed")[0]["error"]["message"]
+
+
 @pytest.mark.parametrize(
     ("row", "said"),
     [
@@ -214,12 +264,11 @@ def test_skeleton_has_the_pipelines_shapes_and_no_weights(diffusion, flux):
         assert {p.device.type for part in parts for p in part.parameters()} == {"meta"}
 
 
-def test_pipelines_that_need_an_image_are_refused_by_name(run, diffusion, tmp_path):
-    import shutil
-
-    shutil.copytree(diffusion, "img2img")
-    index = Path("img2img/model_index.json")
-    index.write_text(index.read_text().replace("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline"))
+@pytest.mark.parametrize("name", ["StableDiffusionImg2ImgPipeline", "StableDiffusionControlNetPipeline"])
+def test_pipelines_that_need_an_image_are_refused_by_name(run, diffusion, name):
+    shutil.copytree(diffusion, "other")
+    index = Path("other/model_index.json")
+    index.write_text(index.read_text().replace("StableDiffusionPipeline", name))
     write_lines("p.jsonl", ROWS[:1])
-    code, _, err = run("generate", "img2img", "p.jsonl", "-o", "out")
-    assert code == 1 and "StableDiffusionImg2ImgPipeline" in err and "text-to-image" in err
+    code, _, err = run("generate", "other", "p.jsonl", "-o", "out")
+    assert code == 1 and name in err and "text-to-image" in err

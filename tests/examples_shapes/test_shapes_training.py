@@ -372,6 +372,7 @@ def test_the_exported_pipeline_paints_and_is_patched(exported, tmp_path: Path) -
         (["pipeline", "demo:shapes", "--prompts", "0"], "'0' is no whole number from 1"),
         (["vlm", "demo:shapes-vlm", "--pictures", "-3"], "'-3' is no whole number from 1"),
         (["vlm", "demo:shapes-vlm", "-o", "missing/scores.json"], "there is no folder 'missing'"),
+        (["vlm", "demo:shapes-vlm", "--sizes", "64x64"], "--sizes means nothing to a vlm"),
         (["vlm", "demo:shapes"], "StableDiffusionPipeline, not a vision-language model"),
         (["pipeline", "demo:shapes-vlm"], "not a text-to-image pipeline"),
     ],

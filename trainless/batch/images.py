@@ -95,7 +95,8 @@ class ImageEngine:
         for field, text in (("prompt", item.prompt), ("negative_prompt", item.negative_prompt)):
             if not isinstance(text, str):
                 continue
-            counts = {name: len(t(text, verbose=False)["input_ids"]) for name, t in self.tokenizers.items()}
+            read = self._as_read(text)
+            counts = {name: len(t(read, verbose=False)["input_ids"]) for name, t in self.tokenizers.items()}
             limits = {name: self._limit(t, item) for name, t in self.tokenizers.items()}
             if field == "prompt":
                 length = max(counts.values(), default=0)
@@ -107,6 +108,11 @@ class ImageEngine:
             elif over:
                 self._partly.update((name, limits[name] or 0) for name in over)
         return length, refusal
+
+    def _as_read(self, text: str) -> str:
+        """The text that the tokenizers get: the pipelines of PixArt, Sana and others write it in lower case."""
+        prepare = getattr(self.description.pipeline_class, "_text_preprocessing", None)
+        return str(prepare(None, text, clean_caption=False)[0]) if prepare else text
 
     def _spelled(self, text: str) -> str:
         """Why a short text may have many tokens: a closed vocabulary has one for a word, and spells all others."""
@@ -124,7 +130,10 @@ class ImageEngine:
         if "CLIP" in type(tokenizer).__name__:
             return own
         asked = item.params.get("max_sequence_length", self.takes.get("max_sequence_length"))
-        return asked if isinstance(asked, int) else own
+        if not isinstance(asked, int):
+            return own
+        # A tokenizer's own number is often older than its model, but for one with its own words it is what it learnt.
+        return min(asked, own) if own and self.description.vocabulary else asked
 
     # ------------------------------------------------------------ batches
 
@@ -154,6 +163,9 @@ class ImageEngine:
         if self.steps is not None:
             keywords["num_inference_steps"] = self.steps
         keywords.update(jobs[0].item.params)
+        asked = (keywords.get("height"), keywords.get("width"))
+        if "max_area" in self.takes and None not in asked:
+            keywords["max_area"] = keywords["height"] * keywords["width"]
         if jobs[0].item.negative_prompt is not None:
             keywords["negative_prompt"] = [job.item.negative_prompt for job in jobs]
         # On the CPU, so that a seed gives the same noise on every machine.
@@ -163,30 +175,35 @@ class ImageEngine:
                 prompt=[job.item.prompt for job in jobs], generator=generators, **keywords
             )
         flagged = getattr(made, "nsfw_content_detected", None) or [False] * len(jobs)
-        return [_image(pixels, bool(flag)) for pixels, flag in zip(made.images, flagged, strict=True)]
+        return [_image(pixels, bool(flag), asked) for pixels, flag in zip(made.images, flagged, strict=True)]
 
     def _own(self) -> dict[str, bool]:
         """What pipelines do unasked and a batch does not want.
 
         Those of PixArt, Sana and others paint the nearest of a list of sizes and stretch it to the one that was
-        asked for: a patch for large pictures would act on small ones. And they say at every call that a prompt
-        cannot be cleaned of markup where the packages for that are missing, and then leave it as it is.
+        asked for: a patch for large pictures would act on small ones. And they take markup out of prompts where the
+        packages for that happen to be installed, so that a prompt would be another picture on another machine.
         """
-        from diffusers.utils import is_bs4_available, is_ftfy_available
-
-        own = {"use_resolution_binning": False}
-        if not (is_bs4_available() and is_ftfy_available()):
-            own["clean_caption"] = False
+        own = {"use_resolution_binning": False, "clean_caption": False}
         return {name: value for name, value in own.items() if name in self.takes}
 
 
-def _image(pixels: Any, flagged: bool) -> Output:
+def _image(pixels: Any, flagged: bool, asked: tuple[Any, Any]) -> Output:
     """Pixels (height, width, 3) in 0..1 as a picture; a picture that is none becomes an error."""
     import numpy as np
     from PIL import Image
 
     if flagged:
         return Output(error=("SafetyChecker", "the pipeline's safety checker blacked the image out"))
+    height, width = pixels.shape[:2]
+    if None not in asked and (height, width) != asked:
+        return Output(
+            error=(
+                "OtherSize",
+                f"{asked[0]}x{asked[1]} was asked for and the pipeline made {height}x{width} of it; give that, "
+                "or another size that it makes as it is",
+            )
+        )
     if not np.isfinite(pixels).all():
         return Output(
             error=("NotFinite", "the image holds NaN or infinite values; try another dtype or fewer edits")
@@ -196,29 +213,28 @@ def _image(pixels: Any, flagged: bool) -> Output:
 
 def pixel_multiple(description: Description) -> int:
     """What height and width of a picture must be multiples of: 8, or what one token of the denoiser stands for
-    where that is more (16 for FLUX, SD3 and PixArt, 32 for the deep-compression autoencoder of Sana)."""
+    where that is more (16 for FLUX, SD3 and PixArt, 32 for the deep-compression autoencoder of Sana).
+
+    What a pipeline rounds for reasons of its own is seen when it has made a picture of another size.
+    """
     vae = _config(description, "vae")
     levels = vae.get("block_out_channels") or vae.get("encoder_block_out_channels") or []
-    return max(8, 2 ** (len(levels) - 1) * _patch(_config(description, "transformer"), vae) if levels else 1)
+    halvings = len(levels) - 1 if levels else len(vae.get("temperal_downsample") or [])
+    return max(8, 2**halvings * _patch(_config(description, "transformer"), vae))
 
 
 def _patch(transformer: dict[str, Any], vae: dict[str, Any]) -> int:
     """Side of the square of latents that one token stands for: patches of the transformer, or of the pipeline.
 
-    FLUX's pipeline lays squares of latents into channels, and cuts what is left over without a word.
+    The pipelines of FLUX and Qwen-Image lay squares of latents into channels, and cut what is left over silently.
     """
-    patch, packed, channels = (
-        config.get(name)
-        for config, name in (
-            (transformer, "patch_size"),
-            (transformer, "in_channels"),
-            (vae, "latent_channels"),
-        )
-    )
-    patch = patch if isinstance(patch, int) else 1
+    patch = transformer.get("patch_size") or transformer.get("all_patch_size") or 1
+    patch = patch[-1] if isinstance(patch, list) else patch
+    packed = transformer.get("in_channels")
+    channels = vae.get("latent_channels") or vae.get("z_dim")
     if patch == 1 and isinstance(packed, int) and isinstance(channels, int) and packed == 4 * channels:
         return 2
-    return patch
+    return patch if isinstance(patch, int) else 1
 
 
 def _config(description: Description, part: str) -> dict[str, Any]:
@@ -229,6 +245,10 @@ def _config(description: Description, part: str) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+# Whatever list a pipeline stands in: these make videos, or need a picture of where things are to be.
+_NOT_FROM_A_PROMPT = ("num_frames", "control_image", "controlnet_conditioning_scale")
 
 
 def _signature(description: Description) -> dict[str, Any]:
@@ -244,8 +264,12 @@ def _signature(description: Description) -> dict[str, Any]:
         name for name, default in takes.items() if default is inspect.Parameter.empty and name != "prompt"
     ]
     needs = [name for name in needs if name not in {"args", "kwargs"}]
-    media = [name for name in ("image", "video", "num_frames", "audio_length_in_s") if name in takes]
-    if needs or (media and not known):
+    media = [
+        name
+        for name in ("image", "video", "audio_length_in_s", *_NOT_FROM_A_PROMPT)
+        if name in takes and (not known or name in _NOT_FROM_A_PROMPT)
+    ]
+    if needs or media:
         raise Unsupported(
             f"{description.type} needs or makes something else than a prompt and an image "
             f"({', '.join(needs or media)}); only text-to-image pipelines are run in batches"

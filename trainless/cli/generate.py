@@ -81,9 +81,6 @@ def _size(text: str | None) -> tuple[int, int] | None:
             f"{text!r} is not HEIGHTxWIDTH in pixels, such as 512x768", param_hint="--size"
         )
     height, width = int(found[1]), int(found[2])
-    if height % 8 or width % 8:
-        near = "x".join(str(max(8, round(side / 8) * 8)) for side in (height, width))
-        raise typer.BadParameter(
-            f"{text!r}: height and width must be multiples of 8, such as {near}", param_hint="--size"
-        )
+    if height % 8 or width % 8:  # of more for some models, which say so
+        raise typer.BadParameter(f"{text!r}: height and width must be multiples of 8", param_hint="--size")
     return height, width
