@@ -54,14 +54,14 @@ def show(out: Path, limit: int = 1000) -> str:
 
 
 def scores(images: list[Any], captions: tuple[str, ...]) -> tuple[float, float]:
-    """Mean agreement with the captions, and the share of pictures with more things than asked."""
+    """Mean agreement with the captions, and how many things a picture has more than asked."""
     read = [
         agreement(np.asarray(image, np.float32) / 255, parse(text))
         for image, text in zip(images, captions, strict=True)
     ]
     return (
         float(np.mean([ATTRIBUTES["agreement"](a) for a in read])),
-        float(np.mean([a.repeated for a in read])),
+        float(np.mean([a.extra for a in read])),
     )
 
 
@@ -80,7 +80,7 @@ def sheet(strips: list[list[Any]], gap: int = 4) -> Image.Image:
 def table(found: dict[str, Any]) -> str:
     """What came out, at most 80 columns wide."""
     lines = [f"{found['model']}: {len(found['captions'])} captions, trained at 64x64", ""]
-    lines.append(f"{'size':<10}{'patched with':<18}{'agreement':>12}{'with more than asked':>24}")
-    for size, name, agreed, repeated in found["rows"]:
-        lines.append(f"{size:<10}{name:<18}{agreed:>12.0%}{repeated:>24.0%}")
+    lines.append(f"{'size':<10}{'patched with':<18}{'agreement':>12}{'things too many':>20}")
+    for size, name, agreed, extra in found["rows"]:
+        lines.append(f"{size:<10}{name:<18}{agreed:>12.0%}{extra:>20.1f}")
     return "\n".join(lines)
