@@ -50,15 +50,19 @@ COLUMNS = (("agreement", ".3f"), ("whole", ".2f"), ("repeated", ".2f"), ("extra"
 
 @dataclass(frozen=True)
 class Variant:
-    """What the pipeline is patched with."""
+    """What the pipeline is patched with; ``pooled`` is for transformers alone."""
 
     name: str
     what: tuple[Any, ...] = ()
+    pooled: bool = False
 
 
-def clear(radius: int, dense_steps: int = 0) -> dict[str, Any]:
+def clear(radius: int, dense_steps: int = 0, pool: int | None = None) -> dict[str, Any]:
     # Under 16 a radius without weights is refused unless forced; on these grids of 16 and 32 that is the question.
-    return {"use": "clear", "with": {"radius": radius, "force": True, "dense_steps": dense_steps}}
+    return {
+        "use": "clear",
+        "with": {"radius": radius, "force": True, "dense_steps": dense_steps, "pool": pool},
+    }
 
 
 UNPATCHED = Variant("unpatched")
@@ -71,6 +75,7 @@ VARIANTS = (
     Variant("entropy + clear r=5, 5 dense steps", ("entropy", clear(5, 5))),
     Variant("clear r=12", (clear(12),)),
     Variant("clear r=3, 5 dense steps", (clear(3, 5),)),
+    *(Variant(f"clear r=5, pool {p}", (clear(5, pool=p),), pooled=True) for p in (4, 2)),
 )
 
 
@@ -121,6 +126,7 @@ def measure(options: Any, asked: dict[str, Any], variants: list[Variant], out: P
         if r["asked"] == asked
         for i in range(len(r["agreement"]))
     }
+    variants = [v for v in variants if hasattr(pipeline, "transformer") or not v.pooled]
     # Variants outside: however early a run ends, those that it has been through were painted at every size.
     for variant in variants:
         for height, width in options.sizes:

@@ -27,10 +27,12 @@ def docstring(method: str) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     word = ""
     for line in text.splitlines()[1:]:
-        start = re.match(rf"({'|'.join(WORDS)}) +(.*)", line)
+        start = re.match(rf"({'|'.join(WORDS)})  +(.*)", line)  # a sentence may begin with such a word
         body = start[2] if start else line.strip()
         if start:
             word = start[1]
+            if word in found:
+                raise SystemExit(f"{method}: its file's header says {word} twice")
             found[word] = []
         if not word or not body:
             continue

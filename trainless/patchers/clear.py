@@ -18,9 +18,10 @@ Differs  Text length and grid come from each call and not from constants, so siz
          keys that the disc leaves; the base of the rotation is the model's own.
 
 What it does not do. A radius of 8 needs its distilled weights, and gives repetitive patterns with them
-unless it is pooled as well. Nobody has published a quality figure for any radius without weights, and
-neither do we: compare your own images, dense first steps on and off, before you rely on it. A second image
-beside the generated one (Kontext, in-context control) has no place on its grid and is refused.
+unless it is pooled as well. Nobody has published a quality figure for any radius without weights. On our small
+demo models, trained densely on grids of 16, every radius that cuts off much of the grid costs agreement with
+the prompt (docs/measured.md), so compare your own images, dense first steps on and off, before you rely on it.
+A second image beside the generated one (Kontext, in-context control) has no place on its grid and is refused.
 """
 
 from __future__ import annotations
