@@ -198,6 +198,9 @@ def test_a_picture_of_another_size_than_asked_is_an_error(run, diffusion, monkey
     a, b = sorted(records("out"), key=lambda record: record["id"])
     assert a["status"] == "ok" and b["error"]["type"] == "OtherSize" and b["file"] is None
     assert b["error"]["message"].startswith("24x16 was asked for and the pipeline made 16x16 of it")
+    assert run("generate", diffusion, "p.jsonl", "-o", "free", "--steps", 2)[0] == 3
+    (message,) = [r["error"]["message"] for r in records("free") if r["error"]]
+    assert message.startswith("24xany was asked for and the pipeline made 16x16 of it")
 
 
 def test_prompts_are_measured_as_the_pipeline_writes_them(run, pixart):

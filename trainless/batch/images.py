@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -157,7 +157,7 @@ class ImageEngine:
 
     def generate(self, jobs: Sequence[Job]) -> list[Output]:
         assert self.loaded is not None
-        keywords: dict[str, Any] = {"output_type": "np", **self._own()}
+        keywords: dict[str, Any] = {"output_type": "np", **as_asked(self.takes)}
         if self.size is not None:
             keywords["height"], keywords["width"] = self.size
         if self.steps is not None:
@@ -177,15 +177,15 @@ class ImageEngine:
         flagged = getattr(made, "nsfw_content_detected", None) or [False] * len(jobs)
         return [_image(pixels, bool(flag), asked) for pixels, flag in zip(made.images, flagged, strict=True)]
 
-    def _own(self) -> dict[str, bool]:
-        """What pipelines do unasked and a batch does not want.
 
-        Those of PixArt, Sana and others paint the nearest of a list of sizes and stretch it to the one that was
-        asked for: a patch for large pictures would act on small ones. And they take markup out of prompts where the
-        packages for that happen to be installed, so that a prompt would be another picture on another machine.
-        """
-        own = {"use_resolution_binning": False, "clean_caption": False}
-        return {name: value for name, value in own.items() if name in self.takes}
+def as_asked(takes: Iterable[str]) -> dict[str, bool]:
+    """Arguments, of those that a pipeline ``takes``, that make it paint what was asked for and nothing near it.
+
+    Pipelines of PixArt, Sana and others paint the nearest of a list of sizes and stretch it to the one that was asked
+    for: a patch for large pictures would act on small ones. And they take markup out of prompts where the packages
+    for that happen to be installed, so that a prompt would be another picture on another machine.
+    """
+    return {name: False for name in ("use_resolution_binning", "clean_caption") if name in takes}
 
 
 def _image(pixels: Any, flagged: bool, asked: tuple[Any, Any]) -> Output:
@@ -196,11 +196,12 @@ def _image(pixels: Any, flagged: bool, asked: tuple[Any, Any]) -> Output:
     if flagged:
         return Output(error=("SafetyChecker", "the pipeline's safety checker blacked the image out"))
     height, width = pixels.shape[:2]
-    if None not in asked and (height, width) != asked:
+    if asked[0] not in (None, height) or asked[1] not in (None, width):
+        said = "x".join("any" if side is None else str(side) for side in asked)
         return Output(
             error=(
                 "OtherSize",
-                f"{asked[0]}x{asked[1]} was asked for and the pipeline made {height}x{width} of it; give that, "
+                f"{said} was asked for and the pipeline made {height}x{width} of it; give that, "
                 "or another size that it makes as it is",
             )
         )
@@ -247,8 +248,10 @@ def _config(description: Description, part: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-# Whatever list a pipeline stands in: these make videos, or need a picture of where things are to be.
-_NOT_FROM_A_PROMPT = ("num_frames", "control_image", "controlnet_conditioning_scale")
+# What says that a pipeline makes or needs something else: unless it is listed as one that makes images from text, and
+# even then (videos, pictures of where things are to be).
+_UNLESS_LISTED: tuple[str, ...] = ("image", "video", "audio_length_in_s")
+_EVEN_THEN: tuple[str, ...] = ("num_frames", "control_image", "controlnet_conditioning_scale")
 
 
 def _signature(description: Description) -> dict[str, Any]:
@@ -264,11 +267,7 @@ def _signature(description: Description) -> dict[str, Any]:
         name for name, default in takes.items() if default is inspect.Parameter.empty and name != "prompt"
     ]
     needs = [name for name in needs if name not in {"args", "kwargs"}]
-    media = [
-        name
-        for name in ("image", "video", "audio_length_in_s", *_NOT_FROM_A_PROMPT)
-        if name in takes and (not known or name in _NOT_FROM_A_PROMPT)
-    ]
+    media = [name for name in _EVEN_THEN + (() if known else _UNLESS_LISTED) if name in takes]
     if needs or media:
         raise Unsupported(
             f"{description.type} needs or makes something else than a prompt and an image "
