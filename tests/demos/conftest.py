@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("scipy")
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "shapes"))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2] / "examples" / "shapes")]
 
 
 @pytest.fixture(scope="session")

@@ -6,25 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from evaluate import ATTRIBUTES, new_requests, paint
+from evaluate import ATTRIBUTES
+from painting import REQUESTS, painted, score
 from reader import agreement
 
 import trainless
 from trainless.models import DEMOS, locate
 from trainless.models.fingerprint import weight_files
 
-REQUESTS = new_requests(16, seed=1)
 LIMIT = 10 << 20
-
-
-def painted(pipeline, side=64, steps=10, number=16):
-    return paint(pipeline, REQUESTS[:number], side, side, steps=steps, guidance=4.0, batch=number)
-
-
-def score(images):
-    return float(
-        np.mean([ATTRIBUTES["agreement"](agreement(i, r)) for i, r in zip(images, REQUESTS, strict=True)])
-    )
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +71,7 @@ def test_pictures_show_what_was_asked(stock):
 
 def test_entropy_changes_nothing_at_the_trained_size_and_something_above_it(pipeline):
     def both():
-        return [np.stack(painted(pipeline, side, 2, 4)) for side in (64, 96)]
+        return [np.stack(painted(pipeline, side, side, steps=2, number=4)) for side in (64, 96)]
 
     trained, larger = both()
     with trainless.patched(pipeline, "entropy") as patch:
@@ -103,4 +93,4 @@ def test_verify_passes_on_trained_weights(pipeline):
     with trainless.patched(pipeline, "entropy", trained=32) as patch:
         result = patch.verify()
         assert result, str(result)
-    assert torch.isfinite(torch.tensor(painted(pipeline, 64, 1)[0])).all()
+    assert torch.isfinite(torch.tensor(painted(pipeline, steps=1)[0])).all()

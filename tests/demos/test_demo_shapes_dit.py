@@ -3,27 +3,16 @@
 import numpy as np
 import pytest
 import torch
-from evaluate import ATTRIBUTES, new_requests, paint
-from reader import agreement
+from painting import painted, score
 
 import trainless
 
-REQUESTS = new_requests(8, seed=1)
-
-
-def painted(pipeline, height=64, width=64, steps=8, number=8):
-    return paint(pipeline, REQUESTS[:number], height, width, steps=steps, guidance=4.0, batch=number)
-
-
-def score(images):
-    return float(
-        np.mean([ATTRIBUTES["agreement"](agreement(i, r)) for i, r in zip(images, REQUESTS, strict=True)])
-    )
+FEW = {"steps": 8, "number": 8}  # it is slow
 
 
 @pytest.fixture(scope="module")
 def stock(transformer):
-    return painted(transformer)
+    return painted(transformer, **FEW)
 
 
 def test_pictures_show_what_was_asked(stock):
@@ -32,7 +21,7 @@ def test_pictures_show_what_was_asked(stock):
 
 def test_a_picture_falls_apart_when_no_token_sees_another(transformer, stock):
     with trainless.patched(transformer, [{"use": "clear", "with": {"radius": 1, "force": True}}]) as patch:
-        alone = painted(transformer)
+        alone = painted(transformer, **FEW)
         assert patch.report().methods[0].acted
     assert score(alone) < score(stock) - 0.2
 
@@ -47,7 +36,7 @@ def test_a_window_over_the_whole_grid_changes_nothing(transformer):
 
 def test_entropy_acts_above_the_trained_size_alone(transformer):
     def both():
-        return [np.stack(painted(transformer, height, 64, 2, 2)) for height in (64, 128)]
+        return [np.stack(painted(transformer, height, steps=2, number=2)) for height in (64, 128)]
 
     trained, larger = both()
     with trainless.patched(transformer, "entropy") as patch:
