@@ -105,10 +105,10 @@ def paint(
     first: int = 0,
 ) -> list[Any]:
     """One picture (H, W, 3) for each caption; the noise of each depends on its place alone, counted from ``first``."""
+    from trainless.batch.images import as_asked
+
     made: list[Any] = []
-    # PixArt's pipelines paint the nearest of a list of sizes otherwise, and stretch that.
-    takes = inspect.signature(pipeline.__call__).parameters
-    own = {name: False for name in ("use_resolution_binning", "clean_caption") if name in takes}
+    own = as_asked(inspect.signature(pipeline.__call__).parameters)
     for start in range(0, len(requests), batch):
         part = requests[start : start + batch]
         made += list(

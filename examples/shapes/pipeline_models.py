@@ -16,6 +16,7 @@ from scenes import SIDE, vocabulary
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+NAME = "demo:shapes"
 LONGEST = 24  # tokens of a prompt, its ends included; the longest caption has 17
 SHIFT = 16
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -70,7 +71,7 @@ def normalise(vae: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
     out.bias[channels:] -= 2 * std.log()  # the other half holds logarithms of variances
 
 
-def build_unet(sizes: Sizes) -> UNet2DConditionModel:
+def build_denoiser(sizes: Sizes) -> UNet2DConditionModel:
     levels = len(sizes.unet)
     return UNet2DConditionModel(
         sample_size=SIDE // 4,

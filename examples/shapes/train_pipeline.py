@@ -35,6 +35,7 @@ from tqdm import tqdm
 from world import sample_picture
 
 VAE, LATENTS, UNET, PROMPTS, LAYOUT = range(5)  # what random numbers are for
+PARTS: dict[str, Any] = {"unet": models, "transformer": transformer_models}  # what goes over the autoencoder
 VAE_SHARE, LAYOUT_SHARE = 0.2, 0.28  # of the minutes
 
 
@@ -88,20 +89,12 @@ class PipelineTraining:
         self.minutes, self.save_every, self.dtype, self.denoiser = minutes, save_every, dtype, denoiser
         torch.manual_seed(seed)  # of the first weights
         self.vae = models.build_vae(setting.sizes).to(device)
-        self.tokenizer: Any
-        self.painter: Any
-        if denoiser == "unet":
-            self.tokenizer = models.build_tokenizer()
-            self.painter = models.Painter(
-                models.build_unet(setting.sizes), models.build_text_encoder(setting.sizes, self.tokenizer)
-            )
-        else:
-            self.tokenizer = transformer_models.build_tokenizer()
-            self.painter = transformer_models.Painter(
-                transformer_models.build_transformer(setting.sizes),
-                transformer_models.build_text_encoder(setting.sizes, self.tokenizer),
-            )
-        self.painter.to(device)
+        self.parts = PARTS[denoiser]
+        self.tokenizer = self.parts.build_tokenizer()
+        self.painter = self.parts.Painter(
+            self.parts.build_denoiser(setting.sizes),
+            self.parts.build_text_encoder(setting.sizes, self.tokenizer),
+        ).to(device)
         self.recorded: nn.Module | None = None
         self.stages: dict[str, dict[str, Any]] = {}
 
@@ -284,8 +277,7 @@ class PipelineTraining:
         """The pipeline in bfloat16 with TRAINED.md, scored by the reader on ``prompts`` new captions."""
         from evaluate import load_pipeline, score_pipeline
 
-        assemble = models.assemble if self.denoiser == "unet" else transformer_models.assemble
-        pipeline = assemble(self.vae, self.painter, self.tokenizer, torch.bfloat16)
+        pipeline = self.parts.assemble(self.vae, self.painter, self.tokenizer, torch.bfloat16)
         pipeline.save_pretrained(folder)
         training.write_vocabulary(folder, vocabulary(), KNOWN)
         loaded = load_pipeline(str(folder)).to(self.device)
@@ -305,8 +297,7 @@ class PipelineTraining:
             "settings": json.dumps(asdict(self.setting)),
             "torch": torch.__version__,
         }
-        name = "demo:shapes" if self.denoiser == "unet" else "demo:shapes-dit"
-        training.write_report(folder, name, facts, self.stages, scores)
+        training.write_report(folder, self.parts.NAME, facts, self.stages, scores)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -316,7 +307,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("out/shapes"), help="checkpoints; taken up if there are any"
     )
-    parser.add_argument("--denoiser", choices=["unet", "transformer"], default="unet")
+    parser.add_argument("--denoiser", choices=list(PARTS), default="unet")
     parser.add_argument("--export", type=Path, help="folder for the finished pipeline, in bfloat16")
     parser.add_argument("--minutes", type=training.minutes, help="time for all stages, earlier runs included")
     parser.add_argument("--seed", type=int, default=0)

@@ -1,4 +1,7 @@
-"""The parts of demo:shapes-dit: PixArt's transformer and a T5 encoder, over the autoencoder of demo:shapes."""
+"""The parts of demo:shapes-dit: PixArt's transformer and a T5 encoder, over the autoencoder of demo:shapes.
+
+Under the names that ``pipeline_models`` has for its own.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from scenes import SIDE, vocabulary
 from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
+NAME = "demo:shapes-dit"
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
 SPACE = "▁"  # what T5's tokenizers put before a word
 
@@ -28,7 +32,7 @@ def build_tokenizer() -> T5Tokenizer:
     )
 
 
-def build_transformer(sizes: Sizes) -> PixArtTransformer2DModel:
+def build_denoiser(sizes: Sizes) -> PixArtTransformer2DModel:
     """Tokens are single latents: 16 x 16 of them in a picture of 64 x 64, and four times as many at 128 x 128.
 
     Its places are sines of coordinates that are stretched to the trained range in pictures of other sizes.

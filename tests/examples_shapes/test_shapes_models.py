@@ -52,7 +52,7 @@ def test_the_transformer_sees_no_padding_and_is_what_the_pipeline_runs() -> None
     torch.manual_seed(0)
     sizes, tokenizer = pipeline_models.TINY, transformer_models.build_tokenizer()
     painter = transformer_models.Painter(
-        transformer_models.build_transformer(sizes), transformer_models.build_text_encoder(sizes, tokenizer)
+        transformer_models.build_denoiser(sizes), transformer_models.build_text_encoder(sizes, tokenizer)
     ).eval()
     noisy, times = torch.randn(1, 4, 16, 16), torch.tensor([500])
     ids = pipeline_models.tokens(tokenizer, ["a red circle"])
@@ -244,7 +244,7 @@ def test_full_models_fit_into_ten_megabytes() -> None:
     with torch.device("meta"):
         parts = (
             pipeline_models.build_vae(sizes),
-            pipeline_models.build_unet(sizes),
+            pipeline_models.build_denoiser(sizes),
             pipeline_models.build_text_encoder(sizes, tokenizer),
         )
         vlm = vlm_models.build_model(vlm_models.FULL, vlm_models.build_tokenizer())

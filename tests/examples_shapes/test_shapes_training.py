@@ -51,6 +51,7 @@ def refused(capsys: pytest.CaptureFixture[str], kind: str, out: Path, *more: str
 def test_other_settings_are_refused(exported, capsys) -> None:
     out, _ = exported("pipeline")
     assert "other settings (seed 0, now 1" in refused(capsys, "pipeline", out, "--seed", "1")
+    assert "other settings (batch 2, now 3" in refused(capsys, "pipeline", out, "--batch", "3")
 
 
 @pytest.mark.parametrize("minutes", ["0", "-1", "nan", "soon"])
