@@ -187,9 +187,11 @@ def _no_images(
         return undeclared(family)
     if layout.read is None:
         return layout.why
+    if holds is not None and (said := holds_no_image(holds)):
+        return said
     if holds is None or level is None:
         return f"it is not among the attention layers that are declared for {layout.family}"
-    return holds_no_image(holds) or foreign_order(layout, module)
+    return foreign_order(layout, module)
 
 
 def _role(name: str, module: nn.Module) -> str:
