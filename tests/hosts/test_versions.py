@@ -58,7 +58,7 @@ def test_attention_that_looks_nothing_up_is_refused(monkeypatch: pytest.MonkeyPa
             self.config = mine
 
     monkeypatch.setattr(LlamaAttention, "forward", deaf)
-    with pytest.raises(trainless.Unsupported, match="llama: transformers 99.*no longer calls the function"):
+    with pytest.raises(trainless.Unsupported, match=r"llama: transformers 99.*no longer calls the function"):
         trainless.patch(models.build("llama"), "attn_temperature", temperature=0.5)
     explained = trainless.explain(models.build("llama"), "attn_temperature", temperature=0.5)
     assert not explained.ok and "99.0.0" in str(explained.problems[0].message)
