@@ -17,6 +17,7 @@ from .errors import ForeignEdit, InputError, TrainlessError, Unsupported
 from .hosts import Component
 from .hosts.around import wrap_forward
 from .hosts.base import ATTRIBUTE, Runtime, runtime_of
+from .hosts.gate import Gate
 from .hosts.inputs import watch_inputs
 from .journal import AttributeEdit, Journal, TensorEdit, mark
 from .recipes import Recipe, resolve
@@ -38,6 +39,8 @@ class Station:
         self.saving = Journal()  # refusals to save, while any patch here has replaced weights
         self.runtimes: list[Runtime] = []
         self.patches: list[Patch] = []
+        self.gate = Gate(type(component.module).__name__)
+        self.gate.watch(component.module, self.journal)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Station:
         raise Unsupported("a patched model cannot be copied: remove the patch first, then patch each copy")
@@ -67,8 +70,10 @@ class Patch:
         check_tensors(self._given())
         counts: list[tuple[Journal, int]] = []
         marks: list[tuple[Runtime, Any]] = []  # at sites of other patches, which stay as they are
+        still = contextlib.ExitStack()
         try:
             self._build_stations()
+            still.enter_context(self._between_calls())
             counts = [(station.journal, len(station.journal.edits)) for station in self._stations()]
             marks = [(r, r.mark()) for station in self._stations() for r in station.runtimes]
             for station in self._stations():
@@ -89,7 +94,17 @@ class Patch:
             for journal, count in counts:
                 journal.undo(count)
             raise
+        finally:
+            still.close()
         _reset_compiler()
+
+    @contextlib.contextmanager
+    def _between_calls(self) -> Iterator[None]:
+        """Inside, no call of a patched component is under way; InputError from inside a call of this thread."""
+        with contextlib.ExitStack() as stack:
+            for station in self._stations():
+                stack.enter_context(station.gate.closed())
+            yield
 
     def remove(self) -> None:
         """Take the patch off, whatever else is on the model; does nothing the second time.
@@ -99,8 +114,9 @@ class Patch:
         """
         if not self.applied:
             return
-        self._last = self._method_reports()
-        foreign = self._take_off()
+        with self._between_calls():
+            self._last = self._method_reports()
+            foreign = self._take_off()
         _reset_compiler()
         if foreign:
             raise ForeignEdit(
@@ -155,12 +171,13 @@ class Patch:
                 self._switch(True)
 
     def _switch(self, active: bool) -> None:
-        for binding in self.bindings:
-            binding.lease.active = active
-        for edit in self.journal.edits:
-            if isinstance(edit, TensorEdit):
-                edit.show(active)
-        self._refresh()
+        with self._between_calls():
+            for binding in self.bindings:
+                binding.lease.active = active
+            for edit in self.journal.edits:
+                if isinstance(edit, TensorEdit):
+                    edit.show(active)
+            self._refresh()
         _reset_compiler()
 
     def _refresh(self) -> None:

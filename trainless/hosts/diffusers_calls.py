@@ -25,6 +25,7 @@ from ..errors import Unsupported
 from ..seams import AttentionCall
 from .base import Runtime
 from .diffusers_geometry import CONTEXT, describe
+from .gate import module_frame
 
 SDPA = torch.nn.functional.scaled_dot_product_attention
 # Backends of diffusers' dispatcher that end in torch's own operator.
@@ -91,7 +92,7 @@ class Interception(TorchFunctionMode):
     def __init__(self, runtime: Runtime, module: nn.Module):
         super().__init__()
         self.runtime, self.module = runtime, module
-        self.home = _module_frame()
+        self.home = module_frame()
         self.keys: int | None = None  # number of keys in the module's own call, once it was made
         self.computed = False
         self.closed = False
@@ -191,17 +192,6 @@ class Interception(TorchFunctionMode):
 
 def _processor_name(module: nn.Module) -> str:
     return type(getattr(module, "processor", None)).__name__
-
-
-_MODULE_FILE = nn.Module.__call__.__code__.co_filename
-
-
-def _module_frame() -> FrameType | None:
-    """The innermost frame of ``nn.Module.__call__`` on the stack: it lives as long as the module's call."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code.co_filename != _MODULE_FILE:
-        frame = frame.f_back
-    return frame
 
 
 def _modes() -> list[Interception]:
