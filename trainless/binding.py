@@ -132,15 +132,18 @@ def _default_parts(sites: list[Site], method: Method, part: str | None, parts: l
     sites = [s for s in sites if not (s.parts & extra)]
     if method.parts:
         return [s for s in sites if s.parts & method.parts]
-    if len({p for s in sites for p in s.parts & {"text", "vision"}}) == 2:
-        # A vision-language model: the text decoder, unless asked otherwise.
-        return [s for s in sites if "text" in s.parts]
-    return sites
+    # A model that reads or hears more than text: its text, unless asked otherwise.
+    text = [s for s in sites if "text" in s.parts]
+    return text or sites
 
 
 def _kv_refusal(method: Method, site: Site) -> str | None:
     if not (method.evicts or method.packs):
         return None
+    if site.facts.get("no_kv"):
+        return str(site.facts["no_kv"])
+    if method.evicts and site.facts.get("no_evict"):
+        return str(site.facts["no_evict"])
     if site.facts.get("sliding_window"):
         return "a sliding-window layer keeps its own window"
     if site.facts.get("position_bias"):

@@ -31,16 +31,9 @@ from . import transformers_residual as residual
 from .base import ATTRIBUTE, Runtime, runtime_of
 from .rotary import rotation
 from .transformers_cache import before, cache_wrapper, prefill_wrapper
-from .transformers_sites import find
+from .transformers_sites import HARMLESS, UNDERSTOOD, find
 
 NAME = "trainless"
-# Arguments of the interface that do not change the logits. Anything else that is set is refused by name.
-HARMLESS = {
-    "position_ids", "use_cache", "output_attentions", "output_hidden_states", "return_dict", "cache_position",
-    "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "num_items_in_batch", "deterministic",
-    "labels", "logits_to_keep", "token_type_ids", "mm_token_type_ids", "attention_mask", "position_embeddings",
-    "output_router_logits",
-}  # fmt: skip
 PACKED = {"cu_seq_lens_q", "cu_seq_lens_k"}
 # What the user's own function may be handed as it came when all that changes is the factor on the logits.
 PASSED_ON = (HARMLESS - PACKED) | {"is_causal", "sliding_window"}
@@ -188,9 +181,8 @@ def _call(
     kwargs: dict[str, Any],
 ) -> AttentionCall:
     """The interface's arguments as an AttentionCall; refuses by name what would change the logits unseen."""
-    known = {"position_bias", "softcap", "s_aux", "sliding_window", "is_causal", "cache"}
     for name, given in kwargs.items():
-        if given is None or name in known or (name in HARMLESS and name not in PACKED):
+        if given is None or name in UNDERSTOOD or (name in HARMLESS and name not in PACKED):
             continue
         if name in PACKED and mask is None and query.shape[0] == 1 and _one_sequence(given):
             continue
