@@ -14,6 +14,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from .transformers_version import takes_cache
+
 CROSS = (
     "crossattention",
     "cross_attn",
@@ -26,7 +28,6 @@ CROSS = (
 )
 # Arguments of a forward by which it is given keys that are not its queries' own, where it cannot do without.
 OTHERS = ("key_value_states", "cross_attention_states", "context")
-CACHES = ("past_key_values", "past_key_value", "layer_past")
 SOUND = ("input_features", "input_values", "audio_values")
 
 
@@ -51,14 +52,14 @@ class Parts:
         around = [n for n in self.ancestors if n in ("", name) or name.startswith(f"{n}.")]
         at = max(around, key=len, default=None)
         owner = None if at is None else self.ancestors[at]
-        causal, keeps = bool(getattr(module, "is_causal", False)), takes_cache(module)
+        causal, cached = bool(getattr(module, "is_causal", False)), keeps(module)
         generates = any(self.ancestors[n].can_generate() for n in around)
-        if owner is not None and id(owner) in self.decoders and (causal or (keeps and generates)):
+        if owner is not None and id(owner) in self.decoders and (causal or (cached and generates)):
             return frozenset({"text", "decoder"})
         if owner is not None and id(owner) in self.decoders and generates and role(name, module) == "cross":
             return frozenset({"text", "decoder"})
         kind = self._kind(name, owner, at)
-        if kind == "text" and self._between(name, around, causal and keeps):
+        if kind == "text" and self._between(name, around, causal and cached):
             return frozenset({"connector", "encoder"})
         path = name.lower().split(".")
         encoder = ("encoder" in path or not causal) and "decoder" not in path
@@ -123,9 +124,9 @@ def _inside(name: str, place: str) -> bool:
     return name == place or name.startswith(f"{place}.")
 
 
-def takes_cache(module: nn.Module) -> bool:
+def keeps(module: nn.Module) -> bool:
     """Whether the module's forward can be given a cache."""
-    return not set(CACHES).isdisjoint(inspect.signature(type(module).forward).parameters)
+    return takes_cache(inspect.signature(type(module).forward).parameters)
 
 
 def role(name: str, module: nn.Module) -> str:

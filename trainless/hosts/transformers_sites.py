@@ -10,11 +10,12 @@ from transformers import PreTrainedModel
 
 from ..errors import Unsupported
 from ..seams import Site
+from .transformers_contract import CACHE, REGISTRY, problem
 from .transformers_dispatch import compares, dispatches, passes, unmatched
 from .transformers_families import Family, family_of
 from .transformers_images import missing_images, pretrained
 from .transformers_layers import Held, Layers
-from .transformers_parts import Parts, role, takes_cache
+from .transformers_parts import Parts, keeps, role
 
 Found = tuple[str, nn.Module, frozenset[str], str]  # name, module, parts, role
 # Arguments of the interface that do not change the logits. Anything else that is set is refused by name.
@@ -44,9 +45,12 @@ def find(model: nn.Module, family: str, prefix: str = "", parts: frozenset[str] 
     ]
     if not found:
         _refuse(model, family)
+    if broken := problem(REGISTRY):
+        raise Unsupported(f"{family}: {broken}; use a tested version")
     sites = _numbered(ancestors, found, prefix)
     for site in sites:
         site.facts["caches"] = _caches(site, ancestors, prefix)  # type: ignore[index]
+        site.facts["no_cache_layer"] = problem(CACHE)  # type: ignore[index]
     return sites
 
 
@@ -86,7 +90,7 @@ def _caches(site: Site, ancestors: Mapping[str, PreTrainedModel], prefix: str) -
         and not getattr(m.config, "is_encoder_decoder", False)
         for m in around
     )
-    return generating and {"text", "decoder"} <= site.parts and takes_cache(site.module)
+    return generating and {"text", "decoder"} <= site.parts and keeps(site.module)
 
 
 def _numbered(ancestors: Mapping[str, PreTrainedModel], found: list[Found], prefix: str) -> list[Site]:
