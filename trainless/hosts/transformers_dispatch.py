@@ -100,7 +100,9 @@ def _asked(code: CodeType) -> Iterator[list[dis.Instruction]]:
     steps = [i for i in dis.get_instructions(code) if i.opname not in ("NOP", "CACHE", "EXTENDED_ARG")]
     for at, step in enumerate(steps):
         if step.argval == NAME and at >= 2 and steps[at - 1].argval == "config":
-            if str(steps[at - 2].argval).split("'")[0] in ("self", "('") or "self" in str(steps[at - 2].argval):
+            if str(steps[at - 2].argval).split("'")[0] in ("self", "('") or "self" in str(
+                steps[at - 2].argval
+            ):
                 yield steps[at + 1 : at + 4]
 
 

@@ -39,7 +39,9 @@ TABLE = {
         "split", 2, "its attention runs twice on the keys of one update, with other values each time"
     ),
     "transformers.models.doge.modeling_doge.DogeAttention": Family(
-        "read", 1, "it computes a bias for every key from the values in the cache, and needs each at its place"
+        "read",
+        1,
+        "it computes a bias for every key from the values in the cache, and needs each at its place",
     ),
 }
 

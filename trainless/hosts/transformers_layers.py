@@ -18,6 +18,7 @@ from transformers.cache_utils import (
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
 )
 
 # Layers that can be replaced by ones that evict or pack; the second also holds the state of a recurrence.
@@ -26,14 +27,20 @@ PLAIN = (DynamicLayer, LinearAttentionAndFullAttentionLayer)
 
 @dataclass(frozen=True)
 class Held:
-    """What is known of the cache of one module. layer: its number there, None where each call says it.
+    """What is known of the cache of one module.
 
-    kinds: classes of the layers it may use, empty where nothing is known. window: tokens that they hold at most.
+    kinds: classes of the layers it may use, empty where nothing is known. window: tokens that they hold at most,
+    the one under way included. depths: how many layers there are for it, in the mean of its kind.
     """
 
-    layer: int | None = None
     kinds: tuple[type, ...] = ()
     window: int | None = None
+    depths: float = 1
+
+    @property
+    def borrows(self) -> bool:
+        """Whether it has no layer of its own and reads another's."""
+        return any(issubclass(kind, DummyLayer) for kind in self.kinds)
 
     def no_kv(self, chunked: bool) -> str | None:
         """Why a cache layer of this kind can neither evict nor pack; None where it can, or nothing is known."""
@@ -56,10 +63,15 @@ class Held:
     @property
     def no_state(self) -> str | None:
         """Why nothing can be remembered of a sequence here, key by key."""
-        known = (*PLAIN, DummyLayer, DynamicSlidingWindowLayer, DynamicIndexedLayer)
+        known = (
+            *PLAIN, DummyLayer, DynamicSlidingWindowLayer, DynamicIndexedLayer,
+            LinearAttentionAndSlidingWindowAttentionLayer,
+        )  # fmt: skip
         for kind in self.kinds:
-            if not issubclass(kind, known):
-                return f"its cache layer is a {kind.__name__}, which holds other keys than those of the tokens"
+            if kind not in known:
+                return (
+                    f"its cache layer is a {kind.__name__}, which holds other keys than those of the tokens"
+                )
         return None
 
 
@@ -79,18 +91,19 @@ class Layers:
             self.built[id(owner)] = _build(owner.config)
         layers = self.built[id(owner)]
         parameters = inspect.signature(type(module).forward).parameters
-        index = getattr(module, "layer_idx", None)
+        index, depths = getattr(module, "layer_idx", None), 1.0
         if "layer_idx" in parameters or not isinstance(index, int) or index < 0:
             # Blocks that stand at several depths are told at each call which layer they are.
-            index = None
             mine = [layer for layer in layers if isinstance(layer, LinearAttentionAndFullAttentionLayer)]
         elif "cycle_offset" in parameters:
             mine = layers
+            alike = sum(type(m) is type(module) for m in owner.modules())
+            depths = len(layers) / max(1, alike)
         else:
             mine = layers[index : index + 1]
         windows = [w for layer in mine if isinstance(w := getattr(layer, "sliding_window", None), int)]
         kinds = tuple(dict.fromkeys(type(layer) for layer in mine))
-        return Held(index, kinds, min(windows) if windows else None)
+        return Held(kinds, min(windows) if windows else None, depths)
 
 
 def _build(config: Any) -> list[Any]:

@@ -178,6 +178,8 @@ def _site_facts(module: nn.Module, layer: int, held: Held) -> dict[str, Any]:
             getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
         )
     facts["sliding_window"] = held.window if held.kinds else sliding
+    if held.window is not None:
+        facts["window_held"] = held.window - 1  # between calls, for the next token
     facts["hidden_size"] = getattr(config, "hidden_size", None)
     facts["max_positions"] = getattr(config, "max_position_embeddings", None)
     if hasattr(module, "has_relative_attention_bias") or "position_bias" in passes(type(module)):
@@ -188,6 +190,6 @@ def _site_facts(module: nn.Module, layer: int, held: Held) -> dict[str, Any]:
     chunked = str(facts.get("layer_type")) == "chunked_attention"
     facts |= {
         "keys": family.keys, "calls": family.calls, "no_evict": family.no_evict,
-        "no_kv": held.no_kv(chunked), "no_state": held.no_state,
+        "no_kv": held.no_kv(chunked), "no_state": held.no_state, "borrows": held.borrows, "depths": held.depths,
     }  # fmt: skip
     return facts
