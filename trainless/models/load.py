@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import struct
@@ -17,6 +18,7 @@ import torch
 
 from ..errors import InputError, TrainlessError
 from . import gguf
+from .complete import IncompleteError, complete
 from .describe import ENCODER, VLM, Description, describe, first_line, reading
 from .extras import require
 
@@ -72,18 +74,17 @@ def load(
     description = describe(spec) if isinstance(spec, str) else spec
     device = torch.device(device) if device is not None else default_device()
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or run_dtype(description, device)
-    place, keywords = description.source.origin
-    if description.source.gguf:
-        keywords = keywords | gguf.dense()
+    keywords: dict[str, Any] = gguf.dense() if description.source.gguf else {}
     try:
-        with quiet(description), reading(description.source):
+        with (
+            quiet(description),
+            reading(description.source),
+            complete(description.spec, description.is_pipeline),
+        ):
             if description.is_pipeline:
                 model = _pipeline(description, dtype).to(device)
             else:
-                model = auto_class(description).from_pretrained(
-                    place, config=description.config, dtype=dtype, trust_remote_code=False, **keywords
-                )
-                model = model.to(device).eval()
+                model = _model(description, dtype, keywords).to(device).eval()
             if description.source.gguf:
                 _ = description.tokenizer  # now, while the parsed header is at hand
     except (TrainlessError, torch.OutOfMemoryError):
@@ -93,6 +94,20 @@ def load(
     finally:
         gguf.forget()
     return Loaded(description, model, device, dtype)
+
+
+def _model(description: Description, dtype: torch.dtype, keywords: dict[str, Any]) -> Any:
+    place, own = description.source.origin
+    keywords = {**own, **keywords, "config": description.config, "dtype": dtype, "trust_remote_code": False}
+    auto = auto_class(description)
+    try:
+        return auto.from_pretrained(place, **keywords)
+    except IncompleteError as error:
+        # Encoders that were trained to fill in words have no pooling layer; their class builds one unless told not to.
+        optional = "add_pooling_layer" in inspect.signature(error.model_class.__init__).parameters
+        if description.kind != ENCODER or not optional:
+            raise
+        return auto.from_pretrained(place, **keywords, add_pooling_layer=False)
 
 
 def skeleton(description: Description) -> Any:
