@@ -54,6 +54,33 @@ def default_device() -> torch.device:
     return torch.device("cpu")
 
 
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """The type of that name; InputError for one that no model is run in."""
+    if name not in DTYPES:
+        raise InputError(f"dtype {name!r} is none that models are run in; known: {', '.join(DTYPES)}")
+    found: torch.dtype = getattr(torch, name)
+    return found
+
+
+def device_named(name: str | None) -> torch.device:
+    """The device of that name, such as cpu, cuda or cuda:1; without a number it is this process's own.
+
+    None: ``default_device()``. InputError for a device that torch does not find here.
+    """
+    if name is None:
+        return default_device()
+    here = ["cpu"]
+    if torch.accelerator.is_available():
+        own = str(default_device().type)
+        here += [own, *(f"{own}:{i}" for i in range(torch.accelerator.device_count()))]
+    if name not in here:
+        raise InputError(f"device {name!r} is none that torch can use here; there is: {', '.join(here)}")
+    return default_device() if name != "cpu" and ":" not in name else torch.device(name)
+
+
 def run_dtype(description: Description, device: torch.device | None = None) -> torch.dtype:
     """float32 on the CPU, the checkpoint's own type on an accelerator."""
     device = device or default_device()
@@ -73,7 +100,7 @@ def load(
     """Load the weights of ``spec`` in evaluation mode; by default on this process's device, in ``run_dtype``."""
     description = describe(spec) if isinstance(spec, str) else spec
     device = torch.device(device) if device is not None else default_device()
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or run_dtype(description, device)
+    dtype = dtype_named(dtype) if isinstance(dtype, str) else dtype or run_dtype(description, device)
     keywords: dict[str, Any] = gguf.dense() if description.source.gguf else {}
     try:
         with (
@@ -104,7 +131,7 @@ def _model(description: Description, dtype: torch.dtype, keywords: dict[str, Any
         return auto.from_pretrained(place, **keywords)
     except IncompleteError as error:
         # Encoders that were trained to fill in words have no pooling layer; their class builds one unless told not to.
-        optional = "add_pooling_layer" in inspect.signature(error.model_class.__init__).parameters
+        optional = "add_pooling_layer" in inspect.signature(error.model_class).parameters
         if description.kind != ENCODER or not optional:
             raise
         return auto.from_pretrained(place, **keywords, add_pooling_layer=False)

@@ -1,0 +1,58 @@
+"""All pictures of a run at a glance: one sheet, in the order of the prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+MOST = 64  # pictures on the sheet
+SIDE, GAP, WORDS = 192, 8, 30  # pixels of a picture's square, between them, and for the words below
+
+
+def contact_sheet(entries: Sequence[tuple[str, Path]]) -> Any:
+    """A PIL image of the first pictures with the words that belong to each. entries: (words, file)."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    shown = entries[:MOST]
+    across = max(1, min(len(shown), 8, round(len(shown) ** 0.5 + 0.49)))
+    down = -(-len(shown) // across)
+    cell, tall = SIDE + GAP, SIDE + WORDS + GAP
+    sheet = Image.new("RGB", (across * cell + GAP, down * tall + GAP), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
+    narrow = not isinstance(
+        font, ImageFont.FreeTypeFont
+    )  # a Pillow without FreeType writes Latin letters only
+    for i, (words, file) in enumerate(shown):
+        left, top = GAP + i % across * cell, GAP + i // across * tall
+        with Image.open(file) as picture:
+            small = picture.convert("RGB")
+        small.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+        sheet.paste(small, (left + (SIDE - small.width) // 2, top + (SIDE - small.height) // 2))
+        words = words.encode("latin-1", "replace").decode("latin-1") if narrow else words
+        for line, text in enumerate(_lines(words, draw, font)):
+            draw.text((left, top + SIDE + 2 + 13 * line), text, fill="black", font=font)
+    return sheet
+
+
+def _lines(words: str, draw: Any, font: Any) -> list[str]:
+    """The words in two lines of a square's width, cut where they are too many."""
+    lines = [""]
+    for word in words.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and draw.textlength(longer, font=font) > SIDE:
+            if len(lines) == 2:
+                lines[-1] += " …"
+                break
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return [_cut(line, draw, font) for line in lines]
+
+
+def _cut(line: str, draw: Any, font: Any) -> str:
+    if draw.textlength(line, font=font) <= SIDE:
+        return line
+    while line and draw.textlength(line + "…", font=font) > SIDE:
+        line = line[:-1]
+    return line + "…"
