@@ -31,7 +31,7 @@ def conclude(
     """Say how the run ended. answers: print them in full to stdout, rather than the first few to stderr."""
     there = [(job, records[job.key]) for job in work if job.key in records]
     if answers:
-        print_answers(there)
+        print_answers(there, folder)
     elif not voice.quiet:
         _preview(voice, there)
     for line in reasons(there, bool(report["ok"])):
@@ -54,13 +54,18 @@ def places(folder: Path, sheet: Path | None) -> str:
     return f"{folder} ({', '.join(what)})"
 
 
-def print_answers(there: Sequence[tuple[Job, Mapping[str, Any]]]) -> None:
-    """Texts to stdout, in the order of their prompts; each under its name where there are several."""
+def print_answers(there: Sequence[tuple[Job, Mapping[str, Any]]], folder: Path | None) -> None:
+    """Texts, or files of pictures, to stdout in the order of their prompts; under their names if there are several."""
     for i, (job, record) in enumerate(there):
         if len(there) > 1:
             print(("\n" if i else "") + _cut(f"[{job.label}] {_flat(str(job.item.prompt))}", WIDTH))
         if record["status"] == "ok":
-            print(harmless(record["text"]) if sys.stdout.isatty() else record["text"])
+            made = (
+                str(record["text"])
+                if folder is None or "file" not in record
+                else str(folder / record["file"])
+            )
+            print(harmless(made) if sys.stdout.isatty() else made)
 
 
 def reasons(there: Sequence[tuple[Job, Mapping[str, Any]]], some_worked: bool) -> list[str]:

@@ -15,13 +15,10 @@ import torch
 from ..errors import InputError, Unsupported
 from ..models import Description, device_named, dtype_named, run_dtype
 from .chat import Chat
-from .columns import Columns
 from .engine import Engine
-from .items import Faults, Item
 from .keys import Job
 from .launch import Launch
 from .lock import is_live
-from .prompts import given_prompts, read_prompts
 from .settings import Settings
 from .store import Store
 
@@ -137,22 +134,6 @@ def make_engine(request: Request, description: Description) -> Engine:
     )
 
 
-def items_of(request: Request) -> tuple[list[Item], Faults]:
-    """The prompts that a request means, and what is wrong with them."""
-    if request.given:
-        return given_prompts(request.given)
-    columns = Columns(request.prompt_field, request.keep_columns)
-    items, faults = read_prompts(str(request.prompts), columns=columns)
-    if request.pixels is not None:
-        items = [_allowing(item, request.pixels) for item in items]
-    return items, faults
-
-
-def _allowing(item: Item, pixels: int) -> Item:
-    images = tuple(dataclasses.replace(picture, pixels=pixels) for picture in item.images)
-    return dataclasses.replace(item, images=images)
-
-
 def make_settings(
     request: Request, description: Description, engine: Engine, recipe: Any, dtype: torch.dtype
 ) -> Settings:
@@ -207,7 +188,9 @@ def outline(
     longest = max(lengths, default=0)
     made = "picture" if engine.media else "text"
     results = f"{len(work):,} {made}{'s' * (len(work) != 1)}"
-    tokens = f", {min(lengths)} to {longest} tokens long" if longest else ""
+    shortest = min(lengths, default=0)
+    span = f"{longest} tokens" if shortest == longest else f"{shortest} to {longest} tokens"
+    tokens = f", {span} long" if longest else ""
     limit = getattr(engine, "new_tokens", None)
     new = f" of at most {limit} new tokens" if limit else ""
     return (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,12 @@ import torch
 from ..errors import InputError
 from ..models import Description, Loaded, describe, load
 from .closing import conclude
+from .columns import Columns
 from .counts import Counts, totals
 from .engine import Engine
 from .foreign import annotate
 from .interrupt import Interrupt
-from .items import Item
+from .items import Faults, Item
 from .keys import UNKNOWN, Job, jobs, rename
 from .launch import Launch
 from .lock import Lock
@@ -28,7 +29,6 @@ from .plan import (
     check_options,
     check_request,
     describe_run,
-    items_of,
     make_engine,
     make_settings,
     outline,
@@ -36,7 +36,7 @@ from .plan import (
     show_plan,
 )
 from .progress import Progress
-from .prompts import refuse
+from .prompts import given_prompts, read_prompts, refuse
 from .runner import Runner, cut_batches, deal
 from .scratch import Scratch
 from .sheet import MOST, contact_sheet
@@ -75,7 +75,7 @@ def generate(request: Request, voice: Voice | None = None) -> int:
     engine = make_engine(request, description)
     # From here on, cheap checks come first; reading the weights for their digest comes last.
     voice.state(f"checking {request.source}")
-    items, faults = items_of(request)
+    items, faults = _items(request)
     work = jobs(items, UNKNOWN)
     engine.prepare(work, faults)
     recipe = _resolve(request)
@@ -210,6 +210,25 @@ def _sheet(store: Store, records: dict[str, dict[str, Any]], work: list[Job]) ->
         if (record := records.get(job.key)) and record.get("file")
     ]
     return store.save_sheet(contact_sheet(entries[:MOST])) if entries else None
+
+
+# ---------------------------------------------------------------- prompts
+
+
+def _items(request: Request) -> tuple[list[Item], Faults]:
+    """The prompts that a request means, and what is wrong with them."""
+    if request.given:
+        return given_prompts(request.given)
+    columns = Columns(request.prompt_field, request.keep_columns)
+    items, faults = read_prompts(str(request.prompts), None, columns)
+    if request.pixels is not None:
+        items = [_allowing(item, request.pixels) for item in items]
+    return items, faults
+
+
+def _allowing(item: Item, pixels: int) -> Item:
+    images = tuple(replace(picture, pixels=pixels) for picture in item.images)
+    return replace(item, images=images)
 
 
 # ---------------------------------------------------------------- patching

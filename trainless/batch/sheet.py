@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 MOST = 64  # pictures on the sheet
-SIDE, GAP, WORDS = 192, 8, 30  # pixels of a picture's square, between them, and for the words below
+LEAST, LARGEST = 96, 192  # pixels of a picture's square: as many as the largest has, within these
+GAP, WORDS = 8, 30  # pixels between them, and for the words below
 
 
 def contact_sheet(entries: Sequence[tuple[str, Path]]) -> Any:
@@ -17,7 +18,11 @@ def contact_sheet(entries: Sequence[tuple[str, Path]]) -> Any:
     shown = entries[:MOST]
     across = max(1, min(len(shown), 8, round(len(shown) ** 0.5 + 0.49)))
     down = -(-len(shown) // across)
-    cell, tall = SIDE + GAP, SIDE + WORDS + GAP
+    side = LEAST
+    for _, file in shown:
+        with Image.open(file) as picture:
+            side = min(LARGEST, max(side, *picture.size))
+    cell, tall = side + GAP, side + WORDS + GAP
     sheet = Image.new("RGB", (across * cell + GAP, down * tall + GAP), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
     narrow = not isinstance(
@@ -27,32 +32,32 @@ def contact_sheet(entries: Sequence[tuple[str, Path]]) -> Any:
         left, top = GAP + i % across * cell, GAP + i // across * tall
         with Image.open(file) as picture:
             small = picture.convert("RGB")
-        small.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-        sheet.paste(small, (left + (SIDE - small.width) // 2, top + (SIDE - small.height) // 2))
+        small.thumbnail((side, side), Image.Resampling.LANCZOS)
+        sheet.paste(small, (left + (side - small.width) // 2, top + (side - small.height) // 2))
         words = words.encode("latin-1", "replace").decode("latin-1") if narrow else words
-        for line, text in enumerate(_lines(words, draw, font)):
-            draw.text((left, top + SIDE + 2 + 13 * line), text, fill="black", font=font)
+        for line, text in enumerate(_lines(words, side, draw, font)):
+            draw.text((left, top + side + 2 + 13 * line), text, fill="black", font=font)
     return sheet
 
 
-def _lines(words: str, draw: Any, font: Any) -> list[str]:
+def _lines(words: str, side: int, draw: Any, font: Any) -> list[str]:
     """The words in two lines of a square's width, cut where they are too many."""
     lines = [""]
     for word in words.split():
         longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and draw.textlength(longer, font=font) > SIDE:
+        if lines[-1] and draw.textlength(longer, font=font) > side:
             if len(lines) == 2:
                 lines[-1] += " …"
                 break
             lines.append(word)
         else:
             lines[-1] = longer
-    return [_cut(line, draw, font) for line in lines]
+    return [_cut(line, side, draw, font) for line in lines]
 
 
-def _cut(line: str, draw: Any, font: Any) -> str:
-    if draw.textlength(line, font=font) <= SIDE:
+def _cut(line: str, side: int, draw: Any, font: Any) -> str:
+    if draw.textlength(line, font=font) <= side:
         return line
-    while line and draw.textlength(line + "…", font=font) > SIDE:
+    while line and draw.textlength(line + "…", font=font) > side:
         line = line[:-1]
     return line + "…"
