@@ -53,9 +53,6 @@ class Picture:
             except UnidentifiedImageError:  # its message is the address of the buffer
                 raise ValueError("no picture in a format that Pillow knows") from None
             with opened as image:
-                width, height = image.size
-                if width * height > self.pixels:
-                    raise TooLargeError(_too_large(f"is {width} x {height}", self.pixels))
                 upright = ImageOps.exif_transpose(image) or image
                 if upright.mode.startswith("I;16"):  # Pillow would cut all above 255 to white
                     upright = upright.point(lambda value: value * (1 / 256)).convert("L")
@@ -78,14 +75,14 @@ def _limited(pixels: int) -> Iterator[None]:
             yield
         except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
             size = re.search(r"\((\d+) pixels\)", str(error))
-            said = f"has {int(size[1]):,} pixels" if size else "has too many pixels"
-            raise TooLargeError(_too_large(said, pixels)) from None
+            raise TooLargeError(
+                f"has {int(size[1]):,} pixels, and is not decoded: more than {pixels:,} are not allowed; make it "
+                "smaller, or give a higher --max-pixels"
+                if size
+                else f"has more than {pixels:,} pixels, and is not decoded"
+            ) from None
         finally:
             Image.MAX_IMAGE_PIXELS = before
-
-
-def _too_large(said: str, pixels: int) -> str:
-    return f"{said}, and is not decoded: more than {pixels:,} pixels; make it smaller, or allow more (--max-pixels)"
 
 
 def picture(name: str, folder: Path) -> Picture | str:
