@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from .shared import BAD_INPUT, DONE, Patches, Recipes, Sets, chosen, say
+from .shared import BAD_INPUT, DONE, Patches, Recipes, Sets, Wheres, chosen, say
 
 Out = typer.Option(None, "-o", metavar="DIR", help="Write bench.json and bench.png there.")
 Text = typer.Option(None, "--text", metavar="FILE", help="Language models: compare on this text.")
@@ -17,6 +17,7 @@ def command(
     recipe: list[str] = Recipes,
     patch: list[str] = Patches,
     set_: list[str] = Sets,
+    where: list[str] = Wheres,
     out: Path = Out,
     tokens: int = typer.Option(
         1024, "--tokens", metavar="N", min=2, help="Language models: tokens of the prefill."
@@ -30,7 +31,7 @@ def command(
 
     Exit 1, without numbers, when the patch does not pass verify.
     """
-    what = chosen(recipe, patch, set_)
+    what = chosen(recipe, patch, set_, where)
     if what is None:
         raise typer.BadParameter("name what to compare with", param_hint="--patch or --recipe")
     from ..bench import bench

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import typer
 
-from .shared import BAD_COMMAND, Patches, Recipes, Sets, check_sets, say
+from .shared import BAD_COMMAND, Patches, Recipes, Sets, Wheres, check_sets, say, where_sets
 
 Out = typer.Option(..., "-o", metavar="DIR", help="Folder of results; run again to resume.")
 
@@ -21,6 +21,7 @@ def command(
     recipe: list[str] = Recipes,
     patch: list[str] = Patches,
     set_: list[str] = Sets,
+    where: list[str] = Wheres,
     max_new_tokens: int = typer.Option(
         None, "--max-new-tokens", metavar="N", min=1, help="Text: default 64."
     ),
@@ -54,7 +55,7 @@ def command(
         prompts=prompts,
         out=out,
         what=what,
-        sets=tuple(set_ or ()),
+        sets=(*(set_ or ()), *where_sets(what, where or ())),
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         limit=limit,

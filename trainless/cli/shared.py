@@ -34,6 +34,11 @@ Patches = typer.Option(None, "--patch", metavar="NAME", help="A method, with its
 Sets = typer.Option(None, "--set", metavar="NAME.KEY=VALUE", help="Set a method's parameter. Repeatable.")
 
 
+Wheres = typer.Option(
+    None, "--where", metavar="NAME.KEY=VALUE", help="Where a method acts: layers, part, modules. Repeatable."
+)
+
+
 def say(line: str) -> None:
     """A message for people, on stderr; under a launcher it says which process it is from."""
     rank = os.environ.get("RANK", "0")
@@ -77,30 +82,42 @@ def _fail(message: str, code: int) -> NoReturn:
     raise typer.Exit(code) from None
 
 
-def chosen(recipes: Sequence[str] | None, patches: Sequence[str] | None, sets: Sequence[str] | None) -> Any:
+def chosen(
+    recipes: Sequence[str] | None,
+    patches: Sequence[str] | None,
+    sets: Sequence[str] | None,
+    wheres: Sequence[str] | None = None,
+) -> Any:
     """The recipe that the options ask for, or None. Says what each ``--set`` was understood as."""
     what = [*(recipes or ()), *(patches or ())]
     check_sets(what, sets or ())
+    sets = [*(sets or ()), *where_sets(what, wheres or ())]
     if not what:
         return None
     from ..recipes import resolve
 
-    recipe = resolve(what, sets=list(sets or ()))
+    recipe = resolve(what, sets=sets)
     for line in recipe.understood():
         say(line)
     return recipe
 
 
-def check_sets(what: Sequence[str], sets: Sequence[str]) -> None:
+def where_sets(what: Sequence[str], wheres: Sequence[str]) -> list[str]:
+    """``--where`` options as the ``--set`` that means the same: h2o.layers=2: is h2o.where.layers=2:."""
+    check_sets(what, wheres, "--where", "h2o.layers=2:")
+    return [text.replace(".", ".where.", 1) for text in wheres]
+
+
+def check_sets(
+    what: Sequence[str], sets: Sequence[str], option: str = "--set", example: str = "h2o.recent=64"
+) -> None:
     """A ``--set`` that has not the right form, or nothing to set, is a bad command line."""
     for text in sets:
         name, dot, rest = text.partition(".")
         key, equals, _ = rest.partition("=")
         if not (name and dot and key and equals):
-            raise typer.BadParameter(
-                f"{text!r} is not NAME.KEY=VALUE, such as h2o.recent=64", param_hint="--set"
-            )
+            raise typer.BadParameter(f"{text!r} is not NAME.KEY=VALUE, such as {example}", param_hint=option)
         if not what:
             raise typer.BadParameter(
-                f"{text!r}: no method is in use; add --patch or --recipe", param_hint="--set"
+                f"{text!r}: no method is in use; add --patch or --recipe", param_hint=option
             )
