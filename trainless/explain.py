@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .binding import Binding, bind_one, check_fits, find_conflicts
-from .errors import TrainlessError
+from .errors import InputError, TrainlessError
 from .hosts import Component, components, find_sites
 from .hosts.base import unwrapped
 from .memory import CacheEstimate, estimate
@@ -113,6 +113,15 @@ def explain(
     # Which of two clashing rules would hold is not known, so there is nothing to estimate.
     cache = estimate(parts, bindings) if bindings and not clashes else None
     return Explanation(type(unwrapped(model)).__name__, recipe.name, plans, problems + clashes, cache)
+
+
+def fits(model: Any, recipe: Recipe) -> bool:
+    """Whether a recipe is made for models such as this one: its ``fits`` names it."""
+    try:
+        check_fits(model, components(model), recipe)
+    except InputError:
+        return False
+    return recipe.fits is not None
 
 
 def _bind_all(

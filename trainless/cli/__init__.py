@@ -15,7 +15,6 @@ from .shared import guarded
 app = typer.Typer(
     name="trainless",
     help="Patch pretrained models at load time, with no training.",
-    add_completion=False,
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from .shared import BAD_INPUT, DONE, Patches, Recipes, Sets, Wheres, chosen
+from .shared import BAD_INPUT, DONE, Json, Patches, Recipes, Sets, Wheres, as_json, chosen
 
 
 def command(
@@ -13,6 +13,7 @@ def command(
     patch: list[str] = Patches,
     set_: list[str] = Sets,
     where: list[str] = Wheres,
+    json: bool = Json,
 ) -> int:
     """Which sites each method would patch, conflicts, and an estimate of memory.
 
@@ -25,5 +26,5 @@ def command(
     from ..models import describe, skeleton
 
     found = explain(skeleton(describe(model)), what)
-    print(found)
+    print(as_json(found) if json else found)
     return DONE if found.ok else BAD_INPUT

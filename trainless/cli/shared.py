@@ -6,6 +6,7 @@ import functools
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -29,14 +30,46 @@ __all__ = [
 DONE, ITEM_ERRORS, BAD_INPUT, BAD_COMMAND, INTERRUPTED = 0, 3, 1, 2, 130
 DEBUG = "TRAINLESS_DEBUG"  # set: errors come with their traceback
 
-Recipes = typer.Option(None, "--recipe", metavar="R", help="A recipe: packaged name or file. Repeatable.")
-Patches = typer.Option(None, "--patch", metavar="NAME", help="A method, with its defaults. Repeatable.")
+
+def _recipes(incomplete: str) -> list[str]:
+    from ..recipes import packaged
+
+    return [name for name in packaged() if name.startswith(incomplete)]
+
+
+def _methods(incomplete: str) -> list[str]:
+    from ..patchers import known
+
+    return [name for name in known(aliases=True) if name.startswith(incomplete)]
+
+
+Recipes = typer.Option(
+    None,
+    "--recipe",
+    metavar="R",
+    help="A recipe: packaged name or file. Repeatable.",
+    autocompletion=_recipes,
+)
+Patches = typer.Option(
+    None, "--patch", metavar="NAME", help="A method, with its defaults. Repeatable.", autocompletion=_methods
+)
 Sets = typer.Option(None, "--set", metavar="NAME.KEY=VALUE", help="Set a method's parameter. Repeatable.")
 
 
 Wheres = typer.Option(
     None, "--where", metavar="NAME.KEY=VALUE", help="Where a method acts: layers, part, modules. Repeatable."
 )
+
+
+Json = typer.Option(False, "--json", help="Print JSON.")
+
+
+def as_json(found: Any) -> str:
+    """What a command found, as JSON text."""
+    import json
+
+    data = found.to_dict() if hasattr(found, "to_dict") else found
+    return json.dumps(data, indent=2, default=str, ensure_ascii=False)
 
 
 def say(line: str) -> None:
@@ -51,6 +84,7 @@ def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> None:
+        warnings.formatwarning = _warning
         try:
             code = function(*args, **kwargs)
         except (typer.Exit, typer.Abort, typer.BadParameter):
@@ -73,6 +107,11 @@ def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
         raise typer.Exit(code or DONE)
 
     return run
+
+
+def _warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> str:
+    """A warning as people read it, without the line of code that gave it."""
+    return f"warning: {message}\n"
 
 
 def _fail(message: str, code: int) -> NoReturn:

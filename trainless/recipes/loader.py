@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, did_you_mean
-from ..patchers import get, known
+from ..patchers import broken, get, known
 from . import packaged
 from .draft import Draft, Given, find, separate
 from .faults import Faults
@@ -181,6 +181,8 @@ class _Loader:
         path = Path(name)
         if path.exists() or path.suffix in SUFFIXES or name.startswith(("./", "../", "/")):
             return self.path(path)
+        if any(plugin.name == name for plugin in broken()):
+            get(name)
         names = [*known(aliases=True), *packaged.packaged()]
         raise InputError(f"{name!r} is neither a method nor a recipe{did_you_mean(name, names)}")
 
