@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
@@ -20,6 +19,7 @@ from .hosts.base import ATTRIBUTE, Runtime, runtime_of, unwrapped
 from .hosts.inputs import watch_inputs
 from .journal import AttributeEdit, Journal, TensorEdit, mark
 from .recipes import Recipe, resolve
+from .recipes.folder import save_folder
 from .recipes.values import values_of
 from .report import MethodReport, Report
 from .seams import Site
@@ -309,21 +309,19 @@ class Patch:
         return verify(self, probe)
 
     def save(self, folder: str | Path) -> Path:
-        """Write the resolved recipe, its calibrations and the report into ``folder``, to be patched again from."""
+        """Write the resolved recipe, its calibrations and the report into ``folder``, to be patched again from.
+
+        InputError when the folder holds anything but an earlier save.
+        """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         resolved = deepcopy(self.recipe.resolved())
+        calibrations: dict[str, Path] = {}
         for use, entry in zip(self.recipe.uses, resolved["patches"], strict=True):
             if use.calibration is not None:
-                copy = folder / f"{use.id}.safetensors"
-                if copy.resolve() != use.calibration.resolve():
-                    copy.write_bytes(use.calibration.read_bytes())
-                entry["with"]["calibration"] = copy.name
-        from .recipes.text import write
-
-        (folder / "recipe.yaml").write_text(write(resolved), encoding="utf-8")
-        report = json.dumps(self.report().to_dict(), indent=2, default=str)
-        (folder / "report.json").write_text(report + "\n", encoding="utf-8")
+                name = f"{use.id}.safetensors"
+                calibrations[name] = use.calibration
+                entry["with"]["calibration"] = name
+        save_folder(folder, resolved, calibrations, self.report().to_dict())
         return folder
 
     def __repr__(self) -> str:

@@ -12,11 +12,11 @@ from ..patchers import broken, get, known
 from . import packaged
 from .draft import Draft, Given, find, separate
 from .faults import Faults
+from .folder import RECIPE_FILE
 from .recipe import Recipe
 from .structure import Fits, Parsed, Structure, intersect
 from .text import LIMIT_BYTES, Source, parse, read_source
 
-RECIPE_FILE = "recipe.yaml"  # what Patch.save writes into its folder
 SUFFIXES = (".yaml", ".yml")
 WHERE = "where."  # begins the key of a --set that narrows a patch
 LAYER = re.compile(r"-?\d{1,9}")
