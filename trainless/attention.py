@@ -281,18 +281,19 @@ class _Run(PackedRun):
     # ------------------------------------------------------------------ bookkeeping
 
     def _account(self, layer: CompressingLayer | None) -> None:
-        for owner in self.acted:
-            tally = self.runtime.tallies.get(owner)
-            if tally is not None:
-                tally.acted += 1
-        for tally in self.runtime.live:
-            tally.kernels[self.kernel] += 1
-            if self.reasons:
-                tally.reasons[self.kernel] = self.reasons
+        with self.runtime.counting:
+            for owner in self.acted:
+                tally = self.runtime.tallies.get(owner)
+                if tally is not None:
+                    tally.acted += 1
+            for tally in self.runtime.live:
+                tally.kernels[self.kernel] += 1
+                if self.reasons:
+                    tally.reasons[self.kernel] = self.reasons
         if layer is None:
             return
         for entry in self.plan.of["kv"]:
             assert isinstance(entry.owner, Lease)
             tally = self.runtime.tallies[entry.owner]
             tally.tokens_seen, tally.tokens_kept = layer.seen, layer.width
-            tally.bytes_kept = layer.nbytes
+            tally.bytes_kept, tally.bytes_stock = layer.nbytes, layer.stock_nbytes

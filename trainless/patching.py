@@ -294,6 +294,7 @@ class Patch:
                     "tokens_seen": tally.tokens_seen,
                     "tokens_kept": tally.tokens_kept,
                     "bytes_kept": tally.bytes_kept,
+                    "bytes_stock": tally.bytes_stock,
                 }
             report.layers.append(layer)
         return report

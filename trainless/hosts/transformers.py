@@ -98,8 +98,9 @@ def _routed(
             f"{type(module).__name__} asks for attention {NAME!r} but is not patched; "
             "this name is internal: pick another implementation with set_attn_implementation"
         )
-    facts = runtime.facts
-    entering, runtime.residual = runtime.residual, None
+    here = runtime.call
+    facts = here.facts
+    entering, here.residual = here.residual, None
     if runtime.plan.inert or facts.get("cross"):
         runtime.passed()
         return _user_function(module)(
