@@ -6,6 +6,7 @@
 Importing this package imports neither diffusers nor Triton, and opens no connection.
 """
 
+from .advice import Recommendation, recommend
 from .calibrators import calibrate
 from .errors import (
     CalibrationError,
@@ -36,6 +37,7 @@ __all__ = [
     "NoMatch",
     "Patch",
     "RecipeError",
+    "Recommendation",
     "TrainlessError",
     "Unsupported",
     "Verification",
@@ -47,5 +49,6 @@ __all__ = [
     "methods",
     "patch",
     "patched",
+    "recommend",
     "unpatch",
 ]
