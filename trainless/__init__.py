@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .advice import Recommendation, recommend
     from .calibrators import calibrate
     from .errors import (
         CalibrationError,
@@ -45,6 +46,7 @@ __all__ = [
     "NoMatch",
     "Patch",
     "RecipeError",
+    "Recommendation",
     "TrainlessError",
     "Unsupported",
     "Verification",
@@ -56,10 +58,12 @@ __all__ = [
     "methods",
     "patch",
     "patched",
+    "recommend",
     "unpatch",
 ]
 
 _FROM = {
+    "advice": ("Recommendation", "recommend"),
     "calibrators": ("calibrate",),
     "errors": (
         "CalibrationError",

@@ -317,4 +317,4 @@ class _Run(PackedRun):
             assert isinstance(entry.owner, Lease)
             tally = self.runtime.tallies[entry.owner]
             tally.tokens_seen, tally.tokens_kept = layer.seen, layer.width
-            tally.bytes_kept = layer.nbytes
+            tally.bytes_kept, tally.bytes_stock = layer.nbytes, layer.stock_nbytes

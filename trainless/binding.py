@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .calibration import apply_calibration
-from .errors import Conflict, InputError, NoMatch, Unsupported
+from .errors import Conflict, InputError, NoMatch, Unsupported, near
 from .hosts import Component, components, find_sites, module_sites
 from .hosts.base import Lease, runtime_of
 from .patchers import Method
@@ -106,9 +106,10 @@ def bind_one(model: Any, parts: list[Component], sites: list[Site], use: Use) ->
     narrowed = use.where.select(chosen) if use.where else chosen
     if use.where and not narrowed:
         use.where.select(matched)  # a layer that does not exist is its own error
+        close = [n for glob in use.where.globs for n in near(glob, [s.name for s in chosen])]
         raise NoMatch(
             f"{name}: `where: {use.where.given()}` leaves none of {len(chosen)} matching sites "
-            f"({_names(chosen)})"
+            f"({_names(chosen)}{'; near it: ' + ', '.join(close[:3]) if close else ''})"
         )
     if not narrowed:
         raise NoMatch(f"{name}: its own parameters leave none of {len(matched)} layers ({_names(matched)})")

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..batch.counts import Counts, acted, idle
 from ..errors import InputError
+from ..models.extras import installed
 from ..report import size
 from ..tables import table, wrapped
 from ..verification import Verification
@@ -120,11 +121,11 @@ class BenchResult:
         return "\n".join([head, table(rows, indent=2, right=(1, 2, 3, 4)), *said, *notes])
 
     def save(self, folder: Path) -> list[Path]:
-        """Write bench.json and, when there is anything to plot, bench.png; the folder is checked before."""
+        """Write bench.json and, when there is anything to plot and matplotlib is there, bench.png."""
         folder.mkdir(parents=True, exist_ok=True)
         data, picture = folder / "bench.json", folder / "bench.png"
         data.write_text(json.dumps(self.to_dict(), indent=2, default=str) + "\n", encoding="utf-8")
-        if self.withheld or self.idle:
+        if self.withheld or self.idle or not installed("matplotlib"):
             picture.unlink(missing_ok=True)  # of an earlier run, and not true any more
             return [data]
         from .plot import plot

@@ -9,7 +9,7 @@ from pathlib import Path
 import typer
 
 from .console import console
-from .shared import BAD_COMMAND, Patches, Recipes, Sets, check_sets, say
+from .shared import BAD_COMMAND, Patches, Recipes, Sets, Wheres, check_sets, say, where_sets
 
 Out = typer.Option(None, "-o", metavar="DIR", help="Folder of results; run again to resume.")
 Prompts = typer.Option(
@@ -28,6 +28,7 @@ def command(
     recipe: list[str] = Recipes,
     patch: list[str] = Patches,
     set_: list[str] = Sets,
+    where: list[str] = Wheres,
     chat: bool = typer.Option(
         False, "--chat", help="Send plain prompts through the chat template, each as a user's message."
     ),
@@ -96,7 +97,7 @@ def command(
         given=tuple(prompt or ()),
         out=out,
         what=what,
-        sets=tuple(set_ or ()),
+        sets=(*(set_ or ()), *where_sets(what, where or ())),
         chat=chat,
         system=system,
         prompt_field=prompt_field,

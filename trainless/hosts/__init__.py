@@ -10,7 +10,7 @@ from torch import nn
 
 from ..errors import InputError, Unsupported
 from ..seams import Site
-from .base import Host
+from .base import Host, unwrapped
 
 __all__ = ["Component", "Host", "components", "find_sites", "module_sites"]
 
@@ -32,6 +32,7 @@ def components(model: Any) -> list[Component]:
     Raises InputError for something that is neither, Unsupported for a module of an unknown library.
     """
     if isinstance(model, nn.Module):
+        model = unwrapped(model)
         return [Component("", model, host_of(model), frozenset())]
     if "diffusers" in sys.modules:
         from diffusers import DiffusionPipeline
@@ -40,6 +41,7 @@ def components(model: Any) -> list[Component]:
             return _pipeline(model)
     inner = getattr(model, "model", None)
     if isinstance(inner, nn.Module):  # a transformers pipeline
+        inner = unwrapped(inner)
         return [Component("", inner, host_of(inner), frozenset())]
     raise InputError(
         f"cannot patch a {type(model).__name__}: give a loaded torch module or a pipeline"

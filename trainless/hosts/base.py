@@ -6,6 +6,7 @@ that patches come off in any order. Between the two, patches only add and remove
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -62,6 +63,7 @@ class Tally:
     tokens_seen: int = 0  # of the sequence served last
     tokens_kept: int = 0
     bytes_kept: int = 0
+    bytes_stock: int = 0  # what an unpatched cache would hold for the tokens seen
 
 
 class CallInThread(threading.local):
@@ -184,6 +186,17 @@ class Host(Protocol):
 
     def family(self, model: nn.Module) -> str:
         """What the model calls itself: model_type or class name."""
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module itself where ``torch.compile(module)`` stands: its edits belong to what is compiled.
+
+    The wrapper hands every attribute that is read or set on to the module inside, so nothing can be put on it.
+    """
+    dynamo = sys.modules.get("torch._dynamo")
+    while dynamo is not None and isinstance(module, dynamo.OptimizedModule):
+        module = module._orig_mod
+    return module
 
 
 def runtime_of(module: nn.Module) -> Runtime | None:

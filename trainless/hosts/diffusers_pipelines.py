@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import InputError
+from .base import unwrapped
 
 # Attributes under which pipelines keep their denoisers; a second one takes over for the late steps.
 DENOISERS = ("unet", "transformer", "transformer_2", "prior", "decoder")
@@ -15,7 +16,7 @@ DENOISERS = ("unet", "transformer", "transformer_2", "prior", "decoder")
 def denoisers_of(pipeline: Any) -> list[tuple[str, nn.Module]]:
     """The (attribute, module) pairs that denoise, usually one; InputError when there is none."""
     found = [(name, getattr(pipeline, name, None)) for name in DENOISERS]
-    modules = [(name, module) for name, module in found if isinstance(module, nn.Module)]
+    modules = [(name, unwrapped(module)) for name, module in found if isinstance(module, nn.Module)]
     if not modules:
         raise InputError(
             f"{type(pipeline).__name__} has no denoiser to patch (looked for {', '.join(DENOISERS)}); "
@@ -32,7 +33,7 @@ def denoiser_of(pipeline: Any) -> tuple[str, nn.Module]:
 def text_encoders_of(pipeline: Any) -> list[tuple[str, nn.Module]]:
     """Every text encoder that is loaded, as (attribute, module)."""
     return [
-        (name, module)
+        (name, unwrapped(module))
         for name, module in sorted(pipeline.components.items())
         if name.startswith("text_encoder") and isinstance(module, nn.Module)
     ]
