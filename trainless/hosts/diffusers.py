@@ -22,12 +22,12 @@ from ..seams import Site
 from .base import ATTRIBUTE, Runtime
 from .diffusers_calls import AttentionHooks, refusal
 from .diffusers_geometry import CONTEXT, Context, UNetLevels, forward_names, patch_of
-from .diffusers_pipelines import denoiser_of, denoisers_of, latent_size, pipeline_facts, text_encoders_of
+from .diffusers_pipelines import denoiser_of, denoisers_of, text_encoders_of
+from .diffusers_sizes import size_facts
 
 __all__ = ["DiffusersHost", "denoiser_of", "denoisers_of", "text_encoders_of"]
 
 KINDS = (Attention, MochiAttention, AttentionModuleMixin)
-VAE_SCALE = 8  # pixels per latent pixel where no pipeline says: that of every Stable Diffusion and FLUX VAE
 # Attention over frames, or over a prompt before it meets the image: not over image tokens.
 OVER_FRAMES = {"temp_attentions", "motion_modules", "temporal_transformer_blocks", "transformer_in"}
 OVER_TEXT = {"context_refiner", "token_refiner", "txt_refiner", "text_refiner"}
@@ -58,7 +58,7 @@ class DiffusersHost:
 
         Facts of a site: denoiser (the model), local (the site's name inside it), family, level and levels
         (of a UNet), patch (latent pixels per token as (rows, columns), None in a UNet), text_order, video,
-        trained_latent (rows, columns) or None, vae_scale (pixels per latent pixel).
+        sizes (see ``Sizes``), trained_latent (rows, columns) or None, vae_scale (for showing).
         """
         owners = _denoisers(model)
         common = {name: self._model_facts(owner) for name, owner in owners.items()}
@@ -103,9 +103,8 @@ class DiffusersHost:
             "family": type(model).__name__,
             "patch": patch_of(model, names),
             "video": video and "sample" not in names,  # a video UNet attends to one frame at a time
-            "trained_latent": latent_size(getattr(config, "sample_size", None)),
-            "vae_scale": VAE_SCALE,
-        } | (pipeline_facts(self.pipeline) if self.pipeline is not None else {})
+            **size_facts(self.pipeline, model, patch_of(model, names)),
+        }
 
     def install(self, runtime: Runtime) -> None:
         module, name = runtime.site.module, runtime.site.name
