@@ -40,7 +40,7 @@ from ..errors import InputError, Unsupported
 from ..kernels import Window2d
 from ..layers import check_layers, layer_numbers
 from ..seams import AttentionCall, Contribution, ExtraKeys, Site, State, Statistics
-from ._distilled import Distilled, check_keys, distilled, shape_at
+from ._distilled import Distilled, check_keys, check_plain, distilled, shape_at
 from .base import Method, option, register
 
 LEAST = 16  # the smallest radius that is not refused without weights
@@ -105,6 +105,7 @@ class Clear(Method):
                     f"which is {sites[0].name!r}"
                 )
         if self.weights is not None:
+            check_plain(sites, PROJECTIONS, self.name)
             source = distilled(self.weights, self.name)
             if self.pool is None and any(key.endswith(POOLING) for key in source.shapes):
                 raise InputError(
