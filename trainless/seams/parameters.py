@@ -56,11 +56,9 @@ def why_not_plain(module: nn.Module, name: str) -> str | None:
         return f"its layer is a {_named(owner)} and no layer of torch"
     found = parameter_of(module, name)
     if found is None:
-        return (
-            None
-            if leaf in owner._parameters
-            else f"its layer, a {_named(owner)}, keeps no {leaf} of its own"
-        )
+        # A missing bias is registered as None; a weight that is worked out from others is not registered at all.
+        lost = type(owner) in PLAIN and leaf in ("weight", "bias") and leaf not in owner._parameters
+        return f"its layer, a {_named(owner)}, keeps no {leaf} of its own" if lost else None
     kind = type(getattr(*found))
     return None if kind in TENSORS else f"it is a {kind.__module__.partition('.')[0]}.{kind.__name__}"
 
