@@ -274,6 +274,24 @@ PIPELINES: Mapping[str, Row] = {
     **_of(Row(_configured, _uvit), "AmusedPipeline", "AmusedImg2ImgPipeline", "AmusedInpaintPipeline"),
     **_of(Row(_signature, _frame, "Kandinsky5T2IPipeline", (2, 3)), "Kandinsky5T2IPipeline"),
     **_of(Row(_signature, _frame, "Cosmos2TextToImagePipeline"), "Cosmos2TextToImagePipeline"),
+    # Video pipelines: with one frame they paint an image, and none says at what size images were trained
+    **_of(Row(None, _frame, "WanPipeline"), "WanPipeline"),
+    **_of(Row(None, _frame, "HunyuanVideoPipeline"), "HunyuanVideoPipeline"),
+    **_of(Row(None, _frame, "HunyuanVideo15Pipeline"), "HunyuanVideo15Pipeline"),
+    **_of(Row(None, _frame, "CogVideoXPipeline"), "CogVideoXPipeline"),
+    **_of(Row(None, _frame, "AllegroPipeline"), "AllegroPipeline"),
+    **_of(Row(None, _frame, "JoyImageEditPipeline"), "JoyImageEditPipeline"),
+    # Video pipelines whose layers take every frame for an image
+    **_of(
+        Row(_configured, _latents, "AnimateDiffPipeline"),
+        "AnimateDiffPipeline", "AnimateDiffPAGPipeline", "AnimateDiffControlNetPipeline",
+        "AnimateDiffVideoToVideoPipeline",
+    ),
+    **_of(Row(_configured, _latents, "AnimateDiffSDXLPipeline"), "AnimateDiffSparseControlNetPipeline"),
+    **_of(Row(_own, _latents, "AnimateDiffSDXLPipeline"), "AnimateDiffSDXLPipeline"),
+    **_of(Row(_signature, _latents, "StableVideoDiffusionPipeline"), "StableVideoDiffusionPipeline"),
+    **_of(Row(_configured, _latents, "TextToVideoSDPipeline"), "TextToVideoSDPipeline"),
+    **_of(Row(_signature, _patches, "LattePipeline"), "LattePipeline"),
     # Transformers that are given tokens
     **_of(
         Row(_own, _pairs, "FluxPipeline"),

@@ -221,7 +221,8 @@ def _observed(pipeline: Any, observe: str, pixels: Size) -> Sequence[int]:
     values: dict[str, Any] = {
         "batch_size": 1, "num_images_per_prompt": 1, "num_channels_latents": 4, "num_latents_channels": 4,
         "num_channels": 4, "height": pixels[0], "width": pixels[1], "dtype": torch.float32,
-        "device": torch.device("meta"), "generator": None, "latents": None, "images": None, "num_frames": 1,
+        "device": torch.device("meta"), "generator": None, "latents": None, "images": None, "image": None,
+        "num_frames": 1, "video_length": 1,
         "scheduler": pipeline.scheduler, "patch_size": getattr(_denoiser_config(pipeline), "patch_size", None),
     }  # fmt: skip
     takes = inspect.signature(make).parameters
