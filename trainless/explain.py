@@ -9,7 +9,7 @@ from typing import Any
 
 from .binding import Binding, bind_one, check_fits, find_conflicts
 from .errors import TrainlessError
-from .hosts import Component, components, find_sites
+from .hosts import Component, components, find_sites, size_notes
 from .memory import CacheEstimate, estimate
 from .recipes import Recipe, resolve
 from .recipes.values import values_of
@@ -71,6 +71,7 @@ class Explanation:
     methods: list[MethodPlan]
     problems: list[Problem]
     cache: CacheEstimate | None
+    notes: list[str] = field(default_factory=list)  # what does not stand in the way, and has to be known
 
     @property
     def ok(self) -> bool:
@@ -84,6 +85,7 @@ class Explanation:
             "methods": [m.to_dict() for m in self.methods],
             "problems": [p.to_dict() for p in self.problems],
             "cache": None if self.cache is None else self.cache.to_dict(),
+            "notes": list(self.notes),
         }
 
     def __str__(self) -> str:
@@ -91,6 +93,7 @@ class Explanation:
         if self.cache is not None:
             blocks.append(_cache_text(self.cache))
         blocks += [wrapped(f"{p.kind}: {p.message}", 0, 2) for p in self.problems]
+        blocks += [wrapped(f"Note: {note}", 0, 2) for note in self.notes]
         if self.ok:
             blocks.append("Nothing is in the way of this patch.")
         return "\n".join(blocks)
@@ -109,7 +112,8 @@ def explain(model: Any, what: Any, **parameters: Any) -> Explanation:
     clashes = [Problem("Conflict", "", sentence) for sentence in find_conflicts(bindings)]
     # Which of two clashing rules would hold is not known, so there is nothing to estimate.
     cache = estimate(parts, bindings) if bindings and not clashes else None
-    return Explanation(type(model).__name__, recipe.name, plans, problems + clashes, cache)
+    notes = size_notes(parts) if any(b.method.by_size for b in bindings) else []
+    return Explanation(type(model).__name__, recipe.name, plans, problems + clashes, cache, notes)
 
 
 def _bind_all(

@@ -8,6 +8,7 @@ from each call in ``diffusers_geometry``; what a pipeline adds is in ``diffusers
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
@@ -26,6 +27,7 @@ from .denoisers.words import ROLES, WITHOUT_IMAGE
 from .diffusers_calls import AttentionHooks, foreign_order, refusal
 from .diffusers_geometry import CONTEXT, Context
 from .diffusers_pipelines import denoiser_of, denoisers_of, text_encoders_of
+from .diffusers_rescaling import ASKED, Asked, declared
 from .diffusers_sizes import size_facts
 
 __all__ = ["DiffusersHost", "denoiser_of", "denoisers_of", "text_encoders_of"]
@@ -123,6 +125,21 @@ class DiffusersHost:
             context = Context(owner, runtimes)
             journal.add(AttributeEdit(owner, CONTEXT, context, f"{where}.{CONTEXT}"))
             _hook(journal, owner, context, where)
+            if self.pipeline is not None:
+                self._watch_sizes(owner, journal, where)
+
+    def _watch_sizes(self, owner: nn.Module, journal: Journal, where: str) -> None:
+        asked = Asked(self.pipeline, self._model_facts(owner)["sizes"])
+        journal.add(AttributeEdit(owner, ASKED, asked, f"{where}.{ASKED}"))
+        register = functools.partial(owner.register_forward_pre_hook, asked.before, with_kwargs=True)
+        journal.add(HookEdit(owner, register, f"pre-hook on {where}"))
+
+    def size_notes(self, model: nn.Module) -> list[str]:
+        """What the pipeline does with the sizes that it is asked for, where that is not what was asked."""
+        found = [vars(owner).get(ASKED) for owner in _denoisers(model).values()]
+        seen = [note for asked in found if asked is not None for note in asked.notes()]
+        said = None if self.pipeline is None or any(found) else declared(self.pipeline)
+        return seen if said is None else [said]
 
     def forget_runs(self, model: nn.Module) -> None:
         """Take the next call of every denoiser inside ``model`` for the first of a run."""

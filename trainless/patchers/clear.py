@@ -65,6 +65,7 @@ class Clear(Method):
     parts: ClassVar[frozenset[str]] = frozenset({"denoiser"})
     roles: ClassVar[frozenset[str]] = frozenset({"self", "joint"})
     hosts: ClassVar[frozenset[str]] = frozenset({"diffusers"})
+    by_size: ClassVar[bool] = True
     identity: ClassVar[dict[str, Any]] = {"radius": 1 << 20, "weights": None, "pool": None}
 
     radius: int = option(16, help="image tokens nearer than this are seen", origin="published", low=1)
