@@ -13,7 +13,7 @@ from torch import nn
 
 from .binding import Binding, bind, check, entries_by_module
 from .errors import ForeignEdit, InputError, TrainlessError, Unsupported
-from .hosts import Component
+from .hosts import Component, exchanged, size_notes
 from .hosts.around import wrap_forward
 from .hosts.base import ATTRIBUTE, Runtime, runtime_of, unwrapped
 from .hosts.gate import Gate
@@ -285,7 +285,20 @@ class Patch:
         if self.applied and not any(b.lease.active for b in self.bindings):
             state = "paused"
         methods = self._last if not self.applied and self._last is not None else self._method_reports()
-        return Report(type(unwrapped(self.model)).__name__, self.recipe.name, state, methods)
+        notes = self.exchanged() + self._size_notes() if self.applied else []
+        return Report(type(unwrapped(self.model)).__name__, self.recipe.name, state, methods, notes)
+
+    def exchanged(self) -> list[str]:
+        """A sentence for every module of a pipeline that the patch sits on and the pipeline no longer uses."""
+        return [
+            f"{name} of the {type(self.model).__name__} was exchanged after patching: the patch sits on a module that "
+            "the pipeline no longer uses; patch the pipeline again"
+            for name in exchanged(self.model, self._components())
+        ]
+
+    def _size_notes(self) -> list[str]:
+        sized = any(binding.method.by_size for binding in self.bindings)
+        return size_notes(self._components()) if sized else []
 
     def _method_reports(self) -> list[MethodReport]:
         return [self._method_report(binding) for binding in self.bindings]

@@ -48,7 +48,8 @@ class Method:
     cannot be given beside it); ``calibration_settings`` (parameters that the file records as the
     settings of its measurement, in groups: used unless the user gives one of the group); ``site_kind`` ("attention", or
     "module" to be offered every module); ``evicts`` (whether it drops cache entries); ``packs`` (whether it
-    stores cache entries at a lower precision).
+    stores cache entries at a lower precision); ``by_size`` (whether what it does depends on the size of the image, so
+    that a pipeline which paints another one than asked has to be said).
     """
 
     name: ClassVar[str] = ""
@@ -65,6 +66,7 @@ class Method:
     site_kind: ClassVar[str] = "attention"
     evicts: ClassVar[bool] = False
     packs: ClassVar[bool] = False
+    by_size: ClassVar[bool] = False
 
     def calibrated(self, tensors: dict[str, Any], facts: dict[str, Any]) -> Method:
         """These parameters with what a calibration file holds for ``calibration_sets``; settings are in already."""

@@ -15,7 +15,7 @@ from .calls import AttentionCall, Groups, ImageTokens, Site, State, Statistics
 from .contributions import Contribution, Probes, Value
 from .eviction import Budget, Evict, check_budget, tokens_of
 from .kinds import BESIDE, EXCLUSIVE, FACTS, KINDS, STATISTICS
-from .parameters import parameter_of, unwrapped
+from .parameters import layer_of, parameter_of, unwrapped, why_not_plain
 from .plans import AttentionPlan, Entry, check_conflicts, conflicts
 from .precision import BITS, Quantise, check_bits
 from .values import ExtraKeys, Formed, MassMove, Pairs, RowEdit, Tokens
@@ -51,7 +51,9 @@ __all__ = [
     "check_budget",
     "check_conflicts",
     "conflicts",
+    "layer_of",
     "parameter_of",
     "tokens_of",
     "unwrapped",
+    "why_not_plain",
 ]
