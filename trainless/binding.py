@@ -121,7 +121,7 @@ def bind_one(model: Any, parts: list[Component], sites: list[Site], use: Use) ->
         raise NoMatch(
             f"{name}: contributes nothing at any of {len(narrowed)} sites; check its heads and layers"
         )
-    return Binding(use, method, Lease(name), found.candidates, contributions, found.skipped)
+    return Binding(use, method, Lease(name, repr(method)), found.candidates, contributions, found.skipped)
 
 
 def _default_parts(sites: list[Site], method: Method, part: str | None, parts: list[Component]) -> list[Site]:
@@ -211,7 +211,7 @@ def check(bindings: Sequence[Binding]) -> None:
 def same_plan(binding: Binding, method: Method) -> Binding:
     """The same sites with other parameters (for checking the identity value); a new lease."""
     contributions = [(site, list(method.contribute(site))) for site, _ in binding.contributions]
-    return replace(binding, method=method, lease=Lease(binding.name), contributions=contributions)
+    return replace(binding, method=method, lease=Lease(binding.name, repr(method)), contributions=contributions)
 
 
 __all__ = [

@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache, S
 from ..errors import InputError, Unsupported
 from ..journal import mark
 from ..kv import CompressingLayer, PackedLayer, StatefulMixin, stateful
-from ..seams import AttentionPlan
+from ..seams import AttentionPlan, Entry
 from .base import Lease, Runtime
 
 
@@ -43,6 +43,8 @@ def _note_layer(runtime: Runtime, module: nn.Module, args: tuple[Any, ...], kwar
     if layer is not None:
         facts["layer"] = layer
         facts["past"] = int(layer.get_seq_length())
+        if isinstance(layer, CompressingLayer):
+            layer.expect(cache)
 
 
 _uncompiled = torch.compiler.disable(_note_layer)
@@ -64,6 +66,8 @@ def _ours(runtime: Runtime, layer: Any, index: int) -> Any:
     """The layer that this plan needs in place of ``layer``; refuses what holds tokens already."""
     plan = runtime.plan
     first = plan.quantiser or plan.evictor
+    if isinstance(layer, StatefulMixin | CompressingLayer):
+        _must_remember(plan, layer, index)
     if first is None:
         if isinstance(layer, StatefulMixin | CompressingLayer):
             return layer
@@ -75,10 +79,13 @@ def _ours(runtime: Runtime, layer: Any, index: int) -> Any:
         _must_be_empty(plan.entries[0].method, layer, index)
         return stateful(layer)
     if isinstance(layer, CompressingLayer):
-        mine = {e.owner for e in plan.of["kv"]}
+        mine: set[Any] = {e.owner for e in plan.of["kv"]}
         if mine <= layer.leases:
             return layer
         if layer.seen:
+            evictor, packer = _owner(plan.evictor), _owner(plan.quantiser)
+            if layer.rebind(evictor, packer, plan.evict, plan.quantise):
+                return layer
             names = " and ".join(sorted({lease.name for lease in layer.leases}))
             stranger = next(e.method for e in plan.of["kv"] if e.owner not in layer.leases)
             raise Unsupported(
@@ -87,7 +94,7 @@ def _ours(runtime: Runtime, layer: Any, index: int) -> Any:
         return _compressing(plan)
     plain = DynamicLayer if not isinstance(layer, StatefulMixin) else type(layer)
     if type(layer) is not plain or (
-        isinstance(layer, StatefulMixin) and type(layer).__mro__[2] is not DynamicLayer
+        isinstance(layer, StatefulMixin) and type(layer).__bases__[1] is not DynamicLayer
     ):
         raise Unsupported(
             f"{first.method}: cache layer {index} is a {type(layer).__name__}, and only a plain dynamic layer can "
@@ -100,13 +107,37 @@ def _ours(runtime: Runtime, layer: Any, index: int) -> Any:
 
 def _compressing(plan: AttentionPlan) -> CompressingLayer:
     """An empty layer that follows the rules of the plan."""
-    evictor = plan.evictor.owner if plan.evictor is not None else None
-    assert evictor is None or isinstance(evictor, Lease)
-    if plan.quantiser is None or plan.quantise is None:
+    evictor, packer = _owner(plan.evictor), _owner(plan.quantiser)
+    if packer is None or plan.quantise is None:
         assert plan.evict is not None and evictor is not None
         return CompressingLayer(plan.evict, evictor)
-    assert isinstance(plan.quantiser.owner, Lease)
-    return PackedLayer(plan.quantise, plan.quantiser.owner, plan.evict, evictor)
+    return PackedLayer(plan.quantise, packer, plan.evict, evictor)
+
+
+def _owner(entry: Entry | None) -> Lease | None:
+    owner = entry.owner if entry is not None else None
+    assert owner is None or isinstance(owner, Lease)
+    return owner
+
+
+def _must_remember(plan: AttentionPlan, layer: Any, index: int) -> None:
+    """A method that goes on from what it remembers of a sequence was there from its first token on."""
+    if not int(layer.get_seq_length()):
+        return
+    for entry in plan.active:
+        if not entry.contribution.stateful:
+            continue
+        state, lease = layer.states.get(entry.method), _owner(entry)
+        if state is None:
+            _must_be_empty(entry.method, layer, index)
+        elif state.owner is not lease:
+            assert lease is not None
+            if state.owner is None or state.owner.applied or state.owner.terms != lease.terms:
+                raise Unsupported(
+                    f"{entry.method}: this cache was filled under another patch ({entry.method} with other parameters); "
+                    "start a new cache"
+                )
+            state.owner = lease
 
 
 def _must_be_empty(method: str, layer: Any, index: int) -> None:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import weakref
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import Unsupported
+from ..errors import InputError, Unsupported
 from ..hosts.base import Lease
-from ..kernels.dense import evaluate
 from ..seams import Evict, State, tokens_of
+from . import columns, scores
+from .held import FAR, shifts, with_new
 from .slots import Slots
 
-FAR = torch.iinfo(torch.int64).max
 APART = "scores per query head"  # a state of the layer's own
 
 
@@ -22,10 +24,12 @@ class CompressingLayer(Slots):
 
     The engine tells it which new tokens are padding (``note``), what probability each key received
     (``score``), and when the call is over (``settle``). While its lease is inactive it drops nothing.
+
+    The host announces every call that the engine will attend to (``expect``). In any other one the layer hands out
+    all it holds, in the columns that the model's own mask is about, or refuses: see ``columns``.
     """
 
     is_sliding = False
-    is_croppable = False
     is_compileable = False
     _layer_type = None
     TAIL = 32  # rows whose scores can be taken back by crop()
@@ -34,8 +38,15 @@ class CompressingLayer(Slots):
         super().__init__()
         self.policy, self.lease = policy, lease
         self.record_past = False
+        self.home: weakref.ref[Any] | None = None  # the cache that this layer is one of
+        self.expected = self.served = False  # whether the engine attends to the next call, to the one under way
 
     # ------------------------------------------------------------------ what transformers asks
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether ``crop`` can take tokens back."""
+        return self.record_past or not self.active
 
     def get_seq_length(self) -> int:
         return self.seen
@@ -44,27 +55,50 @@ class CompressingLayer(Slots):
         return -1
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        if self.evicted and not self.lease.active:
-            held = max(self.counts)
-            return held + query_length, self.seen - held
-        # Full width: layers that keep everything share this mask, and ours cuts out what it needs.
-        return self.seen + query_length, 0
+        # Full width: layers that keep everything share this mask, and the engine cuts out what it needs.
+        offset = 0
+        if self.evicted and not self.standing and self.home is not None and (cache := self.home()) is not None:
+            offset = columns.agreed(cache)
+        self.reported = self.seen, offset
+        return self.seen - offset + query_length, offset
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        added = key_states.shape[-2]
-        self.past, self.seen = self.seen, self.seen + added
-        if not self.lease.active:
-            return self._passive(key_states, value_states)
+        self.served, self.expected = self.expected, False
+        if not self.served:
+            return self._hand_out(key_states, value_states)
+        self._check_seen()
+        self._came(key_states.shape[-2])
         if self._can_write(key_states):
             self._write(key_states, value_states)
-            return self.keys, self.values
-        self._compact()
-        self._append(key_states, value_states)
+        else:
+            self._compact()
+            self._append(key_states, value_states)
         return self.keys, self.values
+
+    def _check_seen(self) -> None:
+        """A rule that is active has seen every token so far, or at least that they came."""
+        for lease in (held for held in self.leases if held.active and self.seen):
+            if self.strayed:
+                raise Unsupported(
+                    f"{lease.name}: this cache was used by a model without the patch meanwhile; start a new cache"
+                )
+            if lease in self.missed:
+                raise InputError(
+                    f"{lease.name}: the cache already holds {self.seen} tokens that came while the patch was paused, "
+                    "the prompt among them; start with an empty cache while it is active"
+                )
+
+    def _came(self, added: int) -> None:
+        if self.seen == 0:
+            self.missed = {lease for lease in self.leases if lease.applied and not lease.active}
+        self.idle = 0 if self.active else self.idle + added
+        if not self.lease.active:
+            self._commit()  # what crop() could have taken back of the scores is settled
+        self.past, self.seen = self.seen, self.seen + added
 
     def reset(self) -> None:
         self._clear()
@@ -80,11 +114,15 @@ class CompressingLayer(Slots):
         self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
-        count = abs(tokens_to_remove)
+        count = -tokens_to_remove
+        if count < 0:
+            raise InputError(f"crop({tokens_to_remove}): give minus the number of tokens to take back")
         if not self.is_initialized or self.seen == 0:
             return
+        if count > self.seen:
+            raise InputError(f"crop({tokens_to_remove}): the cache has seen {self.seen} tokens only")
         if count:
-            if not self.record_past:
+            if not ((self.record_past and self.active) or count <= self.idle):
                 raise Unsupported(
                     "this cache evicts, so tokens cannot be taken back unless it records its past: call "
                     "cache.activate_past_recording() before the forward whose tokens you may crop"
@@ -99,7 +137,64 @@ class CompressingLayer(Slots):
                 )
             self._drop_last(count)
         self._commit()
-        self._evict()
+        if self.seen == 0:
+            self._clear()
+        elif self.lease.active:
+            self._evict()
+
+    # ------------------------------------------------------------------ whose it is
+
+    @property
+    def leases(self) -> set[Lease]:
+        """Whose rules this layer follows."""
+        return {self.lease}
+
+    @property
+    def active(self) -> bool:
+        """Whether a patch cares for this layer now."""
+        return any(lease.active for lease in self.leases)
+
+    @property
+    def standing(self) -> bool:
+        """Whether one is on a model, paused or not: the engine then attends to this layer there."""
+        return any(lease.applied or lease.active for lease in self.leases)
+
+    def expect(self, cache: Any) -> None:
+        """The engine attends to the next call on this layer of ``cache``."""
+        if self.home is None or self.home() is not cache:
+            self.home = weakref.ref(cache)
+        self.expected = True
+
+    def rebind(self, evictor: Lease | None, packer: Lease | None, policy: Evict | None, rule: Any) -> bool:
+        """Follow other leases from now on, if they are those of the same methods; whether they are."""
+        if packer is not None or evictor is None or policy != self.policy:
+            return False
+        if not self._comes_back(self.lease, evictor):
+            return False
+        self.lease = evictor
+        return True
+
+    def _comes_back(self, old: Lease, new: Lease) -> bool:
+        """Whether ``new`` is a patch with the same method and parameters as one that is on no model any more."""
+        return not (old.applied or self.strayed or old in self.missed) and bool(old.terms) and old.terms == new.terms
+
+    def __getstate__(self) -> dict[str, Any]:
+        cache = None if self.home is None else self.home()
+        return {**vars(self), "home": cache}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        cache = state["home"]
+        vars(self).update(state, home=None if cache is None else weakref.ref(cache))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompressingLayer:
+        made = object.__new__(type(self))
+        memo[id(self)] = made
+        cache = None if self.home is None else self.home()
+        copied = None if cache is None else memo.get(id(cache))
+        for name, held in vars(self).items():
+            setattr(made, name, None if name == "home" else copy.deepcopy(held, memo))
+        made.home = None if copied is None else weakref.ref(copied)
+        return made
 
     # ------------------------------------------------------------------ what the engine asks
 
@@ -113,19 +208,10 @@ class CompressingLayer(Slots):
                 now = real if real is not None else self._ones(added)
                 self.real = torch.cat([before, now.to(before.device)], 1)
             return
-        added = self.seen - self.past
-        if self.free is not None and added == 1:
+        if self.free is not None and self.seen - self.past == 1:
             self._note_written(real)
-            return
-        new = torch.arange(added, device=self.keys.device).expand(self._batch(), added)
-        if real is not None:
-            new = torch.where(real, real.long().cumsum(1) - 1, -1)
-        ages = torch.tensor(self.ages, device=self.keys.device)[:, None]
-        new = torch.where(new >= 0, new + ages, -1)
-        self.positions[:, :, -added:] = new[:, None]
-        grown = [added] * self._batch() if real is None else real.sum(1).tolist()
-        self.ages = [a + g for a, g in zip(self.ages, grown, strict=True)]
-        self.counts = [c + g for c, g in zip(self.counts, grown, strict=True)]
+        else:
+            self._note_last(self.positions, real)
 
     def scored_by(self) -> str | None:
         """The statistic that the rule needs of the call under way, None when it needs none."""
@@ -222,53 +308,11 @@ class CompressingLayer(Slots):
             heads = self.positions >= 0
             return heads[:, :, None, :], False
         held = self.positions.shape[2] - rows
-        return self._with_new(self.positions[:, :1, :held] >= 0, mask, rows), False
-
-    def _with_new(self, held: Tensor, mask: Any, rows: int) -> Tensor:
-        """(B, 1|Hkv, rows, held + rows): what is ``held`` (B, 1|Hkv, n) exists or not, new tokens as ``mask`` says."""
-        device = self.keys.device
-        if mask is not None and not isinstance(mask, Tensor):
-            own = torch.arange(rows, device=device)
-            mask = evaluate(mask, own, self.seen - rows, self.seen, device)
-        if mask is not None and mask.dim() == 2:
-            mask = mask[:, None, None, :].bool()
-            if rows > 1:
-                mask = mask[..., -rows:] & torch.ones(rows, rows, dtype=torch.bool, device=device).tril()
-        new = mask[..., -rows:] if mask is not None else None
-        if new is None:
-            new = torch.ones(rows, rows, dtype=torch.bool, device=device).tril()[None, None]
-        elif new.dtype != torch.bool:
-            new = new > torch.finfo(new.dtype).min / 2
-        b, heads = self._batch(), max(held.shape[1], new.shape[1])
-        old = held[:, :, None].expand(b, -1, rows, -1).repeat_interleave(heads // held.shape[1], 1)
-        return torch.cat([old, new.expand(b, heads, rows, rows)], 3)
+        return with_new(self.positions[:, :1, :held] >= 0, mask, rows, self.seen), False
 
     def shifts(self) -> Tensor | None:
-        """(B, Hkv, S): how far each key must move so that kept tokens look contiguous; None for nowhere.
-
-        A key moves forward by the number of tokens that were evicted between it and the newest one.
-        """
-        if self.positions is None:
-            return None
-        positions = self.positions
-        order = positions.masked_fill(positions < 0, FAR).argsort(2)
-        rank = torch.empty_like(order).scatter_(
-            2, order, torch.arange(order.shape[2], device=order.device).expand_as(order)
-        )
-        ages = torch.tensor(self.ages, device=positions.device)[:, None, None]
-        counts = torch.tensor(self.counts, device=positions.device)[:, None, None]
-        gone = (ages - counts) - (positions - rank)
-        return gone.masked_fill(positions < 0, 0)
-
-    @property
-    def leases(self) -> set[Lease]:
-        """Whose rules this layer follows."""
-        return {self.lease}
-
-    @property
-    def active(self) -> bool:
-        """Whether a patch still cares for this layer."""
-        return self.lease.active
+        """(B, Hkv, S): how far each key must move so that kept tokens look contiguous; None for nowhere."""
+        return None if self.positions is None else shifts(self.positions, self.ages, self.counts)
 
     @property
     def packed(self) -> bool:
@@ -278,6 +322,7 @@ class CompressingLayer(Slots):
     def settle(self) -> set[Lease]:
         """Evict what the rule says, now that the call is over; returns the leases that changed something."""
         if not self.lease.active or self.lease.deferring or self.record_past:
+            self.free = None  # the slot is taken, and the next token needs another
             return set()
         apart = self.states.pop(APART, None)
         if apart is not None:
@@ -292,33 +337,38 @@ class CompressingLayer(Slots):
             return [[list(range(int(r.sum())))] * self.keys.shape[1] for r in rows]
         return [[sorted(int(p) for p in head if p >= 0) for head in row] for row in self.positions.tolist()]
 
-    def _passive(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """The patch is gone or paused: hold what is held, add what comes, drop nothing."""
+    # ------------------------------------------------------------------ without the engine
+
+    def admissible(self) -> tuple[int, int]:
+        """From which columns on (least, largest) the model's own mask would be right; ``columns`` says how."""
+        return columns.admissible(self.pads, self.counts, self.ages, self.seen)
+
+    def _hand_out(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """All that is held and the new tokens, for an attention that applies the model's mask as it is."""
+        cache = None if self.home is None else self.home()
+        offset = 0 if cache is None else columns.reported(cache, self.seen)
+        low, high = self.admissible() if self.evicted else (0, 0)
+        if not low <= offset <= high:
+            names = " and ".join(sorted({lease.name for lease in self.leases}))
+            raise Unsupported(f"{names}: {columns.misfit(self.standing, cache, low, high)}")
+        self._came(key.shape[-2])
+        self.strayed = True
         self._compact()
-        if self.positions is not None and len(set(self.counts)) > 1:
-            raise Unsupported(
-                "the rows of this padded batch kept different numbers of tokens, and the patch that masks the "
-                "difference is paused or removed: resume it, or start a new cache"
-            )
         self._append(key, value)
         self.note(None)
-        return self.keys, self.values
+        return self._laid_out(offset)
+
+    def _laid_out(self, offset: int) -> tuple[Tensor, Tensor]:
+        """What is held, in the columns from ``offset`` on."""
+        if self.positions is None or not any(self.pads):
+            return self.keys, self.values
+        return columns.placed(self, self.positions, (self.keys, self.values), offset)
 
     # ------------------------------------------------------------------ eviction
 
     def _grouped(self, mass: Tensor) -> Tensor:
         """(B, H, rows, Lk) of query heads to (B, Hkv, rows, Lk), as the rule says."""
-        b, _, rows, lk = mass.shape
-        if self.policy.shared:
-            return mass.mean(1, keepdim=True).expand(b, self.keys.shape[1], rows, lk)
-        groups = mass.reshape(b, self.keys.shape[1], -1, rows, lk)
-        if self.policy.gqa == "sum":
-            return groups.sum(2)
-        if self.policy.gqa == "mean":
-            return groups.mean(2)
-        if self.policy.gqa == "max":
-            return groups.amax(2)
-        return groups[:, :, 0]
+        return scores.grouped(mass, self.keys.shape[1], self.policy)
 
     def _commit(self) -> None:
         if self.pending is None:
@@ -362,10 +412,12 @@ class CompressingLayer(Slots):
             if all(n <= b for n, b in zip(stored, self.budgets, strict=True)):
                 return False
             self._locate(stored)
-        over = [c > b for c, b in zip(self.counts, self.budgets, strict=True)]
-        if self.free is not None:
-            self._evict_one(over)
-        elif any(over):
+        over = [c - b for c, b in zip(self.counts, self.budgets, strict=True)]
+        if self.free is not None and max(over) <= 1:
+            self._evict_one([o > 0 for o in over])
+        elif any(o > 0 for o in over):
+            if not self.ordered:
+                self._compact()  # many may have come while nobody evicted
             self._select()
         return True
 
@@ -415,22 +467,12 @@ class CompressingLayer(Slots):
         if self.scores is None:
             return self.positions.to(torch.float64)
         if self.policy.pool > 1:
-            return self._pooled()
+            # Slots are still in the order of the prompt here, and pads and protected tokens count as zero.
+            return scores.pooled(self.scores.masked_fill(self._protected(), 0), self.policy)
         if not self.policy.normalise:
             return self.scores
         readers = self._rowwise(self.ages) - self.positions
         return self.scores / readers.clamp_min(1)
-
-    def _pooled(self) -> Tensor:
-        """The scores of the tokens that are free to go, each pooled with its neighbours among them."""
-        assert self.scores is not None
-        # Slots are still in the order of the prompt here, and pads and protected tokens count as zero.
-        free = self.scores.masked_fill(self._protected(), 0)
-        kernel, around = self.policy.pool, self.policy.pool // 2
-        pool = (
-            torch.nn.functional.max_pool1d if self.policy.pooling == "max" else torch.nn.functional.avg_pool1d
-        )
-        return pool(free, kernel, stride=1, padding=around)
 
     def _evict_one(self, over: list[bool]) -> None:
         """A decode step: drop at most one token per row and head; its slot is the next token's."""
@@ -462,11 +504,7 @@ class CompressingLayer(Slots):
         worth = self._worth().masked_fill(self._protected(), float("inf"))
         worth = worth.masked_fill(self.positions < 0, float("-inf"))
         after = [min(c, b) for c, b in zip(self.counts, self.budgets, strict=True)]
-        width = max(after)
-        length = worth.shape[2]
-        # Newest first, then a stable sort by worth: among equals the newer one stays.
-        best = length - 1 - worth.flip(2).sort(dim=2, descending=True, stable=True).indices[:, :, :width]
-        return best, self._surplus(best, after), after
+        return *scores.best(worth, after), after
 
     def _select(self) -> None:
         """After a prefill or a turn: keep the protected tokens and the best of the rest, in order."""
@@ -478,8 +516,3 @@ class CompressingLayer(Slots):
         self._take(torch.gather(best, 2, order))
         self.counts, self.free = after, None
         self._blank()
-
-    @staticmethod
-    def _surplus(best: Tensor, after: list[int]) -> Tensor:
-        rank = torch.arange(best.shape[2], device=best.device).expand_as(best)
-        return rank >= torch.tensor(after, device=best.device)[:, None, None]
