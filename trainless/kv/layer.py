@@ -213,6 +213,12 @@ class CompressingLayer(Slots):
         else:
             self._note_last(self.positions, real)
 
+    def real_seen(self) -> list[int]:
+        """Tokens of each row so far that are no padding."""
+        if self.positions is None:
+            return [self.seen] * self._batch() if self.real is None else self.real.sum(1).tolist()
+        return list(self.ages)
+
     def scored_by(self) -> str | None:
         """The statistic that the rule needs of the call under way, None when it needs none."""
         policy = self.policy
@@ -382,8 +388,7 @@ class CompressingLayer(Slots):
 
     def _freeze(self) -> None:
         """Fix the budgets of every row from the length of its own prompt."""
-        lengths = [self.seen] * self._batch() if self.real is None else self.real.sum(1).tolist()
-        self.lengths = [int(n) for n in lengths]
+        self.lengths = self.real_seen()
         self.budgets = [self.policy.total(n) for n in self.lengths]
         self.recents = [tokens_of(self.policy.recent, n) for n in self.lengths]
         self.firsts = [tokens_of(self.policy.sinks, n) for n in self.lengths]
@@ -404,11 +409,7 @@ class CompressingLayer(Slots):
 
     def _over_budget(self) -> bool:
         if self.positions is None:
-            if self.real is None:
-                stored = [self.seen] * self._batch()
-            else:
-                # Only a padded batch has to look at its mask; one transfer per call until it evicts.
-                stored = [int(n) for n in self.real.sum(1).tolist()]
+            stored = self.real_seen()  # only a padded batch has to look at its mask, until it evicts
             if all(n <= b for n, b in zip(stored, self.budgets, strict=True)):
                 return False
             self._locate(stored)
