@@ -211,7 +211,9 @@ def check(bindings: Sequence[Binding]) -> None:
 def same_plan(binding: Binding, method: Method) -> Binding:
     """The same sites with other parameters (for checking the identity value); a new lease."""
     contributions = [(site, list(method.contribute(site))) for site, _ in binding.contributions]
-    return replace(binding, method=method, lease=Lease(binding.name, repr(method)), contributions=contributions)
+    return replace(
+        binding, method=method, lease=Lease(binding.name, repr(method)), contributions=contributions
+    )
 
 
 __all__ = [

@@ -210,7 +210,9 @@ def _run(kind: str, event: str, sizes: str, padded: bool, place: str, attention:
                 cache = other
             got.append(_feed(model, ids, mask, cache, at, size))
         at += size
-    same([g[r] for g, r in zip(got, real, strict=True)], [w[r] for w, r in zip(want, real, strict=True)], EXACT)
+    same(
+        [g[r] for g, r in zip(got, real, strict=True)], [w[r] for w, r in zip(want, real, strict=True)], EXACT
+    )
     for index in layers:
         rule, layer = rules[-1], cache.layers[index]
         for row in range(ids.shape[0]):

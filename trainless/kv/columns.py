@@ -78,9 +78,7 @@ def _column(pads: Pads, number: int) -> int:
     return number
 
 
-def placed(
-    layer: Any, positions: Tensor, parts: Sequence[Tensor], offset: int
-) -> tuple[Tensor, Tensor]:
+def placed(layer: Any, positions: Tensor, parts: Sequence[Tensor], offset: int) -> tuple[Tensor, Tensor]:
     """keys and values (B, Hkv, slots, D) in the columns ``offset``…``seen``, zero in those of padding."""
     b, hkv, slots = positions.shape
     width = layer.seen - offset
@@ -106,11 +104,12 @@ def placed(
 def agreed(cache: Any) -> int:
     """The offset that all layers of ``cache`` with the same mask agree on; 0 where they do not."""
     low, high = 0, 1 << 62
-    for layer in cache.layers:
-        if not isinstance(layer, CacheLayerMixin) or getattr(layer, "is_sliding", False):
+    for held in cache.layers:
+        layer: Any = held
+        if not isinstance(held, CacheLayerMixin) or getattr(layer, "is_sliding", False):
             continue
         least, most = 0, 0
-        if getattr(layer, "evicted", False) and hasattr(layer, "admissible"):
+        if hasattr(layer, "admissible") and layer.evicted:
             if layer.standing:
                 continue  # the engine attends to it, by a mask of its own
             least, most = layer.admissible()

@@ -115,6 +115,7 @@ class PackedLayer(CompressingLayer):
         if self.tail is None:
             super().note(real)
         else:
+            self._note_given(real)
             self._note_last(self.tail, real)
 
     @property

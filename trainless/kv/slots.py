@@ -19,7 +19,7 @@ from ..seams import State
 from . import columns
 from .carrier import Carrier
 
-NUMBERS = ("lengths", "budgets", "recents", "firsts", "counts", "ages", "pads")
+NUMBERS = ("lengths", "budgets", "recents", "firsts", "counts", "ages", "pads", "given")
 
 
 class Slots(Carrier, DynamicLayer):
@@ -56,6 +56,7 @@ class Slots(Carrier, DynamicLayer):
         self.done = False  # whether a prefill has been through the rule
         self.ordered = True  # whether slots are in the order of their positions
         self.pads: list[list[tuple[int, int]]] = []  # runs of padding per row, once positions are known
+        self.given: list[list[tuple[int, int]]] = []  # runs of positions per row that are never to go
         self.idle = 0  # tokens that came since a rule was last active
         self.missed: set[Any] = set()  # leases that were not active when the first tokens came
         self.strayed = False  # whether tokens came that the engine did not attend to
@@ -264,7 +265,9 @@ class Slots(Carrier, DynamicLayer):
         """The same where slots are in no order: by position. Nothing has been dropped since they came."""
         assert self.positions is not None
         pads = self.pads or [[]] * self._batch()
-        padding = [sum(b - max(a, self.seen - count) for a, b in row if b > self.seen - count) for row in pads]
+        padding = [
+            sum(b - max(a, self.seen - count) for a, b in row if b > self.seen - count) for row in pads
+        ]
         self.ages = [a - count + p for a, p in zip(self.ages, padding, strict=True)]
         self.counts = [c - count + p for c, p in zip(self.counts, padding, strict=True)]
         self.positions = self.positions.masked_fill(self.positions >= self._rowwise(self.ages), -1)
@@ -276,6 +279,11 @@ class Slots(Carrier, DynamicLayer):
         self.seen -= count
         self.idle = max(0, self.idle - count)
         self.pads = [columns.cut(row, self.seen) for row in self.pads]
+        if self.positions is not None:
+            self.given = [columns.cut(row, age) for row, age in zip(self.given, self.ages, strict=False)]
+        elif self.given:
+            real = [self.seen] * self._batch() if self.real is None else self.real.sum(1).tolist()
+            self.given = [columns.cut(row, age) for row, age in zip(self.given, real, strict=True)]
 
     def _tensors(self, change: Callable[[Tensor, int], Tensor]) -> None:
         for name in ("real", "positions", "scores", "pending", "free"):
