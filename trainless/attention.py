@@ -32,7 +32,8 @@ def attend(runtime: Runtime, call: AttentionCall, delegate: Delegate) -> Tensor:
     ``delegate`` computes plain attention for a call with the implementation that the user had.
     """
     runtime.passed()
-    if runtime.plan.inert:
+    # A layer that has dropped or packed tokens is attended to here as long as a hook of ours stands at the site.
+    if runtime.plan.inert and not isinstance(call.layer, CompressingLayer):
         return delegate(call)
     run = _Run(runtime, call, delegate)
     # Families read learned sinks from the module, so a scale has to reach them on the long way.
@@ -50,8 +51,7 @@ class _Run(PackedRun):
         call, plan = self.call, self.plan
         layer = call.layer if isinstance(call.layer, CompressingLayer) else None
         if layer is not None:
-            if layer.active:
-                layer.note(call.real)
+            layer.note(call.real)
             self.edited = layer.evicted
             self._refuse_bias(layer)
             self._refuse_hidden_past(layer)

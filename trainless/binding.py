@@ -131,7 +131,7 @@ def bind_one(model: Any, parts: list[Component], sites: list[Site], use: Use) ->
         raise NoMatch(
             f"{name}: contributes nothing at any of {len(narrowed)} sites; check its heads and layers"
         )
-    return Binding(use, method, Lease(name), found.candidates, contributions, skipped)
+    return Binding(use, method, Lease(name, repr(method)), found.candidates, contributions, skipped)
 
 
 def _contribution_refusal(site: Site, given: Sequence[Contribution]) -> str | None:
@@ -250,7 +250,9 @@ def check(bindings: Sequence[Binding]) -> None:
 def same_plan(binding: Binding, method: Method) -> Binding:
     """The same sites with other parameters (for checking the identity value); a new lease."""
     contributions = [(site, list(method.contribute(site))) for site, _ in binding.contributions]
-    return replace(binding, method=method, lease=Lease(binding.name), contributions=contributions)
+    return replace(
+        binding, method=method, lease=Lease(binding.name, repr(method)), contributions=contributions
+    )
 
 
 __all__ = [

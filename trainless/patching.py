@@ -84,7 +84,7 @@ class Patch:
                 self._equip(runtime, site)
             self._put_tensors()
             for binding in self.bindings:
-                binding.lease.active = True
+                binding.lease.active = binding.lease.applied = True
             self.applied = True
             self._refresh()
         except BaseException:
@@ -140,7 +140,7 @@ class Patch:
         self.applied = False
         foreign: list[str] = []
         for binding in self.bindings:
-            binding.lease.active = False
+            binding.lease.active = binding.lease.applied = False
         foreign += self.journal.undo() + self.added.undo()
         for module in list(entries_by_module(self.bindings)):
             runtime = runtime_of(module)

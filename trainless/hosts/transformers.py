@@ -101,13 +101,15 @@ def _routed(
     here = runtime.call
     facts = here.facts
     entering, here.residual = here.residual, None
-    if runtime.plan.inert or facts.get("cross"):
+    # Also while its patch is paused: only here is it known which of its slots hold a token.
+    held = isinstance(facts.get("layer"), CompressingLayer)
+    if (runtime.plan.inert and not held) or facts.get("cross"):
         runtime.passed()
         return _user_function(module)(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
     constant = runtime.plan.constant
-    if constant is not None and _only_scaled(kwargs):
+    if constant is not None and not held and _only_scaled(kwargs):
         # Decoding makes thousands of these calls a second, so nothing is built for them.
         runtime.passed()
         runtime.acted("stock")

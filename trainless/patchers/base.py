@@ -46,7 +46,8 @@ class Method:
     ``calibration_of`` (name of the measurement that makes its calibration file, ANY_MEASUREMENT, or
     None); ``calibration_sets`` (parameters that such a file holds as tensors of the same name; they
     cannot be given beside it); ``calibration_settings`` (parameters that the file records as the
-    settings of its measurement, in groups: used unless the user gives one of the group); ``site_kind`` ("attention", or
+    settings of its measurement, in groups: used unless the user gives one of the group); ``instead`` (parameters
+    that stand in the place of others: neither is given beside the other); ``site_kind`` ("attention", or
     "module" to be offered every module); ``evicts`` (whether it drops cache entries); ``packs`` (whether it
     stores cache entries at a lower precision); ``by_size`` (whether what it does depends on the size of the image, so
     that a pipeline which paints another one than asked has to be said).
@@ -63,6 +64,7 @@ class Method:
     calibration_of: ClassVar[str | None] = None
     calibration_sets: ClassVar[tuple[str, ...]] = ()
     calibration_settings: ClassVar[tuple[tuple[str, ...], ...]] = ()
+    instead: ClassVar[dict[str, tuple[str, ...]]] = {}
     site_kind: ClassVar[str] = "attention"
     evicts: ClassVar[bool] = False
     packs: ClassVar[bool] = False
