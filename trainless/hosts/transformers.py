@@ -23,6 +23,7 @@ from ..attention import attend
 from ..errors import Unsupported
 from ..journal import MARKER, AttributeEdit, HookEdit, Journal
 from ..kernels.visibility import bias_times
+from ..kv import CompressingLayer
 from ..seams import AttentionCall, Contribution, Site
 from . import transformers_images as images
 from . import transformers_inputs as inputs
