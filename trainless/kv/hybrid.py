@@ -45,4 +45,4 @@ def beside_recurrence(made: CompressingLayer, layer: Any) -> CompressingLayer:
     vars(joined).update({name: value for name, value in vars(layer).items() if name in STATE})
     vars(joined).update({name: value for name, value in vars(made).items() if name not in STATE})
     joined.record_past = layer.record_past
-    return joined  # type: ignore[no-any-return]
+    return joined
