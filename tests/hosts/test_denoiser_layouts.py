@@ -7,13 +7,15 @@ import torch
 
 pytest.importorskip("diffusers")
 
+import contextlib
+
 import diffusers
 from diffusers.models.attention_processor import JointAttnProcessor2_0
 
 import trainless
 from trainless.hosts.denoisers import TABLE, layout_of
 from trainless.hosts.denoisers.listing import families
-from trainless.hosts.diffusers import DiffusersHost
+from trainless.hosts.diffusers_sizes import Sizes
 from trainless.patchers import entropy
 
 from . import tiny_frames, tiny_packed, tiny_transformers, tiny_unets  # noqa: F401
@@ -28,10 +30,18 @@ def _no_grad():
         yield
 
 
-def _pixels(model, latent):
-    """The size in pixels that trainless counts as ``latent`` of this model."""
-    scale = next(iter(DiffusersHost().sites(model))).facts["vae_scale"]
-    return tuple(round(side * scale) for side in latent)
+@contextlib.contextmanager
+def _trained_at(latent):
+    """As if every denoiser had been trained at that size, in latents; how pixels are counted is tested elsewhere."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Sizes, "trained", lambda self: latent)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _trained():
+    with _trained_at((16, 16)):
+        yield
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -40,10 +50,9 @@ def test_the_rules_on_its_image_tokens(name):
     case = CASES[name]()
     model = lively(case.model)
     where, own = case.where(case.other), case.self_layers
-    trained = {"trained": _pixels(model, case.trained)}
     stock = {size: case.run(size) for size in (case.trained, case.other)}
     tries = [
-        ("entropy", trained, {"entropy": True}),
+        ("entropy", {}, {"entropy": True}),
         ("attn_temperature", {"temperature": 0.7}, {"temperature": 0.7}),
     ]
     if case.dense:
@@ -51,7 +60,7 @@ def test_the_rules_on_its_image_tokens(name):
     for method, given, rule in tries:
         with Rule(model, where, own, **rule) as dense:
             want = case.run(case.other)
-        with trainless.patched(model, method, **given) as patch:
+        with _trained_at(case.trained), trainless.patched(model, method, **given) as patch:
             got = case.run(case.other)
             if method == "entropy":
                 assert torch.equal(case.run(case.trained), stock[case.trained]), f"{method}: no identity"
@@ -86,9 +95,9 @@ def test_the_keys_of_a_disc_count_with_padding_and_references(name):
         want = case.run(case.other)
     uses = [
         {"use": "clear", "with": {"radius": 3, "force": True}},
-        {"use": "entropy", "with": {"trained": _pixels(model, case.trained)}},
+        {"use": "entropy"},
     ]
-    with trainless.patched(model, uses):
+    with _trained_at(case.trained), trainless.patched(model, uses):
         got = case.run(case.other)
     largest = want.abs().max()
     assert (got - want).abs().max() < case.tolerance * largest
@@ -105,7 +114,7 @@ def test_both_steps_of_a_cached_reference_have_one_factor():
         seen.append(own(call, latent))
         return seen[-1]
 
-    with pytest.MonkeyPatch.context() as patched, trainless.patched(model, "entropy", trained=64):
+    with pytest.MonkeyPatch.context() as patched, trainless.patched(model, "entropy"):
         patched.setattr(entropy, "factor", note)
         _, cache = model(**case.call(24, 16))
         first = {value for value in seen if value is not None}
@@ -137,15 +146,15 @@ def _like(kind):
 
 def test_a_class_that_is_not_declared_is_refused_when_patching():
     model, given = _like(_Mine), CASES["kontext"]().call(24, 16)
-    for method, options in (("entropy", {"trained": 128}), ("clear", {})):
+    for method in ("entropy", "clear"):
         with pytest.raises(trainless.NoMatch, match=r"_Mine.*not declared"):
-            trainless.patch(model, method, **options)
-        assert "not declared" in " ".join(str(trainless.explain(model, method, **options)).split())
+            trainless.patch(model, method)
+        assert "not declared" in " ".join(str(trainless.explain(model, method)).split())
     stock = model(**given)[0]
     with trainless.patched(model, "attn_temperature", temperature=0.7):
         assert not torch.equal(model(**given)[0], stock)
     named = _like(_Named)
-    with trainless.patched(named, "entropy", trained=64) as patch:
+    with trainless.patched(named, "entropy") as patch:
         named(**given)
         assert patch.report().methods[0].acted
 
@@ -165,9 +174,9 @@ def test_tokens_that_are_not_those_of_the_arguments_are_refused():
         lambda module, args, kwargs: ((args[0][:, ::2],), kwargs), with_kwargs=True
     )
     layer.register_forward_hook(lambda module, args, output: output.repeat_interleave(2, 1))
-    for method, options in (("entropy", {"trained": 64}), ("clear", {})):
+    for method in ("entropy", "clear"):
         with (
-            trainless.patched(model, method, **options),
+            trainless.patched(model, method),
             pytest.raises(
                 trainless.Unsupported, match=r"1\.attn1.*should be 64 keys for 64 rows.*there are 32 for 32"
             ),
@@ -206,7 +215,7 @@ def test_flex_attention_is_refused_with_the_way_out():
     model.set_attn_processor(module.QwenImage21FlexAttnProcessor())
     for method in ("entropy", "attn_temperature"):
         with pytest.raises(trainless.NoMatch, match=r"set_attn_processor\(QwenImage21AttnProcessor"):
-            trainless.patch(model, method, **({"trained": 64} if method == "entropy" else {}))
+            trainless.patch(model, method)
 
 
 def test_cross_attention_taken_for_self_attention_is_found_out():
@@ -234,9 +243,8 @@ def test_the_list_of_families_says_what_patching_says():
         for method, verdict in family.methods.items():
             if method == "linfusion":
                 continue  # needs weights
-            options = {"trained": 128} if method == "entropy" else {}
             try:
-                trainless.patch(model, method, **options).remove()
+                trainless.patch(model, method).remove()
                 assert verdict.works, (family.name, method)
             except trainless.NoMatch:
                 assert not verdict.works, (family.name, method)

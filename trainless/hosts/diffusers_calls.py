@@ -27,6 +27,7 @@ from .base import Runtime
 from .denoisers import Layout
 from .denoisers.table import ELSEWHERE, qualified
 from .diffusers_geometry import CONTEXT, describe
+from .gate import module_frame
 
 SDPA = torch.nn.functional.scaled_dot_product_attention
 # Backends of diffusers' dispatcher that end in torch's own operator.
@@ -108,7 +109,7 @@ class Interception(TorchFunctionMode):
         self.runtime, self.module = runtime, module
         layout = runtime.site.facts.get("layout")
         self.several = layout is not None and layout.several  # each of its calls goes through the plan
-        self.home = _module_frame()
+        self.home = module_frame()
         self.others: int | None = None  # tokens beside its own that the module was given
         self.keys: int | None = None  # number of keys in the module's own call, once it was made
         self.computed = False
@@ -224,17 +225,6 @@ def _others(site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | 
 
 def _processor_name(module: nn.Module) -> str:
     return type(getattr(module, "processor", None)).__name__
-
-
-_MODULE_FILE = nn.Module.__call__.__code__.co_filename
-
-
-def _module_frame() -> FrameType | None:
-    """The innermost frame of ``nn.Module.__call__`` on the stack: it lives as long as the module's call."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code.co_filename != _MODULE_FILE:
-        frame = frame.f_back
-    return frame
 
 
 def _modes() -> list[Interception]:
