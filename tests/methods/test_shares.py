@@ -19,7 +19,12 @@ RULES = {
     "streaming": lambda: Streaming(0.5),
     "random": lambda: Random(0.5),
 }
-OWN = {"h2o": ("heavy", "recent"), "tova": ("capacity",), "streaming": ("sinks", "recent"), "random": ("capacity",)}
+OWN = {
+    "h2o": ("heavy", "recent"),
+    "tova": ("capacity",),
+    "streaming": ("sinks", "recent"),
+    "random": ("capacity",),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +74,9 @@ def test_snapkv_keeps_its_share(ratio):
     ids, mask = models.left_padded([30, 21])
     with trainless.patched(model, "snapkv", ratio=ratio, pool=3):
         whole = model.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False)
-        chunks = model.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False, prefill_chunk_size=7)
+        chunks = model.generate(
+            ids, attention_mask=mask, max_new_tokens=4, do_sample=False, prefill_chunk_size=7
+        )
     assert torch.equal(whole, chunks)
 
 
@@ -79,7 +86,9 @@ def test_a_ratio_of_one_is_the_identity(method):
     ids, mask = models.left_padded(LENGTHS)
     stock = replay(model, None, ids, mask, CALLS)
     with trainless.patched(model, method, ratio=1):
-        assert all(torch.equal(a, b) for a, b in zip(replay(model, None, ids, mask, CALLS), stock, strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(replay(model, None, ids, mask, CALLS), stock, strict=True)
+        )
 
 
 @pytest.mark.parametrize("method", [*RULES, "snapkv"])
