@@ -82,6 +82,7 @@ def save(
         "fingerprint": fingerprint(model),
         "facts": json.dumps(facts),
     }
+    metadata["checksum"] = checksum(tensors, metadata)
     path = Path(path)
     temporary = path.with_name(path.name + ".part")
     try:
@@ -92,6 +93,18 @@ def save(
         raise InputError(
             f"{path}: cannot be written ({str(error).strip() or type(error).__name__})"
         ) from error
+
+
+def checksum(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    """SHA-256 of everything that a file says: names, types, shapes and bytes of its tensors, and its metadata."""
+    digest = hashlib.sha256()
+    facts = {name: text for name, text in metadata.items() if name != "checksum"}
+    digest.update(json.dumps(facts, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(flat.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -106,6 +119,11 @@ def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if metadata.get("format") != FORMAT:
             raise CalibrationError(
                 f"{path}: a safetensors file, but not a calibration ({FORMAT!r} is missing)"
+            )
+        # Files of earlier versions have none.
+        if "checksum" in metadata and metadata["checksum"] != checksum(tensors, metadata):
+            raise CalibrationError(
+                f"{path}: its contents are not those that were measured: it was damaged or edited since; make it again"
             )
         return tensors, {
             "measurement": metadata["measurement"],

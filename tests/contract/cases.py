@@ -141,7 +141,7 @@ def _linfusion(label: str, middle: int, layers: int, **more: Any) -> Case:
     )
 
 
-LARGE = {"use": "entropy", "with": {"trained": 64}}
+LARGE = {"use": "entropy"}  # the tiny UNet states its size
 
 
 def _capped(label: str, method: str, rule: Any, families: Sequence[str], **more: Any) -> Case:
@@ -354,8 +354,11 @@ CASES: list[Case] = [
         clashes=[("act", {}, "mass")],
     ),
     _var("var-all-moved", ("gemma3", "llava"), move=1.0, min_nonsink=0.0),
+    Case(  # of a UNet or PixArt alone nobody knows how many pixels a latent is
+        "entropy-config", "entropy", {}, Rule, ("unet", "pixart"), None, trained=128,
+    ),
     Case(
-        "entropy", "entropy", {"trained": 256}, Rule, DENOISERS, {"trained": 128}, main=True, trained=256,
+        "entropy", "entropy", {"trained": 256}, Rule, ("sd3", "flux"), {"trained": 128}, main=True, trained=256,
         neighbours=(
             {**WARM, "where": {"layers": "0:1"}},
             {"use": "attn_temperature", "with": {"temperature": 0.6}, "where": {"layers": "1:"}},

@@ -6,6 +6,8 @@ that patches come off in any order. Between the two, patches only add and remove
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -28,13 +30,22 @@ class Lease:
     its parameters, by which a cache that comes back from disk finds the patch that it belongs to.
     """
 
-    __slots__ = ("active", "applied", "deferring", "name", "terms")
+    __slots__ = ("_local", "active", "applied", "name", "terms")
 
     def __init__(self, name: str, terms: str = ""):
         self.name, self.terms = name, terms
         self.applied = False
         self.active = False
-        self.deferring = False  # a prefill is being fed in chunks: evict after the last one
+        self._local = threading.local()
+
+    @property
+    def deferring(self) -> bool:
+        """Whether this thread is feeding a prefill in chunks: layers then evict after the last one."""
+        return getattr(self._local, "deferring", False)
+
+    @deferring.setter
+    def deferring(self, value: bool) -> None:
+        self._local.deferring = value
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Lease:
         return self
@@ -57,10 +68,24 @@ class Tally:
     tokens_seen: int = 0  # of the sequence served last
     tokens_kept: int = 0
     bytes_kept: int = 0
+    bytes_stock: int = 0  # what an unpatched cache would hold for the tokens seen
+
+
+class CallInThread(threading.local):
+    """What the host's hooks note for the call that is under way in this thread."""
+
+    def __init__(self) -> None:
+        self.facts: dict[str, Any] = {}
+        self.residual: Tensor | None = None  # what entered the layer around the site, where asked for
+        self.passed = 0  # calls of the site so far
 
 
 class Runtime:
-    """Stands at one patched site: the contributions there, their plan, and the tallies."""
+    """Stands at one patched site: the contributions there, their plan, and the tallies.
+
+    Any number of threads may call the model at once, each with a cache of its own: what belongs to a call is
+    kept per thread, what belongs to a sequence lies on its cache layers, and the tallies are counted under a lock.
+    """
 
     def __init__(self, site: Site):
         self.site = site
@@ -68,14 +93,19 @@ class Runtime:
         self.tallies: dict[Lease, Tally] = {}
         self.journal = Journal()
         self.plan = AttentionPlan([])
-        self.facts: dict[str, Any] = {}  # set by the host's hooks for the call under way
+        self.call = CallInThread()
+        self.counting = threading.Lock()
         self.rotate: Callable[[Tensor, Tensor], Tensor] | None = None  # turns keys by so many positions
         self.hooked = False  # the host's own use: whether its hook is in place
         self.holders: dict[Contribution, nn.Module] = {}  # what holds the tensors of input contributions
         self.asked: dict[
             str, Any
         ] = {}  # the host's own use: facts that somebody here asks for, and who knows
-        self.residual: Tensor | None = None  # what entered the layer around this site, where asked for
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the host's hooks have noted for the call under way in this thread."""
+        return self.call.facts
 
     def add(self, entries: Sequence[Entry]) -> None:
         self.entries.extend(entries)
@@ -116,15 +146,18 @@ class Runtime:
 
     def passed(self) -> None:
         """Count a call for every active patch here."""
-        for tally in self.live:
-            tally.fired += 1
+        self.call.passed += 1
+        with self.counting:
+            for tally in self.live:
+                tally.fired += 1
 
     def acted(self, kernel: str) -> None:
         """Count that every patch with a part in the plan changed the call under way, and the kernel it ran on."""
-        for tally in self.acting:
-            tally.acted += 1
-        for tally in self.live:
-            tally.kernels[kernel] += 1
+        with self.counting:
+            for tally in self.acting:
+                tally.acted += 1
+            for tally in self.live:
+                tally.kernels[kernel] += 1
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Runtime:
         raise Unsupported(
@@ -158,6 +191,17 @@ class Host(Protocol):
 
     def family(self, model: nn.Module) -> str:
         """What the model calls itself: model_type or class name."""
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module itself where ``torch.compile(module)`` stands: its edits belong to what is compiled.
+
+    The wrapper hands every attribute that is read or set on to the module inside, so nothing can be put on it.
+    """
+    dynamo = sys.modules.get("torch._dynamo")
+    while dynamo is not None and isinstance(module, dynamo.OptimizedModule):
+        module = module._orig_mod
+    return module
 
 
 def runtime_of(module: nn.Module) -> Runtime | None:

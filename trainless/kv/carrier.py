@@ -83,15 +83,19 @@ class StatefulMixin(Carrier):
             inherited()
         self.record_past = True
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    def grow(self, held: int, added: int) -> None:
+        """``added`` tokens come to the ``held`` that the layer hands out; called where no update says so."""
         if self.record_past:
             if self.before is None:
                 self.before = {name: dict(state.tensors) for name, state in self.states.items()}
-            self.added += key_states.shape[-2]
+            self.added += added
+        self._states_grow(held, added)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         held = self.keys.shape[-2] if isinstance(self.keys, Tensor) and self.keys.dim() == 4 else 0
-        self._states_grow(held, key_states.shape[-2])
+        self.grow(held, key_states.shape[-2])
         return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[misc]
 
     def reset(self) -> None:

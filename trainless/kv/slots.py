@@ -80,6 +80,15 @@ class Slots(Carrier, DynamicLayer):
             return 0
         return sum(t.untyped_storage().nbytes() for t in (self.keys, self.values))
 
+    @property
+    def stock_nbytes(self) -> int:
+        """Bytes that an unpatched layer would hold for the tokens that this one has seen."""
+        if not isinstance(self.keys, Tensor) or not isinstance(self.values, Tensor):
+            return 0
+        pair = (self.keys, self.values)
+        per_token = sum(t.shape[0] * t.shape[1] * t.shape[3] * t.element_size() for t in pair)
+        return self.seen * per_token
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._rows(beam_idx.tolist(), lambda t, axis: t.index_select(axis, beam_idx.to(t.device)))
 
