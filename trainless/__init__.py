@@ -12,9 +12,12 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
 
+# Not from typing, whose import takes longer than all else here: whoever presses Ctrl-C in it sees a traceback.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from .advice import Recommendation, recommend
     from .calibrators import calibrate
     from .errors import (
