@@ -9,7 +9,7 @@ from typing import Any
 
 from .binding import Binding, bind_one, check_fits, find_conflicts
 from .errors import InputError, TrainlessError
-from .hosts import Component, components, find_sites
+from .hosts import Component, components, find_sites, size_notes
 from .hosts.base import unwrapped
 from .memory import CacheEstimate, estimate
 from .recipes import Recipe, resolve
@@ -72,6 +72,7 @@ class Explanation:
     methods: list[MethodPlan]
     problems: list[Problem]
     cache: CacheEstimate | None
+    notes: list[str] = field(default_factory=list)  # what does not stand in the way, and has to be known
 
     @property
     def ok(self) -> bool:
@@ -85,6 +86,7 @@ class Explanation:
             "methods": [m.to_dict() for m in self.methods],
             "problems": [p.to_dict() for p in self.problems],
             "cache": None if self.cache is None else self.cache.to_dict(),
+            "notes": list(self.notes),
         }
 
     def __str__(self) -> str:
@@ -92,6 +94,7 @@ class Explanation:
         if self.cache is not None:
             blocks.append(_cache_text(self.cache))
         blocks += [wrapped(f"{p.kind}: {p.message}", 0, 2) for p in self.problems]
+        blocks += [wrapped(f"Note: {note}", 0, 2) for note in self.notes]
         if self.ok:
             blocks.append("Nothing is in the way of this patch.")
         return "\n".join(blocks)
@@ -112,7 +115,9 @@ def explain(
     clashes = [Problem("Conflict", "", sentence) for sentence in find_conflicts(bindings)]
     # Which of two clashing rules would hold is not known, so there is nothing to estimate.
     cache = estimate(parts, bindings) if bindings and not clashes else None
-    return Explanation(type(unwrapped(model)).__name__, recipe.name, plans, problems + clashes, cache)
+    notes = size_notes(parts) if any(b.method.by_size for b in bindings) else []
+    name = type(unwrapped(model)).__name__
+    return Explanation(name, recipe.name, plans, problems + clashes, cache, notes)
 
 
 def fits(model: Any, recipe: Recipe) -> bool:

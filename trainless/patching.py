@@ -13,9 +13,10 @@ from torch import nn
 
 from .binding import Binding, bind, check, entries_by_module
 from .errors import ForeignEdit, InputError, TrainlessError, Unsupported
-from .hosts import Component
+from .hosts import Component, exchanged, size_notes
 from .hosts.around import wrap_forward
 from .hosts.base import ATTRIBUTE, Runtime, runtime_of, unwrapped
+from .hosts.gate import Gate
 from .hosts.inputs import watch_inputs
 from .journal import AttributeEdit, Journal, TensorEdit, mark
 from .recipes import Recipe, resolve
@@ -38,6 +39,8 @@ class Station:
         self.saving = Journal()  # refusals to save, while any patch here has replaced weights
         self.runtimes: list[Runtime] = []
         self.patches: list[Patch] = []
+        self.gate = Gate(type(component.module).__name__)
+        self.gate.watch(component.module, self.journal)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Station:
         raise Unsupported("a patched model cannot be copied: remove the patch first, then patch each copy")
@@ -67,8 +70,10 @@ class Patch:
         check_tensors(self._given())
         counts: list[tuple[Journal, int]] = []
         marks: list[tuple[Runtime, Any]] = []  # at sites of other patches, which stay as they are
+        still = contextlib.ExitStack()
         try:
             self._build_stations()
+            still.enter_context(self._between_calls())
             counts = [(station.journal, len(station.journal.edits)) for station in self._stations()]
             marks = [(r, r.mark()) for station in self._stations() for r in station.runtimes]
             for station in self._stations():
@@ -79,7 +84,7 @@ class Patch:
                 self._equip(runtime, site)
             self._put_tensors()
             for binding in self.bindings:
-                binding.lease.active = True
+                binding.lease.active = binding.lease.applied = True
             self.applied = True
             self._refresh()
         except BaseException:
@@ -89,7 +94,17 @@ class Patch:
             for journal, count in counts:
                 journal.undo(count)
             raise
+        finally:
+            still.close()
         _reset_compiler()
+
+    @contextlib.contextmanager
+    def _between_calls(self) -> Iterator[None]:
+        """Inside, no call of a patched component is under way; InputError from inside a call of this thread."""
+        with contextlib.ExitStack() as stack:
+            for station in self._stations():
+                stack.enter_context(station.gate.closed())
+            yield
 
     def remove(self) -> None:
         """Take the patch off, whatever else is on the model; does nothing the second time.
@@ -99,8 +114,9 @@ class Patch:
         """
         if not self.applied:
             return
-        self._last = self._method_reports()
-        foreign = self._take_off()
+        with self._between_calls():
+            self._last = self._method_reports()
+            foreign = self._take_off()
         _reset_compiler()
         if foreign:
             raise ForeignEdit(
@@ -124,7 +140,7 @@ class Patch:
         self.applied = False
         foreign: list[str] = []
         for binding in self.bindings:
-            binding.lease.active = False
+            binding.lease.active = binding.lease.applied = False
         foreign += self.journal.undo() + self.added.undo()
         for module in list(entries_by_module(self.bindings)):
             runtime = runtime_of(module)
@@ -167,12 +183,13 @@ class Patch:
                 self._switch(True)
 
     def _switch(self, active: bool) -> None:
-        for binding in self.bindings:
-            binding.lease.active = active
-        for edit in self.journal.edits:
-            if isinstance(edit, TensorEdit):
-                edit.show(active)
-        self._refresh()
+        with self._between_calls():
+            for binding in self.bindings:
+                binding.lease.active = active
+            for edit in self.journal.edits:
+                if isinstance(edit, TensorEdit):
+                    edit.show(active)
+            self._refresh()
         _reset_compiler()
 
     def _refresh(self) -> None:
@@ -268,7 +285,20 @@ class Patch:
         if self.applied and not any(b.lease.active for b in self.bindings):
             state = "paused"
         methods = self._last if not self.applied and self._last is not None else self._method_reports()
-        return Report(type(unwrapped(self.model)).__name__, self.recipe.name, state, methods)
+        notes = self.exchanged() + self._size_notes() if self.applied else []
+        return Report(type(unwrapped(self.model)).__name__, self.recipe.name, state, methods, notes)
+
+    def exchanged(self) -> list[str]:
+        """A sentence for every module of a pipeline that the patch sits on and the pipeline no longer uses."""
+        return [
+            f"{name} of the {type(self.model).__name__} was exchanged after patching: the patch sits on a module that "
+            "the pipeline no longer uses; patch the pipeline again"
+            for name in exchanged(self.model, self._components())
+        ]
+
+    def _size_notes(self) -> list[str]:
+        sized = any(binding.method.by_size for binding in self.bindings)
+        return size_notes(self._components()) if sized else []
 
     def _method_reports(self) -> list[MethodReport]:
         return [self._method_report(binding) for binding in self.bindings]

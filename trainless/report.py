@@ -69,6 +69,7 @@ class Report:
     recipe: str
     state: str  # active, paused, removed
     methods: list[MethodReport]
+    notes: list[str] = field(default_factory=list)  # what is not as it was when patching, or not as was asked
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -76,11 +77,12 @@ class Report:
             "recipe": self.recipe,
             "state": self.state,
             "methods": [m.to_dict() for m in self.methods],
+            "notes": list(self.notes),
         }
 
     def __str__(self) -> str:
         head = f"{self.recipe} on {self.model}: {self.state}"
-        return "\n".join([head, *(str(m) for m in self.methods)])
+        return "\n".join([head, *(str(m) for m in self.methods), *(f"note: {note}" for note in self.notes)])
 
 
 def size(count: float) -> str:

@@ -25,9 +25,8 @@ import trainless
 from trainless.hosts import diffusers_calls
 from trainless.hosts.diffusers import DiffusersHost, denoiser_of, denoisers_of, text_encoders_of
 from trainless.hosts.diffusers_geometry import Context
-from trainless.hosts.diffusers_pipelines import default_size, pipeline_facts
 
-from .denoising import TRAINED, run, watched
+from .denoising import TRAINED, run, stable_diffusion, watched
 
 
 @pytest.fixture(autouse=True)
@@ -391,13 +390,6 @@ def test_an_exception_inside_leaves_attention_alone_and_the_patch_working(error)
 # ---------------------------------------------------------------- pipelines
 
 
-def _stable_diffusion(**config):
-    return diffusers.StableDiffusionPipeline(
-        vae=None, text_encoder=None, tokenizer=None, unet=models.build("unet", **config), safety_checker=None,
-        feature_extractor=None, scheduler=diffusers.DDIMScheduler(), requires_safety_checker=False,
-    )  # fmt: skip
-
-
 def _flux():
     return diffusers.FluxPipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), vae=None, text_encoder=None, tokenizer=None,
@@ -409,8 +401,11 @@ def test_a_pipeline_says_what_its_denoiser_is_and_its_size():
     pipe = _flux()
     assert denoiser_of(pipe) == ("transformer", pipe.transformer) and denoisers_of(pipe)[1:] == []
     assert text_encoders_of(pipe) == []
-    assert pipeline_facts(pipe) == {"trained_latent": (128, 128), "vae_scale": 8}
-    assert default_size(pipe) == (1024, 1024) and default_size(_stable_diffusion()) == (128, 128)
+    facts = DiffusersHost(pipe).sites(pipe.transformer)[0].facts
+    assert (facts["trained_latent"], facts["vae_scale"]) == ((128, 128), 8)
+    small = stable_diffusion()
+    facts = DiffusersHost(small).sites(small.unet)[0].facts
+    assert (facts["trained_latent"], facts["sizes"].default()) == ((16, 16), (128, 128))
     with pytest.raises(trainless.InputError, match="no denoiser"):
         denoisers_of(object())
 
@@ -424,7 +419,7 @@ def test_a_flux_pipeline_knows_the_trained_size_that_its_transformer_does_not():
 
 
 def test_patching_the_pipeline_patches_its_unet_in_place():
-    pipe = _stable_diffusion()
+    pipe = stable_diffusion()
     stock = run(pipe.unet, "unet")
     with trainless.patched(pipe, "entropy"):
         assert not torch.equal(run(pipe.unet, "unet"), stock)

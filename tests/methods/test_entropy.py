@@ -9,6 +9,7 @@ import torch
 
 pytest.importorskip("diffusers")
 
+from hosts.denoising import stable_diffusion
 from oracle import install_entropy, models
 
 import trainless
@@ -81,9 +82,9 @@ def test_trained_is_pixels_a_side_or_height_and_width(trained, size):
     """The identity is where the token count is that of training, an equal area turned around included."""
     model, given = models.build("unet"), models.inputs("unet", height=size[0], width=size[1])
     stock = model(**given)[0]
-    with trainless.patched(model, "entropy", trained=trained):
+    with trainless.patched(stable_diffusion(model), "entropy", trained=trained):
         assert torch.equal(model(**given)[0], stock)
-    with trainless.patched(model, "entropy", trained=512):
+    with trainless.patched(stable_diffusion(model), "entropy", trained=512):
         assert not torch.equal(model(**given)[0], stock)
 
 
@@ -199,8 +200,8 @@ def test_bad_sizes(trained):
 
 
 def test_a_size_under_one_latent_pixel():
-    with pytest.raises(trainless.InputError, match=r"trained=4: give pixels"):
-        trainless.patch(models.build("unet"), "entropy", trained=4)
+    with pytest.raises(trainless.InputError, match=r"trained=4×4: give pixels"):
+        trainless.patch(stable_diffusion(), "entropy", trained=4)
 
 
 def test_a_language_model_has_nothing_to_scale():

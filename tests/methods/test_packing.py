@@ -28,7 +28,7 @@ def layer_bytes(layer: PackedLayer) -> int:
 
 
 def side_bytes(layer: PackedLayer) -> int:
-    found = [layer.tail, layer.layout, layer.scores, *layer.store.positions()]
+    found = [layer.tail, layer.scores, *layer.store.positions()]
     found += [s.index for s in layer.store.segments]
     return sum(t.untyped_storage().nbytes() for t in found if t is not None)
 
@@ -135,7 +135,7 @@ def test_without_its_patch_a_packed_cache_returns_what_it_holds(how, padded):
     replay(model, None, ids[:, :24], None if mask is None else mask[:, :24], [24], cache)
     replay(stock, None, ids[:, :24], None if mask is None else mask[:, :24], [24], plain)
     for ours, theirs in zip(cache.layers, plain.layers, strict=True):
-        theirs.keys, theirs.values = ours._all()
+        theirs.keys, theirs.values = ours._laid_out(0)
     positions = every.cumsum(1).sub(1).clamp_min(0)
 
     def run(m, c, lo, hi):

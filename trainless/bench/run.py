@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ..batch.counts import Counts, totals
 from ..binding import bind, check
 from ..errors import InputError
 from ..hosts import Component
@@ -75,13 +76,16 @@ def bench(
         first, second = alternate(variants, subject.run, repeats)
         rows = subject.rows(first, second)
         memory, said = _memory(variants, subject)
-        answers = []
+        answers: list[Any] = []
+        counts: Counts = {}
         for variant in variants:
-            with variant():
+            with variant() as applied:
                 answers.append(subject.predictions())
+                # One run of this patch alone: what it did, beside what it cost and changed.
+                counts = totals(applied.report().to_dict()["methods"]) if applied is not None else counts
         rows += [*memory, *subject.compared(*answers)]
     return BenchResult(
-        name, recipe.name, {**about, "memory": said}, verification, tuple(rows), (*notes, said)
+        name, recipe.name, {**about, "memory": said}, verification, tuple(rows), (*notes, said), counts
     )
 
 

@@ -14,6 +14,7 @@ import typer
 
 from ..errors import TrainlessError
 from ..tables import table
+from .console import console
 
 __all__ = [
     "BAD_COMMAND",
@@ -74,9 +75,7 @@ def as_json(found: Any) -> str:
 
 def say(line: str) -> None:
     """A message for people, on stderr; under a launcher it says which process it is from."""
-    rank = os.environ.get("RANK", "0")
-    prefix = f"[rank {rank}] " if rank != "0" else ""
-    print(prefix + line, file=sys.stderr, flush=True)
+    console.fault(line)
 
 
 def guarded(function: Callable[..., Any]) -> Callable[..., Any]:

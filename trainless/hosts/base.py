@@ -23,16 +23,18 @@ ATTRIBUTE = "_trainless"  # where a module keeps its Runtime, a model its Statio
 
 
 class Lease:
-    """A patch's token at its sites: whether it is applied and not paused. Holds nothing else.
+    """A patch's token at its sites: whether it is on the model (applied) and not paused (active).
 
     Cache layers keep leases to know whether their patch still wants them to evict; a copied cache
-    shares the lease with the original, so copying does not copy the patch.
+    shares the lease with the original, so copying does not copy the patch. ``terms`` is the method with all
+    its parameters, by which a cache that comes back from disk finds the patch that it belongs to.
     """
 
-    __slots__ = ("_local", "active", "name")
+    __slots__ = ("_local", "active", "applied", "name", "terms")
 
-    def __init__(self, name: str):
-        self.name = name
+    def __init__(self, name: str, terms: str = ""):
+        self.name, self.terms = name, terms
+        self.applied = False
         self.active = False
         self._local = threading.local()
 
@@ -47,6 +49,9 @@ class Lease:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Lease:
         return self
+
+    def __reduce__(self) -> Any:
+        return Lease, (self.name, self.terms)  # on disk a cache has no patch
 
     def __repr__(self) -> str:
         return f"Lease({self.name!r}, {'active' if self.active else 'inactive'})"

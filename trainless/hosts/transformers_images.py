@@ -29,6 +29,7 @@ from ..kv import CompressingLayer
 from ..seams import Site, State
 from .base import Runtime
 from .images import READER
+from .transformers_version import cache_in
 
 STATE = "image tokens"  # the state of a cache layer that holds which of its keys are image tokens
 # Arguments that carry images, or what an encoder made of them.
@@ -127,7 +128,7 @@ class Reader(threading.local):
         if not isinstance(tokens, Tensor):
             return  # the model has its own words for this
         batch, length = tokens.shape[:2]
-        cache = call.get("past_key_values")
+        cache = cache_in(call)
         past = int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
         found = self._placeholders(owner, ids, embeds)
         if self.given is not None:

@@ -46,9 +46,11 @@ class Method:
     ``calibration_of`` (name of the measurement that makes its calibration file, ANY_MEASUREMENT, or
     None); ``calibration_sets`` (parameters that such a file holds as tensors of the same name; they
     cannot be given beside it); ``calibration_settings`` (parameters that the file records as the
-    settings of its measurement, in groups: used unless the user gives one of the group); ``site_kind`` ("attention", or
+    settings of its measurement, in groups: used unless the user gives one of the group); ``instead`` (parameters
+    that stand in the place of others: neither is given beside the other); ``site_kind`` ("attention", or
     "module" to be offered every module); ``evicts`` (whether it drops cache entries); ``packs`` (whether it
-    stores cache entries at a lower precision).
+    stores cache entries at a lower precision); ``by_size`` (whether what it does depends on the size of the image, so
+    that a pipeline which paints another one than asked has to be said).
     """
 
     name: ClassVar[str] = ""
@@ -62,9 +64,11 @@ class Method:
     calibration_of: ClassVar[str | None] = None
     calibration_sets: ClassVar[tuple[str, ...]] = ()
     calibration_settings: ClassVar[tuple[tuple[str, ...], ...]] = ()
+    instead: ClassVar[dict[str, tuple[str, ...]]] = {}
     site_kind: ClassVar[str] = "attention"
     evicts: ClassVar[bool] = False
     packs: ClassVar[bool] = False
+    by_size: ClassVar[bool] = False
 
     def calibrated(self, tensors: dict[str, Any], facts: dict[str, Any]) -> Method:
         """These parameters with what a calibration file holds for ``calibration_sets``; settings are in already."""
