@@ -1,6 +1,6 @@
 """trainless: patch pretrained models at load time, with no training.
 
-    p = trainless.patch(model, "h2o", heavy=0.1, recent=0.1)   # in place; returns a Patch
+    p = trainless.patch(model, "kvquant")   # in place: the cache at 4 bits; returns a Patch
     print(p.report()); p.verify(); p.remove()
 
 Importing this package imports neither diffusers nor Triton, and opens no connection. What it exports is imported
