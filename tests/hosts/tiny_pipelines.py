@@ -117,3 +117,31 @@ def cascade() -> Any:
         up_num_layers_per_block=(1, 1), clip_text_in_channels=16, clip_text_pooled_in_channels=16,
         clip_image_in_channels=16, clip_seq=2, dropout=(0.0, 0.0),
     ).eval()  # fmt: skip
+
+
+def flux2() -> Any:
+    return diffusers.Flux2Transformer2DModel(
+        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=24, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False,
+    ).eval()  # fmt: skip
+
+
+def z_image() -> Any:
+    return diffusers.ZImageTransformer2DModel(
+        in_channels=4, dim=32, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=16,
+        axes_dims=[4, 6, 6], axes_lens=[256, 64, 64],
+    ).eval()  # fmt: skip
+
+
+def cogview4() -> Any:
+    return diffusers.CogView4Transformer2DModel(
+        patch_size=2, in_channels=4, num_layers=1, attention_head_dim=4, num_attention_heads=4, out_channels=4,
+        text_embed_dim=8, time_embed_dim=8, condition_dim=4, sample_size=128,
+    ).eval()  # fmt: skip
+
+
+def prx() -> Any:
+    return diffusers.PRXTransformer2DModel(
+        in_channels=4, patch_size=2, context_in_dim=12, hidden_size=32, mlp_ratio=2.0, num_heads=2, depth=1,
+        axes_dim=[8, 8],
+    ).eval()  # fmt: skip
