@@ -111,6 +111,10 @@ class Trial:
             self.parts, sites, tokens_for([r for b in self.patch.bindings for r in rules_of(b)])
         )
 
+    def dense_probes(self) -> list[Probe]:
+        """Probes small enough for the whole matrix of each of their calls."""
+        return self.probes
+
     def _paused(self) -> Ran:
         """The run without this patch; a probe that does not run at all is the user's error, or unsuited."""
         try:
