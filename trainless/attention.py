@@ -281,14 +281,15 @@ class _Run(PackedRun):
     # ------------------------------------------------------------------ bookkeeping
 
     def _account(self, layer: CompressingLayer | None) -> None:
-        for owner in self.acted:
-            tally = self.runtime.tallies.get(owner)
-            if tally is not None:
-                tally.acted += 1
-        for tally in self.runtime.live:
-            tally.kernels[self.kernel] += 1
-            if self.reasons:
-                tally.reasons[self.kernel] = self.reasons
+        with self.runtime.counting:
+            for owner in self.acted:
+                tally = self.runtime.tallies.get(owner)
+                if tally is not None:
+                    tally.acted += 1
+            for tally in self.runtime.live:
+                tally.kernels[self.kernel] += 1
+                if self.reasons:
+                    tally.reasons[self.kernel] = self.reasons
         if layer is None:
             return
         for entry in self.plan.of["kv"]:

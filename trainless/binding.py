@@ -115,6 +115,9 @@ def bind_one(model: Any, parts: list[Component], sites: list[Site], use: Use) ->
     contributions = []
     for site in narrowed:
         given = list(method.contribute(site))
+        refusal = site.facts.get("no_cache_layer")
+        if refusal and any(c.stateful or c.kind == "kv" for c in given if not c.inert):
+            raise Unsupported(f"{name}: {site.name}: {refusal}; use a tested version")
         if given:
             contributions.append((site, given))
     if not contributions:

@@ -36,5 +36,6 @@ def _through(runtime: Runtime, entry: Any, proceed: Any, *args: Any, **kwargs: A
     state = runtime.facts.setdefault("around", {}).setdefault(entry.method, State())
     tally = runtime.tallies.get(entry.owner)
     if tally is not None:
-        tally.acted += 1
+        with runtime.counting:
+            tally.acted += 1
     return entry.contribution.value(proceed, args, kwargs, state)

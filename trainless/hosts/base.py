@@ -6,6 +6,7 @@ that patches come off in any order. Between the two, patches only add and remove
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -27,12 +28,21 @@ class Lease:
     shares the lease with the original, so copying does not copy the patch.
     """
 
-    __slots__ = ("active", "deferring", "name")
+    __slots__ = ("_local", "active", "name")
 
     def __init__(self, name: str):
         self.name = name
         self.active = False
-        self.deferring = False  # a prefill is being fed in chunks: evict after the last one
+        self._local = threading.local()
+
+    @property
+    def deferring(self) -> bool:
+        """Whether this thread is feeding a prefill in chunks: layers then evict after the last one."""
+        return getattr(self._local, "deferring", False)
+
+    @deferring.setter
+    def deferring(self, value: bool) -> None:
+        self._local.deferring = value
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Lease:
         return self
@@ -88,8 +98,21 @@ class Watch(Protocol):
         """The same call, as the host describes it to methods; not where no method is asked about it."""
 
 
+class CallInThread(threading.local):
+    """What the host's hooks note for the call that is under way in this thread."""
+
+    def __init__(self) -> None:
+        self.facts: dict[str, Any] = {}
+        self.residual: Tensor | None = None  # what entered the layer around the site, where asked for
+        self.passed = 0  # calls of the site so far
+
+
 class Runtime:
-    """Stands at one patched site: the contributions there, their plan, and the tallies."""
+    """Stands at one patched site: the contributions there, their plan, and the tallies.
+
+    Any number of threads may call the model at once, each with a cache of its own: what belongs to a call is
+    kept per thread, what belongs to a sequence lies on its cache layers, and the tallies are counted under a lock.
+    """
 
     def __init__(self, site: Site):
         self.site = site
@@ -97,15 +120,20 @@ class Runtime:
         self.tallies: dict[Lease, Tally] = {}
         self.journal = Journal()
         self.plan = AttentionPlan([])
-        self.facts: dict[str, Any] = {}  # set by the host's hooks for the call under way
+        self.call = CallInThread()
+        self.counting = threading.Lock()
         self.rotate: Callable[[Tensor, Tensor], Tensor] | None = None  # turns keys by so many positions
         self.hooked = False  # the host's own use: whether its hook is in place
         self.holders: dict[Contribution, nn.Module] = {}  # what holds the tensors of input contributions
         self.asked: dict[
             str, Any
         ] = {}  # the host's own use: facts that somebody here asks for, and who knows
-        self.residual: Tensor | None = None  # what entered the layer around this site, where asked for
         self.watch: Watch | None = None  # who looks at the calls here, while a patch is verified
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the host's hooks have noted for the call under way in this thread."""
+        return self.call.facts
 
     def add(self, entries: Sequence[Entry]) -> None:
         self.entries.extend(entries)
@@ -146,15 +174,18 @@ class Runtime:
 
     def passed(self) -> None:
         """Count a call for every active patch here."""
-        for tally in self.live:
-            tally.fired += 1
+        self.call.passed += 1
+        with self.counting:
+            for tally in self.live:
+                tally.fired += 1
 
     def acted(self, kernel: str) -> None:
         """Count that every patch with a part in the plan changed the call under way, and the kernel it ran on."""
-        for tally in self.acting:
-            tally.acted += 1
-        for tally in self.live:
-            tally.kernels[kernel] += 1
+        with self.counting:
+            for tally in self.acting:
+                tally.acted += 1
+            for tally in self.live:
+                tally.kernels[kernel] += 1
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Runtime:
         raise Unsupported(

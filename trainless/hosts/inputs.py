@@ -48,7 +48,8 @@ class Inputs(Edit):
         if names and self.runtime.site.kind == "module" and not self.runtime.plan.of["around"]:
             self.runtime.passed()
         self.local.called = set()
-        self.local.counts = self._counts()
+        self.local.counts = {owner: tally.acted for owner, tally in self.runtime.tallies.items()}
+        self.local.passed = self.runtime.call.passed
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         called, counts = getattr(self.local, "called", None), getattr(self.local, "counts", {})
@@ -58,21 +59,19 @@ class Inputs(Edit):
         live = self.runtime.site.kind == "module"
         for entry in self.runtime.plan.of["input"]:
             name, owner = entry.contribution.module, entry.owner
-            fired, acted = counts.get(owner, (0, 0))
+            acted = counts.get(owner, 0)
             tally = self.runtime.tallies.get(owner)  # type: ignore[call-overload]
             if tally is None:
                 continue
             # A step cache may serve the site's output from an earlier call: then nothing was computed at all.
-            if name not in called and (live or tally.fired > fired):
+            if name not in called and (live or self.runtime.call.passed > self.local.passed):
                 raise Unsupported(
                     f"{entry.method}: {self.runtime.site.name} computed its output without calling {name!r}, so "
                     "the patch would act in part only; take fused projections apart (unfuse_qkv_projections)"
                 )
             if name in called and tally.acted == acted:
-                tally.acted += 1
-
-    def _counts(self) -> dict[Any, tuple[int, int]]:
-        return {owner: (tally.fired, tally.acted) for owner, tally in self.runtime.tallies.items()}
+                with self.runtime.counting:
+                    tally.acted += 1
 
     # ------------------------------------------------------------------ at the modules inside
 

@@ -30,7 +30,7 @@ from . import transformers_images as images
 from . import transformers_residual as residual
 from .base import ATTRIBUTE, Made, Runtime, runtime_of
 from .rotary import rotation
-from .transformers_cache import before, cache_wrapper, prefill_wrapper
+from .transformers_cache import before, cache_wrapper, continuous_wrapper, prefill_wrapper
 from .transformers_sites import find
 
 NAME = "trainless"
@@ -46,6 +46,14 @@ PACKED = {"cu_seq_lens_q", "cu_seq_lens_k"}
 PASSED_ON = (HARMLESS - PACKED) | {"is_causal", "sliding_window"}
 # A forward that names one of these may be asked for cross-attention in one call and not in the next.
 OTHER_KEYS = {"key_value_states", "encoder_hidden_states"}
+
+# Methods of a model that are wrapped while it is patched, where it has them.
+WRAPPERS = {
+    "_prefill": prefill_wrapper,
+    "_prepare_cache_for_generation": cache_wrapper,
+    "generate_batch": continuous_wrapper("generate_batch"),
+    "init_continuous_batching": continuous_wrapper("init_continuous_batching"),
+}
 
 
 class ConfigView:
@@ -109,8 +117,9 @@ def _routed(
             return out
 
         return runtime.watch.around(made, proceed), weights[0]
-    facts = runtime.facts
-    entering, runtime.residual = runtime.residual, None
+    here = runtime.call
+    facts = here.facts
+    entering, here.residual = here.residual, None
     if runtime.plan.inert or facts.get("cross"):
         runtime.passed()
         return _user_function(module)(
@@ -339,6 +348,13 @@ class TransformersHost:
     def sites(self, model: nn.Module, prefix: str = "", parts: frozenset[str] = frozenset()) -> list[Site]:
         return find(model, self.family(model), prefix, parts)
 
+    def site_of(self, module: nn.Module) -> Site:
+        """The site of one decoder layer's attention, for a module that is known to be one."""
+        return Site(
+            name=type(module).__name__, module=module, host=self.name, parts=frozenset({"text", "decoder"}),
+            causal=True, layer=int(module.layer_idx), facts={"caches": True},  # type: ignore[arg-type]
+        )  # fmt: skip
+
     def install(self, runtime: Runtime) -> None:
         _register()
         module, journal = runtime.site.module, runtime.journal
@@ -393,10 +409,7 @@ class TransformersHost:
         for name, module in model.named_modules():
             if not isinstance(module, PreTrainedModel):
                 continue
-            for method, wrapper in (
-                ("_prefill", prefill_wrapper),
-                ("_prepare_cache_for_generation", cache_wrapper),
-            ):
+            for method, wrapper in WRAPPERS.items():
                 if callable(getattr(module, method, None)):
                     where = f"{name or 'model'}.{method}"
                     journal.add(AttributeEdit(module, method, wrapper(module, runtimes), where))

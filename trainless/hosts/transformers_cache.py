@@ -15,6 +15,8 @@ from ..journal import mark
 from ..kv import CompressingLayer, PackedLayer, StatefulMixin, stateful
 from ..seams import AttentionPlan
 from .base import Lease, Runtime
+from .transformers_contract import GENERATE, problem
+from .transformers_version import cache_in, layers_of
 
 
 def before(runtime: Runtime, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -135,7 +137,7 @@ def cache_wrapper(model: nn.Module, runtimes: Sequence[Runtime]) -> Callable[...
                 "leave use_cache on, or remove the patch"
             )
         result = original(generation_config, model_kwargs, *args, **kwargs)
-        cache = model_kwargs.get("past_key_values")
+        cache = cache_in(model_kwargs)
         cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
         if not isinstance(cache, Cache):
             return result
@@ -161,6 +163,9 @@ def prefill_wrapper(model: nn.Module, runtimes: Sequence[Runtime]) -> Callable[.
         if generation_config.prefill_chunk_size is None:
             return original(input_ids, generation_config, model_kwargs, *args, **kwargs)
         leases: list[Any] = []
+        broken = problem(GENERATE) if any(runtime.plan.needs_layer for runtime in runtimes) else None
+        if broken:
+            raise Unsupported(f"prefill_chunk_size under a patch: {broken}; leave the option out")
         for runtime in runtimes:
             if runtime.plan.lookahead:
                 raise Unsupported(
@@ -176,11 +181,33 @@ def prefill_wrapper(model: nn.Module, runtimes: Sequence[Runtime]) -> Callable[.
         finally:
             for lease in leases:
                 lease.deferring = False
-        cache = model_kwargs.get("past_key_values")
-        cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
-        for layer in getattr(cache, "layers", []):
+        for layer in layers_of(cache_in(model_kwargs)):
             if isinstance(layer, CompressingLayer):
                 layer.settle()
         return outputs
 
     return mark(prefill)
+
+
+def continuous_wrapper(method: str) -> Callable[[nn.Module, Sequence[Runtime]], Callable[..., Any]]:
+    """Makes the wrapper of an entry into continuous batching, refused before it starts where a patch would act.
+
+    Its requests are answered by a thread of its own, where an error at an attention call ends as an empty answer.
+    """
+
+    def wrapper(model: nn.Module, runtimes: Sequence[Runtime]) -> Callable[..., Any]:
+        original: Any = getattr(model, method)
+
+        @functools.wraps(original)
+        def start(*args: Any, **kwargs: Any) -> Any:
+            acting = next((r.plan.active[0].method for r in runtimes if r.plan.active), None)
+            if acting is not None:
+                raise Unsupported(
+                    f"{acting}: continuous batching ({method}) keeps its keys in pages of its own, which no patch can "
+                    "reach; use generate(), or pause or remove the patch"
+                )
+            return original(*args, **kwargs)
+
+        return mark(start)
+
+    return wrapper

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,6 +29,7 @@ from ..kv import CompressingLayer
 from ..seams import Site, State
 from .base import Runtime
 from .images import READER
+from .transformers_version import cache_in
 
 STATE = "image tokens"  # the state of a cache layer that holds which of its keys are image tokens
 # Arguments that carry images, or what an encoder made of them.
@@ -87,15 +89,19 @@ def _ids(config: Any) -> list[int]:
 # ---------------------------------------------------------------- during a call
 
 
-class Reader:
-    """Stands at a multimodal model and reads, at each of its calls, which tokens are image tokens."""
+class Reader(threading.local):
+    """Stands at a multimodal model and reads, at each of its calls, which tokens are image tokens.
+
+    One for the model and all threads: what it reads of a call is seen by the thread of that call only.
+    """
 
     _trainless_made = True
 
-    def __init__(self, owner: PreTrainedModel):
+    def __init__(self, owner: PreTrainedModel, runtimes: list[Runtime]):
+        # Called again, with these same arguments, in every thread that meets the reader.
         self.config = owner.config
         self.names = list(inspect.signature(type(owner).forward).parameters)[1:]
-        self.runtimes: list[Runtime] = []
+        self.runtimes = runtimes
         self.under_way = False
         self.given: Tensor | None = None  # by the user, (B, L), in the order of the sequence
         self.rows: Tensor | None = None  # (B, Lq) for the call under way; None: no image token in it
@@ -122,7 +128,7 @@ class Reader:
         if not isinstance(tokens, Tensor):
             return  # the model has its own words for this
         batch, length = tokens.shape[:2]
-        cache = call.get("past_key_values")
+        cache = cache_in(call)
         past = int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
         found = self._placeholders(owner, ids, embeds)
         if self.given is not None:
@@ -255,7 +261,7 @@ def watch(runtime: Runtime, model: nn.Module, name: str, journal: Journal) -> Re
         raise Unsupported(f"{runtime.site.name}: {missing_images(models, name, runtime.site.parts)}")
     reader: Reader | None = vars(owner).get(READER)
     if reader is None:
-        reader = Reader(owner)
+        reader = Reader(owner, [])
         where = f"{type(owner).__name__}"
         journal.add(AttributeEdit(owner, READER, reader, f"{where}.{READER}"))
         journal.add(

@@ -57,7 +57,7 @@ def _note(runtime: Runtime, args: tuple[Any, ...], kwargs: dict[str, Any]) -> No
         raise Unsupported(
             f"{runtime.site.name}: its layer takes no hidden states (B, L, D) as first argument"
         )
-    runtime.residual = states
+    runtime.call.residual = states
 
 
 _uncompiled = torch.compiler.disable(_note)

@@ -12,7 +12,9 @@ from transformers import PreTrainedModel
 
 from ..errors import Unsupported
 from ..seams import Site
+from .transformers_contract import CACHE, REGISTRY, problem
 from .transformers_images import missing_images, pretrained
+from .transformers_version import takes_cache
 
 CROSS = (
     "crossattention",
@@ -38,9 +40,12 @@ def find(model: nn.Module, family: str, prefix: str = "", parts: frozenset[str] 
     ]
     if not found:
         _refuse(model, family)
+    if broken := problem(REGISTRY):
+        raise Unsupported(f"{family}: {broken}; use a tested version")
     sites = _numbered(ancestors, found, prefix)
     for site in sites:
         site.facts["caches"] = _caches(site, ancestors, prefix)  # type: ignore[index]
+        site.facts["no_cache_layer"] = problem(CACHE)  # type: ignore[index]
     return sites
 
 
@@ -107,9 +112,7 @@ def _caches(site: Site, ancestors: Mapping[str, PreTrainedModel], prefix: str) -
         for m in around
     )
     return (
-        generating
-        and "text" in site.parts
-        and "past_key_values" in inspect.signature(site.module.forward).parameters
+        generating and "text" in site.parts and takes_cache(inspect.signature(site.module.forward).parameters)
     )
 
 

@@ -60,13 +60,14 @@ def acted(trial: Trial, binding: Binding) -> Answer:
             UNCHECKED,
             "the default probe has no image; give probe=, what the processor makes of a prompt with one",
         )
-    reason = _had_room(trial, binding, max(c.tokens_seen for c in calls)) or _acts_elsewhere(trial, binding)
+    seen, kept = max(c.tokens_seen for c in calls), max(c.tokens_kept for c in calls)
+    reason = _had_room(binding, seen, kept) or _acts_elsewhere(trial, binding)
     if reason:
         return UNCHECKED, reason
     return FAILED, f"{sum(c.fired for c in calls)} calls passed, and it did nothing in any of them"
 
 
-def _had_room(trial: Trial, binding: Binding, seen: int) -> str | None:
+def _had_room(binding: Binding, seen: int, held: int) -> str | None:
     """Why a rule of the cache dropped or packed nothing, or None when there is none or it should have."""
     rules = rules_of(binding)
     if not rules:
@@ -74,10 +75,11 @@ def _had_room(trial: Trial, binding: Binding, seen: int) -> str | None:
     if not seen:
         return "the probe keeps no cache that could be compressed"
     packing = [rule for rule in rules if isinstance(rule, Quantise)]
-    if any(r.packs(seen, tokens_of(r.residual, seen), True) and seen >= r.start for r in packing):
+    if any(r.packs(held, tokens_of(r.residual, seen), True) and seen >= r.start for r in packing):
         return None
     if packing:
-        return f"all {seen} tokens of the probe are recent enough to stay as they are; give a longer probe="
+        left = f"{held} that are left" if held < seen else f"{seen} tokens"
+        return f"all {left} of the probe are recent enough to stay as they are; give a longer probe="
     if any(isinstance(rule, Evict) and rule.chosen for rule in rules):
         return f"it left all {seen} tokens of the probe as they were; give a longer probe="
     kept = min(rule.total(seen) for rule in rules if isinstance(rule, Evict))

@@ -45,13 +45,13 @@ def watched(trial: Trial) -> Seen:
     inputs = InputsWatch(runtimes)
     failure = None
     with watching.on(), inputs.on():
-        try:
-            for probe in trial.dense_probes():
-                trial.standing.fresh()
-                seed(SEED)
+        for probe in trial.dense_probes():
+            trial.standing.fresh()
+            seed(SEED)
+            try:
                 probe.run()
-        except Exception as error:
-            failure = f"while its calls were computed in full, the model raised {told(error)}"
+            except Exception as error:
+                failure = f"on {probe.name} the model raises {told(error)}"
     return Seen({m: w.record for m, w in watching.sites.items()}, inputs, failure)
 
 
@@ -113,18 +113,16 @@ def _attended(records: list[Record], seen: Seen) -> Answer:
     wrong = _wrong(records, "result")
     if wrong:
         return FAILED, wrong
-    if seen.failure is not None:
-        return UNCHECKED, seen.failure
     calls, held = sum(r.calls for r in records), sum(r.held["result"] for r in records)
     over = sum(r.passed_over for r in records)
-    why = _why(records, "result")
+    why = "; ".join(reason for reason in (_why(records, "result"), seen.failure) if reason)
     if not held:
         return UNCHECKED, why or "none of its sites was called"
     seams = "/".join(sorted(set[str]().union(*(r.seams for r in records))))
-    gap, worst = max(r.gap for r in records), max(r.worst for r in records)
-    said = f"{held} of {calls} calls as computed in full ({seams}), within {gap:.1g}, {worst:.0%} of what rounding may do"
+    gap = max(r.gap for r in records)
+    said = f"{held} of {calls} calls are as computed in full ({seams}), within {gap:.1g} of the largest value"
     said += f"; {over} over other keys left alone" if over else ""
-    return OK, f"{said}; the others: {why}" if why else said
+    return OK, f"{said}; not all: {why}" if why else said
 
 
 def _kept(records: list[Record], seen: Seen) -> Answer:
@@ -136,7 +134,7 @@ def _kept(records: list[Record], seen: Seen) -> Answer:
     if not held:
         return UNCHECKED, why or seen.failure or "the probe keeps no cache that could be compressed"
     said = f"{held} kept sets are those of the rule; tokens were dropped after {dropped} calls"
-    return OK, f"{said}; others: {why}" if why else said
+    return OK, f"{said}; not all: {why}" if why else said
 
 
 def _precision(records: list[Record], seen: Seen) -> Answer:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -24,15 +24,20 @@ MOST = 2048  # tokens of a prefill that is made longer so that an evictor has so
 # ---------------------------------------------------------------- which probes
 
 
-def probes_for(parts: Sequence[Component], sites: Sequence[Site], tokens: int) -> list[Probe]:
-    """The default probes of every component that one of ``sites`` belongs to; Unsupported names what has none."""
+Make = Callable[[Any, Sequence[Site], int], list[Probe]]
+
+
+def probes_for(
+    parts: Sequence[Component], sites: Sequence[Site], tokens: int, make: Make = default_probes
+) -> list[Probe]:
+    """The probes of every component that one of ``sites`` belongs to; Unsupported names what has none."""
     found = []
     for part in parts:
         own = [s for s in sites if s.name.startswith(part.prefix)]
         longer = [p for p in parts if len(p.prefix) > len(part.prefix)]
         own = [s for s in own if not any(s.name.startswith(p.prefix) for p in longer)]
         if own:
-            found += default_probes(part, own, tokens)
+            found += make(part, own, tokens)
     return found
 
 
@@ -151,6 +156,7 @@ class Ran:
                 total.acted += tally.acted
                 total.kernels.update(tally.kernels)
                 total.tokens_seen = max(total.tokens_seen, tally.tokens_seen)
+                total.tokens_kept = max(total.tokens_kept, tally.tokens_kept)
         return total
 
     def calls_of_others(self, leases: set[Lease]) -> list[tuple[int, int, int, int]]:

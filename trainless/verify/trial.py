@@ -9,7 +9,7 @@ from typing import Any
 from ..binding import Binding
 from ..errors import InputError, TrainlessError, Unsupported
 from ..hosts.base import Lease, Tally
-from ..hosts.probes import Probe
+from ..hosts.probes import Probe, dense_probes
 from ..patching import Patch
 from ..seams import Contribution, Evict, Quantise
 from .outcome import FAILED, UNCHECKED, WHOLE, Answer, Check, Verification
@@ -113,7 +113,7 @@ class Trial:
 
     def dense_probes(self) -> list[Probe]:
         """Probes small enough for the whole matrix of each of their calls."""
-        return self.probes
+        return self.probes if self.given is not None else self._made_for(dense_probes)
 
     def _paused(self) -> Ran:
         """The run without this patch; a probe that does not run at all is the user's error, or unsuited."""

@@ -95,7 +95,11 @@ class SiteWatch:
         return not self.inside and threading.get_ident() == self.watching.thread
 
     def told(self, call: AttentionCall) -> None:
-        self.call = call
+        if self._mine():
+            self.call = call
+
+    def _mine(self) -> bool:
+        return self.inside and threading.get_ident() == self.watching.thread
 
     def recorded(self, entry: Entry) -> Entry:
         """The same entry, whose contribution also tells what it returns."""
@@ -106,6 +110,8 @@ class SiteWatch:
 
         def telling(call: AttentionCall, stats: Statistics, state: Any) -> Any:
             found = value(call, stats, state)
+            if not self._mine():
+                return found
             positions = getattr(call.layer, "positions", None)
             positions = positions.clone() if isinstance(positions, Tensor) else None
             told = Value(entry, call, stats, found, positions)
@@ -124,7 +130,7 @@ class SiteWatch:
     ) -> Callable[..., Groups | None]:
         def telling(call: AttentionCall, state: Any) -> Groups | None:
             found = groups(call, state)
-            if found is not None:
+            if found is not None and self._mine():
                 self.groups[id(entry)] = found
             return found
 
@@ -158,12 +164,12 @@ class SiteWatch:
     def _stock(self, proceed: Callable[[], Tensor]) -> Tensor:
         """What the user's own attention gives for the same call."""
         runtime = self.runtime
-        plan, residual = runtime.plan, runtime.residual
+        plan, residual = runtime.plan, runtime.call.residual
         runtime.plan = AttentionPlan([])
         try:
             return proceed()
         finally:
-            runtime.plan, runtime.residual = plan, residual
+            runtime.plan, runtime.call.residual = plan, residual
 
     def _check(self, made: Made, out: Tensor, stock: Tensor | None, updates: list[Update]) -> None:
         plan, record = self.runtime.plan, self.record
