@@ -9,11 +9,11 @@ from typing import Any
 from ..binding import Binding
 from ..errors import InputError, TrainlessError, Unsupported
 from ..hosts.base import Lease, Tally
-from ..hosts.probes import Probe, dense_probes
+from ..hosts.probes import Probe, default_probes, dense_probes
 from ..patching import Patch
 from ..seams import Contribution, Evict, Quantise
 from .outcome import FAILED, UNCHECKED, WHOLE, Answer, Check, Verification
-from .probing import Ran, probes_for, run, same_bits, tokens_for, user_probe
+from .probing import Make, Ran, probes_for, run, same_bits, tokens_for, user_probe
 from .standing import Standing, quietly
 
 UNSTEADY = "the model itself does not give the same bits twice"
@@ -106,10 +106,12 @@ class Trial:
     def make_probes(self) -> list[Probe]:
         if self.given is not None:
             return [user_probe(self.patch.model, self.parts, self.given)]
+        return self._made_for(default_probes)
+
+    def _made_for(self, make: Make) -> list[Probe]:
         sites = [site for b in self.patch.bindings for site, _ in b.contributions]
-        return probes_for(
-            self.parts, sites, tokens_for([r for b in self.patch.bindings for r in rules_of(b)])
-        )
+        tokens = tokens_for([r for b in self.patch.bindings for r in rules_of(b)])
+        return probes_for(self.parts, sites, tokens, make)
 
     def dense_probes(self) -> list[Probe]:
         """Probes small enough for the whole matrix of each of their calls."""
