@@ -163,16 +163,18 @@ class _Run(PackedRun):
             if pattern is not None:
                 found.append(pattern)
                 self.acted.add(entry.owner)
-        if (found or extra) and self.plan.of["scale"]:
+        if (found or extra) and any(e.contribution.constant is None for e in self.plan.of["scale"]):
             call = self.call
-            seen = visible_keys(found, call.query.shape[2], call.key.shape[2], call.query.device)
+            rows, keys = call.query.shape[2], call.key.shape[2]
+            mask = call.mask if isinstance(call.mask, Tensor) and call.mask.dim() == 4 else None
+            seen = visible_keys(found, rows, keys, call.query.device, mask)
             for more in extra:
-                first, stop = more.rows or (0, len(seen))
+                first, stop = more.rows or (0, rows)
                 if more.visible is None:
-                    seen[first:stop] += more.key.shape[2]
+                    seen[..., first:stop] += more.key.shape[2]
                 else:
-                    seen[first:stop] += more.visible[0, 0].sum(-1)
-            call.facts["visible_keys"] = seen.view(1, 1, -1, 1)
+                    seen[..., first:stop] += more.visible[0, 0].sum(-1)
+            call.facts["visible_keys"] = seen[..., None]
         return found
 
     def _scale(self) -> None:

@@ -94,7 +94,7 @@ class Run:
         if padding is not None:
             visible = replace(visible, keys=padding[:, -lk:].bool())
         for pattern in patterns:
-            visible = visible.restrict(pattern.visible)
+            visible = visible.restrict(pattern.visible, getattr(pattern, "batch", 1))
             self.edited = True
         return visible
 

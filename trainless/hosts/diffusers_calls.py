@@ -24,6 +24,8 @@ from ..attention import attend
 from ..errors import Unsupported
 from ..seams import AttentionCall
 from .base import Made, Runtime
+from .denoisers import Layout
+from .denoisers.table import ELSEWHERE, qualified
 from .diffusers_geometry import CONTEXT, describe
 
 SDPA = torch.nn.functional.scaled_dot_product_attention
@@ -67,7 +69,11 @@ def refusal(module: nn.Module) -> str | None:
     processor = getattr(module, "processor", None)
     if processor is None:
         return "it has no processor"
-    said = _source_says(processor.__class__)
+    kind = processor.__class__
+    elsewhere = ELSEWHERE.get(qualified(kind))
+    if elsewhere is not None:
+        return f"{kind.__name__} {elsewhere}"
+    said = _source_says(kind)
     if said is not None:
         return said
     if getattr(processor, "_parallel_config", None) is not None:
@@ -82,6 +88,15 @@ def refusal(module: nn.Module) -> str | None:
     return None
 
 
+def foreign_order(layout: Layout | None, module: nn.Module) -> str | None:
+    """Why the declared order of text and image is not sure here: the processor decides on it, and is a stranger."""
+    kind = type(getattr(module, "processor", None))
+    home = next((c.__module__ for c in kind.__mro__ if "__call__" in vars(c)), "")
+    if layout is None or not layout.streams or home.startswith("diffusers."):
+        return None
+    return f"in which order {kind.__name__} puts text and image is not known; use the processor of diffusers"
+
+
 # ---------------------------------------------------------------- catching the call
 
 
@@ -91,6 +106,8 @@ class Interception(TorchFunctionMode):
     def __init__(self, runtime: Runtime, module: nn.Module):
         super().__init__()
         self.runtime, self.module = runtime, module
+        layout = runtime.site.facts.get("layout")
+        self.several = layout is not None and layout.several  # each of its calls goes through the plan
         self.home = _module_frame()
         self.keys: int | None = None  # number of keys in the module's own call, once it was made
         self.computed = False
@@ -135,7 +152,7 @@ class Interception(TorchFunctionMode):
         ) -> Tensor:
             return SDPA(query, key, value, mask, dropout_p, causal, scale=scale, enable_gqa=enable_gqa)
 
-        if not self.alive() or (self.keys is not None and self._is_beside(key)):
+        if not self.alive() or (self.keys is not None and not self.several and self._is_beside(key)):
             return stock(query, key, value, attn_mask, is_causal, scale)
         name = self.runtime.site.name
         if query.dim() != 4 or (is_causal and query.shape[2] != key.shape[2]):
@@ -189,12 +206,13 @@ class Interception(TorchFunctionMode):
         known = describe(
             site, context.geometry if context is not None else None, query.shape[2], key.shape[2]
         )
+        if foreign := foreign_order(site.facts.get("layout"), self.module):
+            known = {"facts": {**known["facts"], "no_images": foreign}}
         if mask is not None and mask.dim() < 4:
             mask = mask[(None,) * (4 - mask.dim())]
         return AttentionCall(
             query=query, key=key, value=value, mask=mask, causal=causal, dropout=dropout, site=site,
-            scaling=query.shape[-1] ** -0.5 if scale is None else scale,
-            text_first=site.facts.get("text_order") != "image first", **known,
+            scaling=query.shape[-1] ** -0.5 if scale is None else scale, **known,
         )  # fmt: skip
 
 

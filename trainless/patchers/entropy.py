@@ -5,9 +5,10 @@ What     Every logit of image self-attention is multiplied by sqrt(ln N / ln T):
          larger images are attended to too diffusely, and smaller ones too sharply.
 Source   "Training-free Diffusion Model Adaptation for Variable-Sized Text-to-Image Synthesis".
 Seams    scale: one number for each call, so the model's own kernel does the work.
-Exact    bitwise the identity where N = T. T follows the layer: a UNet's level, a transformer's patches. In
-         joint attention the live text length counts in both, so the trained size is the identity for any
-         prompt.
+Exact    bitwise the identity where N = T. T follows the layer: a UNet's level, a transformer's patches. What
+         stands beside the generated image (text, registers, reference images, keys cached from them, padding
+         that is attended to) counts in both, so the trained size is the identity for any prompt and reference.
+         Rows that see nothing of the image are left alone.
 Costs    nothing: the factor goes into the scaling that attention applies anyway.
 Differs  The paper has UNets only; text in the counts, and N as the keys that a row can see under a mask or
          a local pattern, are ours. Both counts are taken to be at least 2, since ln 1 = 0.
@@ -59,9 +60,8 @@ class Entropy(Method):
             _size(self.trained)
 
     def refuses(self, site: Site) -> str | None:
-        if site.facts.get("video"):
-            return "a video's tokens depend on its frames too, and how many were trained on is not known"
-        return None
+        reason = site.facts.get("no_images")
+        return None if reason is None else str(reason)
 
     def contribute(self, site: Site) -> list[Contribution]:
         latent = self._latent(site)
@@ -96,25 +96,32 @@ def factor(call: AttentionCall, latent: tuple[int, int]) -> float | Tensor | Non
 
     A number, or where masks or patterns make N differ a tensor broadcastable to (B, H, Lq, 1).
     """
-    grid_at = call.facts.get("grid_at")
-    image = call.facts.get("image_tokens")
-    if grid_at is None or image is None:
-        where = call.site.name if call.site is not None else "this attention"
+    image = call.image
+    where = call.site.name if call.site is not None else "this attention"
+    if image is None:
         raise Unsupported(
-            f"entropy: which of the {call.key.shape[2]} tokens at {where} are the image's is not known "
-            "from the denoiser's inputs; leave the layer out with `where: {modules}`, or remove the patch"
+            f"entropy: which of the {call.key.shape[2]} tokens at {where} are the image's is not known: "
+            f"{call.facts.get('no_images', 'nobody says so')}; leave the layer out with `where: {{modules}}`, or "
+            "remove the patch"
         )
-    rows, columns = grid_at(latent)
-    now: int | Tensor = image + call.text
-    trained: int | Tensor = rows * columns + call.text
+    if call.facts.get("scaled"):
+        raise Unsupported(f"entropy: {where}: {call.facts['scaled']}, or remove the patch")
+    if not image.tokens:
+        return None
+    keys = call.key.shape[2]
+    at_trained = math.prod(image.at(latent)) * image.grids
+    now: int | Tensor = keys
+    trained: int | Tensor = keys - image.tokens + at_trained
     if call.mask is not None:
         seen = _seen(call)
+        own = image.mask(keys, seen.device)
+        shown = (seen & own).sum(-1, keepdim=True)
         now = seen.sum(-1, keepdim=True)
-        text = seen[..., : call.text] if call.text_first else seen[..., image:]
-        trained = rows * columns + text.sum(-1, keepdim=True)
-    visible = call.facts.get("visible_keys")  # set by a pattern that hides keys without a mask
+        # A row that sees a part of the image is counted as if it had seen that part of the trained one.
+        trained = now - shown + _tensor(shown, call) * (at_trained / image.tokens)
+    visible = call.facts.get("visible_keys")  # set by a pattern that hides keys, with the mask counted in
     if visible is not None:
-        now = visible if call.mask is None else torch.minimum(_tensor(visible, call), _tensor(now, call))
+        now = visible
     if isinstance(now, Tensor) or isinstance(trained, Tensor):
         ln_now, ln_trained = (_tensor(n, call).clamp(min=2).log() for n in (now, trained))
         return torch.sqrt(ln_now / ln_trained)

@@ -92,6 +92,8 @@ class LinFusion(Method):
     )
 
     def refuses(self, site: Site) -> str | None:
+        if site.facts.get("no_images"):
+            return str(site.facts["no_images"])
         if site.facts.get("patch") is not None:
             return "not a UNet's self-attention, for which alone weights were distilled"
         if "attn1" not in site.name.split(".")[-1]:

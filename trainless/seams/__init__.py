@@ -11,7 +11,7 @@ Shapes: B batch, H query heads, Hkv key/value heads, Lq queries and Lk keys of t
 
 from __future__ import annotations
 
-from .calls import AttentionCall, Groups, Site, State, Statistics
+from .calls import AttentionCall, Groups, ImageTokens, Site, State, Statistics
 from .contributions import Contribution, Probes, Value
 from .eviction import Budget, Evict, check_budget, tokens_of
 from .kinds import BESIDE, EXCLUSIVE, FACTS, KINDS, STATISTICS
@@ -36,6 +36,7 @@ __all__ = [
     "ExtraKeys",
     "Formed",
     "Groups",
+    "ImageTokens",
     "MassMove",
     "Pairs",
     "Probes",
