@@ -64,7 +64,7 @@ class Trial:
         self.steady: bool | None = None
 
     def checks(self) -> list[Check]:
-        from . import comparing, dense_checks
+        from . import comparing, dense_checks, layout
 
         try:
             self.probes = self.make_probes()
@@ -87,6 +87,7 @@ class Trial:
                 found.append(Check(binding.name, name, *check(self, binding)))
             found += dense_checks.of_method(self, binding, seen)
         found += dense_checks.of_patch(self, seen)
+        found += layout.checks(self)
         found.append(Check(WHOLE, "removal", *comparing.removal(self)))
         found.append(Check(WHOLE, "finite", *comparing.finite(self)))
         return found
