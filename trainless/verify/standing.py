@@ -21,7 +21,6 @@ from ..hosts.base import Runtime, Tally, runtime_of
 # What model classes keep on the module of the sequence that they saw last, with its value in a model that saw none.
 # Multi-axis rotary models (Qwen-VL, GLM-V and their kin) keep one offset for each row of the last batch.
 OF_LAST_SEQUENCE = {"rope_deltas": None}
-OURS = "_trainless"
 OWN = frozenset(vars(nn.Module()))  # what every module has; `training` and hooks are seen to apart
 
 
@@ -144,11 +143,14 @@ class Standing:
 
 
 def _plain(module: nn.Module) -> dict[str, Any]:
-    """The attributes of a module that are data and not parts of it: numbers, text, tensors, and lists of such."""
+    """The attributes of a module that are data and not parts of it: numbers, text, tensors, and lists of such.
+
+    Names with an underscore are the bookkeeping of libraries, ours included: what hooks they have put in place, say.
+    """
     return {
         name: value
         for name, value in vars(module).items()
-        if name not in OWN and not name.startswith(OURS) and _is_plain(value)
+        if name not in OWN and not name.startswith("_") and _is_plain(value)
     }
 
 
