@@ -22,7 +22,7 @@ from .hosts.images import image_tokens
 from .listing import MethodInfo, methods
 from .patching import Patch, patch, patched, unpatch
 from .recipes import load_recipe
-from .verification import Verification
+from .verify import Verification
 
 __version__ = "0.1.0"
 

@@ -12,7 +12,7 @@ from typing import Any
 from ..errors import InputError
 from ..report import size
 from ..tables import table, wrapped
-from ..verification import Verification
+from ..verify import Verification
 
 MADE_BY = "trainless bench"
 

@@ -28,7 +28,7 @@ from ..kv import CompressingLayer
 from ..seams import AttentionCall, Site
 from . import transformers_images as images
 from . import transformers_residual as residual
-from .base import ATTRIBUTE, Runtime, runtime_of
+from .base import ATTRIBUTE, Made, Runtime, runtime_of
 from .rotary import rotation
 from .transformers_cache import before, cache_wrapper, continuous_wrapper, prefill_wrapper
 from .transformers_sites import find
@@ -106,6 +106,17 @@ def _routed(
             f"{type(module).__name__} asks for attention {NAME!r} but is not patched; "
             "this name is internal: pick another implementation with set_attn_implementation"
         )
+    if runtime.watch is not None and runtime.watch.wants():
+        made = _made(query, key, value, attention_mask, scaling, dropout, kwargs)
+        weights: list[Any] = [None]
+
+        def proceed() -> Tensor:
+            out, weights[0] = _routed(
+                module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+            )
+            return out
+
+        return runtime.watch.around(made, proceed), weights[0]
     here = runtime.call
     facts = here.facts
     entering, here.residual = here.residual, None
@@ -127,6 +138,8 @@ def _routed(
     call = _call(module, runtime, query, key, value, attention_mask, scaling, dropout, kwargs)
     if runtime.plan.asks:
         _tell(runtime, call, entering)
+    if runtime.watch is not None:
+        runtime.watch.told(call)
 
     def delegate(call: AttentionCall) -> Tensor:
         passed = dict(kwargs)
@@ -154,6 +167,26 @@ def _routed(
     out = attend(runtime, call, delegate)
     facts.pop("residual", None)  # as large as the layer's activations: not to be kept until the next call
     return out, facts.pop("weights", None)
+
+
+def _made(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Any,
+    scaling: float | None,
+    dropout: float,
+    kwargs: dict[str, Any],
+) -> Made:
+    """The interface's arguments, as they came."""
+    named = {"position_bias": "position_bias", "softcap": "softcap", "s_aux": "sink_logits"}
+    named |= {"sliding_window": "sliding_window", "is_causal": "causal"}
+    given = {name: v for name, v in kwargs.items() if v is not None}
+    others = tuple(sorted(given.keys() - named.keys() - (HARMLESS - PACKED)))
+    return Made(
+        query, key, value, mask, scaling, dropout=dropout, others=others,
+        **{ours: given[theirs] for theirs, ours in named.items() if theirs in given},
+    )  # fmt: skip
 
 
 def _only_scaled(kwargs: dict[str, Any]) -> bool:
