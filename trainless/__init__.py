@@ -12,9 +12,12 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
 
+# Not from typing, whose import takes longer than all else here: whoever presses Ctrl-C in it sees a traceback.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from .advice import Recommendation, recommend
     from .calibrators import calibrate
     from .errors import (
@@ -32,7 +35,7 @@ if TYPE_CHECKING:
     from .listing import MethodInfo, methods
     from .patching import Patch, patch, patched, unpatch
     from .recipes import load_recipe
-    from .verification import Verification
+    from .verify import Verification
 
 __version__ = "0.1.0"
 
@@ -80,7 +83,7 @@ _FROM = {
     "listing": ("MethodInfo", "methods"),
     "patching": ("Patch", "patch", "patched", "unpatch"),
     "recipes": ("load_recipe",),
-    "verification": ("Verification",),
+    "verify": ("Verification",),
 }
 _WHERE = {name: module for module, names in _FROM.items() for name in names}
 

@@ -21,9 +21,9 @@ from torch import nn
 
 from ..journal import AttributeEdit, HookEdit, Journal
 from ..seams import Site
-from .base import ATTRIBUTE, Runtime
+from .base import ATTRIBUTE, Lease, Runtime
 from .denoisers import Layout, layout_of
-from .denoisers.words import ROLES, WITHOUT_IMAGE
+from .denoisers.words import ROLES, holds_no_image, undeclared
 from .diffusers_calls import AttentionHooks, foreign_order, refusal
 from .diffusers_geometry import CONTEXT, Context
 from .diffusers_pipelines import denoiser_of, denoisers_of, text_encoders_of
@@ -134,6 +134,12 @@ class DiffusersHost:
         register = functools.partial(owner.register_forward_pre_hook, asked.before, with_kwargs=True)
         journal.add(HookEdit(owner, register, f"pre-hook on {where}"))
 
+    def watch_sizes_for(self, model: nn.Module, lease: Lease) -> None:
+        """Warn when a pipeline paints another size than it was asked for, as long as this patch is active."""
+        for owner in _denoisers(model).values():
+            if ASKED in vars(owner):
+                vars(owner)[ASKED].leases.append(lease)
+
     def size_notes(self, model: nn.Module) -> list[str]:
         """What the pipeline does with the sizes that it is asked for, where that is not what was asked."""
         found = [vars(owner).get(ASKED) for owner in _denoisers(model).values()]
@@ -201,12 +207,14 @@ def _no_images(
 ) -> str | None:
     """Why image tokens cannot be told at a site, or None."""
     if layout is None:
-        return f"which tokens of a {family} are the image's is not declared for this class"
+        return undeclared(family)
     if layout.read is None:
         return layout.why
+    if holds is not None and (said := holds_no_image(holds)):
+        return said
     if holds is None or level is None:
         return f"it is not among the attention layers that are declared for {layout.family}"
-    return WITHOUT_IMAGE.get(holds) or foreign_order(layout, module)
+    return foreign_order(layout, module)
 
 
 def _role(name: str, module: nn.Module) -> str:

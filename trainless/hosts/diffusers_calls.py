@@ -22,8 +22,8 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 from ..attention import attend
 from ..errors import Unsupported
-from ..seams import AttentionCall
-from .base import Runtime
+from ..seams import AttentionCall, Site
+from .base import Made, Runtime
 from .denoisers import Layout
 from .denoisers.table import ELSEWHERE, qualified
 from .diffusers_geometry import CONTEXT, describe
@@ -110,6 +110,7 @@ class Interception(TorchFunctionMode):
         layout = runtime.site.facts.get("layout")
         self.several = layout is not None and layout.several  # each of its calls goes through the plan
         self.home = module_frame()
+        self.others: int | None = None  # tokens beside its own that the module was given
         self.keys: int | None = None  # number of keys in the module's own call, once it was made
         self.computed = False
         self.closed = False
@@ -161,6 +162,11 @@ class Interception(TorchFunctionMode):
                 f"{name}: {_processor_name(self.module)} calls attention with queries {tuple(query.shape)}"
                 f"{', causal' if is_causal else ''}; only (batch, heads, tokens, width) can be patched"
             )
+        if self.others == key.shape[2] != query.shape[2]:
+            raise Unsupported(
+                f"{name} was taken for self-attention, since nothing is declared about this class, and attends to the "
+                f"{self.others} tokens that it was given beside its own; leave it out with `where: {{modules}}`"
+            )
         self.keys = key.shape[2]
         call = self._call(query, key, value, attn_mask, dropout_p, is_causal, scale)
         own_scale, own_mask = call.scaling, call.mask
@@ -171,7 +177,16 @@ class Interception(TorchFunctionMode):
             scaling = scale if now.scaling == own_scale else now.scaling
             return stock(now.query, now.key, now.value, mask, now.causal, scaling).transpose(1, 2)
 
-        return attend(self.runtime, call, delegate).transpose(1, 2)
+        watch = self.runtime.watch
+        if watch is None or not watch.wants():
+            return attend(self.runtime, call, delegate).transpose(1, 2)
+        made = Made(query, key, value, call.mask, scale, is_causal, dropout_p)
+
+        def proceed() -> Tensor:
+            watch.told(call)
+            return attend(self.runtime, call, delegate)
+
+        return watch.around(made, proceed).transpose(1, 2)
 
     def _is_beside(self, key: Tensor) -> bool:
         """True for attention over other keys, an image prompt's; a second pass over the same is refused."""
@@ -206,6 +221,15 @@ class Interception(TorchFunctionMode):
             query=query, key=key, value=value, mask=mask, causal=causal, dropout=dropout, site=site,
             scaling=query.shape[-1] ** -0.5 if scale is None else scale, **known,
         )  # fmt: skip
+
+
+def _others(site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    """Tokens that a module is given beside its own, where only its looks said that it is self-attention."""
+    if site.facts.get("holds") is not None or site.role != "self":
+        return None
+    own = args[0] if args else kwargs.get("hidden_states")
+    beside = args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states")
+    return beside.shape[1] if isinstance(beside, Tensor) and beside is not own and beside.dim() == 3 else None
 
 
 def _processor_name(module: nn.Module) -> str:
@@ -246,6 +270,7 @@ class AttentionHooks:
         if reason is not None:
             raise Unsupported(f"{self.runtime.site.name}: {reason}")
         mode = Interception(self.runtime, module)
+        mode.others = _others(self.runtime.site, args, kwargs)
         mode.__enter__()
         modes.append(mode)
 

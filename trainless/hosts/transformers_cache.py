@@ -175,7 +175,8 @@ def _must_be_empty(method: str, layer: Any, index: int) -> None:
     if seen:
         raise InputError(
             f"{method}: cache layer {index} already holds {seen} tokens that the patch never saw; "
-            "start with an empty cache after patching"
+            "start with an empty cache after patching (a prefix-tuning adapter fills it before every call, so use one of "
+            "another kind: prompt tuning or LoRA)"
         )
 
 

@@ -113,7 +113,7 @@ def _layer(module: nn.Module, runtime: Runtime, query: Tensor, key: Tensor, valu
     if isinstance(layer, DummyLayer):
         _follow(runtime, layer, lq, lk)
         return layer
-    if not plan.needs_layer:
+    if not (plan.needs_layer or isinstance(layer, CompressingLayer)):
         return layer
     turn = facts["turn"] = facts.get("turn", 0) + 1
     if turn > 1:

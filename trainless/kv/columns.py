@@ -134,7 +134,7 @@ def misfit(standing: bool, cache: Any, low: int, high: int) -> str:
             "model as well, or start a new cache"
         )
     if low > high:
-        why = "the rows of this padded batch kept different numbers of tokens"
+        why = "the rows of this padded batch hold different numbers of tokens, or from different places"
     elif cache is None:
         why = "this layer was taken out of its cache"
     else:

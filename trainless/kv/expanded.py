@@ -43,7 +43,7 @@ class ExpandedLayer(PackedLayer):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         key, value = super().update(key_states, value_states, *args, **kwargs)
-        if self.active and self.store.runs:
+        if self.served and self.store.runs:
             key, value = self._slots() if self.drops else self._columns()
         self.handed = (key, value)
         return key, value

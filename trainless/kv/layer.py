@@ -73,6 +73,8 @@ class CompressingLayer(Choosing):
         if not self.served:
             return self._hand_out(key_states, value_states)
         self._check_seen()
+        if self.deferred and not self.lease.deferring:
+            self.settle()  # the prefill in chunks is over, and nobody has said so
         self._came(key_states.shape[-2])
         if self._can_write(key_states):
             self._write(key_states, value_states)
@@ -256,7 +258,9 @@ class CompressingLayer(Choosing):
         """Evict what the rule says, now that the call is over; returns the leases that changed something."""
         if not self.lease.active or self.lease.deferring or self.record_past:
             self.free = None  # the slot is taken, and the next token needs another
+            self.deferred = self.lease.deferring
             return set()
+        self.deferred = False
         apart = self.states.pop(APART, None)
         if apart is not None:
             self._add_scores(self._grouped(apart.tensors["mass"][:, :, None])[:, :, 0])

@@ -1,0 +1,114 @@
+"""Changes to the arguments of a denoiser's call, by which can be seen where each of its tokens stands.
+
+Arguments are told apart by what every denoiser of diffusers calls them: the latents are ``sample`` or
+``hidden_states``, the prompt is in ``encoder_hidden_states``, also where there are several of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LATENTS = ("sample", "hidden_states")
+PROMPT = "encoder_hidden_states"
+MASK = "encoder_attention_mask"
+MORE = 3  # tokens by which a prompt is made longer
+SEED = 71
+
+
+@dataclass(frozen=True)
+class Change:
+    """The arguments of a call in which one token was replaced.
+
+    what: "image" or "text". place: of an image token its (row, column) in latents, or its number where the latents
+    come as a sequence of tokens; of a text token its number.
+    """
+
+    what: str
+    place: tuple[int, int] | int
+    given: dict[str, Any]
+
+
+def latents_of(given: Mapping[str, Any]) -> str | None:
+    """The name of the latents among the arguments."""
+    return next((n for n in LATENTS if isinstance(given.get(n), Tensor) and given[n].dim() in (3, 4)), None)
+
+
+def changes(given: Mapping[str, Any], patch: tuple[int, int] | None, image: int | None) -> list[Change]:
+    """One change for each of a few places of the image and of the prompt.
+
+    patch: latents per image token. image: how many of the tokens in a sequence are the generated image's.
+    """
+    found = []
+    name = latents_of(given)
+    if name is not None and given[name].dim() == 4:
+        rows, columns = given[name].shape[2:]
+        tall, wide = patch or (1, 1)
+        down, right = rows // tall - 1, columns // wide - 1
+        for r, c in ((0, 0), (0, right), (down, 0), (down // 2, right // 2), (down, right)):
+            changed = given[name].clone()
+            part = changed[:, :, r * tall : (r + 1) * tall, c * wide : (c + 1) * wide]
+            part += _noise(part)
+            found.append(Change("image", (r * tall, c * wide), {**given, name: changed}))
+    elif name is not None:
+        last = (given[name].shape[1] if image is None else image) - 1
+        for number in sorted({0, last // 3, last}):
+            found.append(Change("image", number, {**given, name: _at(given[name], number)}))
+    for name, text in _prompts(given).items():
+        seen = given.get(MASK)
+        count = text.shape[1] if not isinstance(seen, Tensor) else int(seen[0].bool().sum())
+        for number in sorted({0, count - 1}):
+            found.append(Change("text", number, {**given, name: _at(text, number)}))
+    return found
+
+
+def longer(given: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The same call with a longer prompt; None where there is none."""
+    return _extended(given, 1.0)
+
+
+def padded(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """(the call with a mask of its whole prompt, the same with padding after it); None where there is no mask."""
+    if not isinstance(given.get(MASK), Tensor):
+        return None
+    whole = {**given, MASK: torch.ones_like(given[MASK])}
+    more = _extended(whole, 0.0)
+    return None if more is None else (whole, more)
+
+
+def _extended(given: Mapping[str, Any], mask: float) -> dict[str, Any] | None:
+    prompts = _prompts(given)
+    if not prompts:
+        return None
+    made = dict(given)
+    for name, text in prompts.items():
+        made[name] = torch.cat([text, _noise(text[:, :MORE])], 1)
+    for name in (MASK, "txt_ids"):
+        held = given.get(name)
+        if isinstance(held, Tensor):
+            axis = 1 if name == MASK else held.dim() - 2
+            more = held.narrow(axis, 0, MORE)
+            made[name] = torch.cat([held, torch.full_like(more, mask) if name == MASK else more], axis)
+    return made
+
+
+def _prompts(given: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {
+        name: value for name, value in given.items()
+        if name.startswith(PROMPT) and isinstance(value, Tensor) and value.dim() == 3 and value.is_floating_point()
+    }  # fmt: skip
+
+
+def _at(tokens: Tensor, number: int) -> Tensor:
+    changed = tokens.clone()
+    changed[:, number] += _noise(changed[:, number])
+    return changed
+
+
+def _noise(like: Tensor) -> Tensor:
+    drawn = torch.randn(like.shape, generator=torch.Generator().manual_seed(SEED))
+    return drawn.to(like.device, like.dtype) * 2
