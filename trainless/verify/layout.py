@@ -197,7 +197,7 @@ def _place(site: Site, base: Shown, now: Shown, change: Change, given: dict[str,
     if change.what == "text":
         return f"key {key} is a word of the prompt, and is taken for an image token" if inside else ""
     if isinstance(change.place, int):
-        want = first + change.place
+        want = first + _number(change.place, image.grid, given)
         return (
             "" if key == want else f"image token {change.place} is key {key}, and is taken to be key {want}"
         )
@@ -214,6 +214,16 @@ def _place(site: Site, base: Shown, now: Shown, change: Change, given: dict[str,
     if inside and patch is None and max(abs(at[0] - r), abs(at[1] - c)) <= max(2, max(grid) // 4):
         return ""
     return f"the image token of row {r}, column {c} is key {key}, and is taken to be key {want}"
+
+
+def _number(place: int, grid: Any, given: dict[str, Any]) -> int:
+    """The number of a packed token among the image's: by its row and column where its ids say them."""
+    ids = given.get("img_ids")
+    if grid is None or not isinstance(ids, Tensor) or ids.shape[-1] < 3:
+        return place
+    table = (ids if ids.dim() == 2 else ids[0]).double()
+    row, column = (int((table[place, axis] - table[0, axis]).round()) for axis in (-2, -1))
+    return row * grid[1] + column
 
 
 # ---------------------------------------------------------------- the prompt
