@@ -80,6 +80,18 @@ def test_a_pattern_that_depends_on_the_prompt(monkeypatch: pytest.MonkeyPatch) -
     assert "tokens" in failures(found) and "length of the prompt" in detail(found, "tokens"), str(found)
 
 
+def test_references_that_are_taken_for_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = trainless.patch(build("flux"), "entropy", trained=128)
+    assert made.verify()
+
+    def wrong(sequence: Any, image: Any) -> Any:
+        return dataclasses.replace(image, tokens=sequence.keys - image.first)
+
+    changed(monkeypatch, wrong)
+    found = made.verify()
+    assert "tokens" in failures(found) and "beside a reference image" in detail(found, "tokens"), str(found)
+
+
 # ---------------------------------------------------------------- padding after a prompt
 
 

@@ -24,8 +24,8 @@ SEED = 71
 class Change:
     """The arguments of a call in which one token was replaced.
 
-    what: "image" or "text". place: of an image token its (row, column) in latents, or its number where the latents
-    come as a sequence of tokens; of a text token its number.
+    what: "image", "text" or "reference". place: of an image token its (row, column) in latents, or its number where
+    the latents come as a sequence of tokens; of a text token its number.
     """
 
     what: str
@@ -66,6 +66,26 @@ def changes(given: Mapping[str, Any], patch: tuple[int, int] | None, image: int 
         for number in sorted({0, count - 1}):
             found.append(Change("text", number, {**given, name: _at(text, number)}))
     return found
+
+
+def with_reference(given: Mapping[str, Any]) -> tuple[dict[str, Any], Change] | None:
+    """(the call with a reference image beside the generated one, the same with one of its tokens replaced).
+
+    For classes whose latents come packed, with ids that say which image a token belongs to; None for others, and
+    where there is a reference already.
+    """
+    name, ids = latents_of(given), given.get("img_ids")
+    if name is None or given[name].dim() != 3 or not isinstance(ids, Tensor) or ids.shape[-1] < 3:
+        return None
+    table = ids if ids.dim() == 2 else ids[0]
+    if len(table) != given[name].shape[1] or bool((table[:, 0] != table[0, 0]).any()):
+        return None
+    other = ids.clone()
+    other[..., 0] += 1
+    latents = torch.cat([given[name], _noise(given[name])], 1)
+    made = {**given, name: latents, "img_ids": torch.cat([ids, other], ids.dim() - 2)}
+    number = latents.shape[1] - 1
+    return made, Change("reference", number, {**made, name: _at(latents, number)})
 
 
 def longer(given: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -4,9 +4,10 @@ One image token or one word of the prompt is replaced, and the layers show which
 each attention at the patch's sites gives every token its own value back, so that tokens do not mix there and the one
 that was replaced stands out at every depth.
 
-Checks of the whole patch: ``tokens`` (each image token is the key that methods take for it, no word is taken for one,
-and a pattern leaves the same pairs of the image whatever the prompt), ``prompt`` (padding after a prompt changes no more
-than without the patch), ``size`` (a pipeline's own default size has as many image tokens as methods take for trained).
+Checks of the whole patch: ``tokens`` (each image token is the key that methods take for it, no word and no reference
+image is taken for one, and a pattern leaves the same pairs of the image whatever the prompt), ``prompt`` (padding after
+a prompt changes no more than without the patch), ``size`` (a pipeline's own default size has as many image tokens as
+methods take for trained).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from ..errors import TrainlessError, Unsupported
 from ..hosts.base import Made, Runtime, runtime_of
-from ..hosts.experiments import Change, changes, latents_of, longer, padded
+from ..hosts.experiments import Change, changes, latents_of, longer, padded, with_reference
 from ..hosts.probes import SEED
 from ..seams import AttentionCall, Site, State, Statistics
 from .outcome import FAILED, OK, UNCHECKED, WHOLE, Answer, Check
@@ -148,11 +149,12 @@ def _tokens(trial: Trial, model: nn.Module, sites: Sequence[Site], given: dict[s
             unclear += answer is None
             if answer:
                 wrong.append(f"{site.name}: {answer}")
-    try:
-        wrong += _pairs(trial, model, known, given, base)
-        note = ""
-    except Exception as error:
-        note = f"; with a longer prompt the call does not run ({told(error)})"
+    note = ""
+    for what, look in (("a longer prompt", _pairs), ("a reference image", _references)):
+        try:
+            wrong += look(trial, model, known, given, base)
+        except Exception as error:
+            note += f"; with {what} the call does not run ({told(error)})"
     if wrong:
         more = f" (and {len(wrong) - MANY} more)" if len(wrong) > MANY else ""
         return FAILED, "; ".join(wrong[:MANY]) + more
@@ -200,8 +202,9 @@ def _place(site: Site, base: Shown, now: Shown, change: Change, given: dict[str,
     inside = first <= key < first + image.tokens
     if not _stands_out(moved, key, first, image.grid if site.facts.get("patch") is None else None):
         return None
-    if change.what == "text":
-        return f"key {key} is a word of the prompt, and is taken for an image token" if inside else ""
+    if change.what != "image":
+        what = "a word of the prompt" if change.what == "text" else "a reference image's"
+        return f"key {key} is {what}, and is taken for an image token" if inside else ""
     if isinstance(change.place, int):
         if given[latents_of(given) or ""].shape[1] == len(moved) != image.tokens:
             return None  # the argument is the whole sequence, text and all: nothing is told apart by it
@@ -271,6 +274,29 @@ def _pairs(
         pairs = [_image_pairs(site, shown[site]) for shown in (base, now) if site in shown]
         if len(pairs) == 2 and any(not torch.equal(a, b) for a, b in zip(*pairs, strict=True)):
             wrong.append(f"{site.name}: which pairs of the image exist depends on the length of the prompt")
+    return wrong
+
+
+def _references(
+    trial: Trial, model: nn.Module, sites: Sequence[Site], given: dict[str, Any], base: dict[Site, Shown]
+) -> list[str]:
+    """A reference image beside the generated one must not be taken for a part of it."""
+    made = with_reference(given)
+    if made is None:
+        return []
+    beside, change = made
+    before, after = (_shown(trial, model, sites, one) for one in (beside, change.given))
+    wrong = []
+    for site in sites:
+        if site not in before or site not in after or _image(before[site]) is None:
+            continue
+        was, now = _image(base[site]).tokens, _image(before[site]).tokens
+        if now != was:
+            wrong.append(
+                f"{site.name}: beside a reference image {now} tokens are taken for the image's, without it {was}"
+            )
+        elif answer := _place(site, before[site], after[site], change, beside):
+            wrong.append(f"{site.name}: {answer}")
     return wrong
 
 
