@@ -17,11 +17,13 @@ from torch import Tensor
 from .errors import Unsupported
 from .hosts.base import Lease, Runtime
 from .kernels.visibility import adds_bias, bias_times
-from .kv import CompressingLayer, PackedLayer
+from .kv import CompressingLayer, ExpandedLayer, PackedLayer
 from .packed import PackedRun
 from .patterns import Pattern, visible_keys
 from .run import Delegate
 from .seams import AttentionCall, Entry, Formed
+
+EXPANDED = "the module works on what its cache returns: codes become numbers for each call"
 
 
 def attend(runtime: Runtime, call: AttentionCall, delegate: Delegate) -> Tensor:
@@ -30,7 +32,8 @@ def attend(runtime: Runtime, call: AttentionCall, delegate: Delegate) -> Tensor:
     ``delegate`` computes plain attention for a call with the implementation that the user had.
     """
     runtime.passed()
-    if runtime.plan.inert:
+    # A layer that has dropped or packed tokens is attended to here as long as a hook of ours stands at the site.
+    if runtime.plan.inert and not isinstance(call.layer, CompressingLayer):
         return delegate(call)
     run = _Run(runtime, call, delegate)
     # Families read learned sinks from the module, so a scale has to reach them on the long way.
@@ -48,8 +51,7 @@ class _Run(PackedRun):
         call, plan = self.call, self.plan
         layer = call.layer if isinstance(call.layer, CompressingLayer) else None
         if layer is not None:
-            if layer.active:
-                layer.note(call.real)
+            layer.note(call.real)
             self.edited = layer.evicted
             self._refuse_bias(layer)
             self._refuse_hidden_past(layer)
@@ -75,6 +77,8 @@ class _Run(PackedRun):
         else:
             out = self._softmax(layer, extra, patterns, wanted, moves)
         out = self._gain(out)
+        if isinstance(layer, ExpandedLayer) and layer.store.runs:
+            self.reasons = "; ".join(filter(None, (self.reasons, EXPANDED)))
         if layer is not None and plan.evictor is not None and self._chooses(layer):
             layer.choose(self._value(plan.evictor))
         if isinstance(layer, PackedLayer):
@@ -277,8 +281,23 @@ class _Run(PackedRun):
         entry = self.plan.quantiser
         if entry is None or not layer.rule.chosen or not layer.due:
             return None
-        high: Tensor | None = self._value(entry)
-        return high
+        if not isinstance(layer, ExpandedLayer):
+            high: Tensor | None = self._value(entry)
+            return high
+        # The call is about everything that is held; the method is asked about what waits.
+        waiting = layer.keys.shape[2]
+        call, found = self.call, self.probed.of(entry)
+        if found:
+            mass, rows = found["probe_mass"], found["probe_rows"][:, None]
+            found = {
+                "probe_mass": layer.waiting_columns(mass),
+                "probe_rows": layer.waiting_columns(rows)[:, 0],
+            }
+        call = replace(call, key=call.key[:, :, -waiting:], value=call.value[:, :, -waiting:])
+        value = entry.contribution.value
+        assert value is not None
+        tiers: Tensor | None = value(call, replace(self.stats, **found), self._state(entry))
+        return tiers
 
     # ------------------------------------------------------------------ bookkeeping
 
@@ -298,4 +317,4 @@ class _Run(PackedRun):
             assert isinstance(entry.owner, Lease)
             tally = self.runtime.tallies[entry.owner]
             tally.tokens_seen, tally.tokens_kept = layer.seen, layer.width
-            tally.bytes_kept = layer.nbytes
+            tally.bytes_kept, tally.bytes_stock = layer.nbytes, layer.stock_nbytes

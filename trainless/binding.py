@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .calibration import apply_calibration
-from .errors import Conflict, InputError, NoMatch, Unsupported
+from .errors import Conflict, InputError, NoMatch, Unsupported, near
 from .hosts import Component, components, find_sites, module_sites
 from .hosts.base import Lease, runtime_of
 from .patchers import Method
@@ -106,25 +106,51 @@ def bind_one(model: Any, parts: list[Component], sites: list[Site], use: Use) ->
     narrowed = use.where.select(chosen) if use.where else chosen
     if use.where and not narrowed:
         use.where.select(matched)  # a layer that does not exist is its own error
+        close = [n for glob in use.where.globs for n in near(glob, [s.name for s in chosen])]
         raise NoMatch(
             f"{name}: `where: {use.where.given()}` leaves none of {len(chosen)} matching sites "
-            f"({_names(chosen)})"
+            f"({_names(chosen)}{'; near it: ' + ', '.join(close[:3]) if close else ''})"
         )
     if not narrowed:
         raise NoMatch(f"{name}: its own parameters leave none of {len(matched)} layers ({_names(matched)})")
-    contributions = []
+    contributions, skipped = [], dict(found.skipped)
     for site in narrowed:
         given = list(method.contribute(site))
         refusal = site.facts.get("no_cache_layer")
         if refusal and any(c.stateful or c.kind == "kv" for c in given if not c.inert):
             raise Unsupported(f"{name}: {site.name}: {refusal}; use a tested version")
-        if given:
+        reason = _contribution_refusal(site, given)
+        if reason:
+            skipped[site.name] = reason
+        elif given:
             contributions.append((site, given))
+    if not contributions and len(skipped) > len(found.skipped):
+        raise NoMatch(_all_refused(method, model, skipped))
+    _check_by_host(parts, contributions)
     if not contributions:
         raise NoMatch(
             f"{name}: contributes nothing at any of {len(narrowed)} sites; check its heads and layers"
         )
-    return Binding(use, method, Lease(name), found.candidates, contributions, found.skipped)
+    return Binding(use, method, Lease(name, repr(method)), found.candidates, contributions, skipped)
+
+
+def _contribution_refusal(site: Site, given: Sequence[Contribution]) -> str | None:
+    """Why what a method would do at the site cannot be done there, by what the host knows of it."""
+    active = [c for c in given if not c.inert]
+    if site.facts.get("no_state") and any(c.stateful or c.statistics for c in active):
+        return str(site.facts["no_state"])
+    if site.facts.get("calls", 1) > 1 and any(c.in_order for c in active):
+        return "its attention runs more than once for each token, and the method counts rows in their order"
+    return None
+
+
+def _check_by_host(parts: list[Component], contributions: list[tuple[Site, list[Contribution]]]) -> None:
+    """Let the host refuse by name what it could not do at a site, before anything is touched."""
+    for part in parts:
+        check = getattr(part.host, "check", None)
+        mine = [(s, given) for s, given in contributions if s.name.startswith(part.prefix)]
+        if check is not None and mine:
+            check(part.module, mine)
 
 
 def _default_parts(sites: list[Site], method: Method, part: str | None, parts: list[Component]) -> list[Site]:
@@ -135,15 +161,18 @@ def _default_parts(sites: list[Site], method: Method, part: str | None, parts: l
     sites = [s for s in sites if not (s.parts & extra)]
     if method.parts:
         return [s for s in sites if s.parts & method.parts]
-    if len({p for s in sites for p in s.parts & {"text", "vision"}}) == 2:
-        # A vision-language model: the text decoder, unless asked otherwise.
-        return [s for s in sites if "text" in s.parts]
-    return sites
+    # A model that reads or hears more than text: its text, unless asked otherwise.
+    text = [s for s in sites if "text" in s.parts]
+    return text or sites
 
 
 def _kv_refusal(method: Method, site: Site) -> str | None:
     if not (method.evicts or method.packs):
         return None
+    if site.facts.get("no_kv"):
+        return str(site.facts["no_kv"])
+    if method.evicts and site.facts.get("no_evict"):
+        return str(site.facts["no_evict"])
     if site.facts.get("sliding_window"):
         return "a sliding-window layer keeps its own window"
     if site.facts.get("position_bias"):
@@ -165,8 +194,7 @@ def _nothing(
 ) -> str:
     head = f"{method.name}: nothing to patch in {type(model).__name__}"
     if skipped:
-        first, reason = next(iter(skipped.items()))
-        return f"{head}: all {len(skipped)} candidate sites are refused, e.g. {first}: {reason}"
+        return _all_refused(method, model, skipped)
     wanted = "/".join(sorted(method.roles))
     if not fitting:
         return f"{head}: looked for {wanted} attention among {len(pool)} attention sites ({_names(pool)})"
@@ -174,6 +202,14 @@ def _nothing(
     return (
         f"{head}: looked for {wanted} attention in {parts}; the {len(fitting)} sites belong to "
         f"{'/'.join(sorted({p for s in fitting for p in s.parts}))}; say `where: {{part: …}}` to choose one"
+    )
+
+
+def _all_refused(method: Method, model: Any, skipped: dict[str, str]) -> str:
+    first, reason = next(iter(skipped.items()))
+    return (
+        f"{method.name}: nothing to patch in {type(model).__name__}: all {len(skipped)} candidate sites are refused, "
+        f"e.g. {first}: {reason}"
     )
 
 
@@ -214,7 +250,9 @@ def check(bindings: Sequence[Binding]) -> None:
 def same_plan(binding: Binding, method: Method) -> Binding:
     """The same sites with other parameters (for checking the identity value); a new lease."""
     contributions = [(site, list(method.contribute(site))) for site, _ in binding.contributions]
-    return replace(binding, method=method, lease=Lease(binding.name), contributions=contributions)
+    return replace(
+        binding, method=method, lease=Lease(binding.name, repr(method)), contributions=contributions
+    )
 
 
 __all__ = [

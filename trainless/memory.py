@@ -68,14 +68,18 @@ def estimate(
         before = after = 0
         chosen = False  # whether some method decides by what it reads how many tokens stay
         for site in sites:
-            per_token = 2 * (site.kv_heads or 0) * (site.head_dim or 0) * width.itemsize
-            window = site.facts.get("sliding_window")
+            heads, key_width, value_width = _shape(site)
+            depths = site.facts.get(
+                "depths", 1
+            )  # cache layers of one module, where blocks run more than once
+            per_token = heads * (key_width + value_width) * width.itemsize
+            window = site.facts.get("window_held") or site.facts.get("sliding_window")
             held = min(tokens, window) if window else tokens
             plan = _plan(site, planned[site.module][1] if site.module in planned else [])
-            before += held * per_token
+            before += round(depths * held * per_token)
             chosen = chosen or (plan.evict is not None and plan.evict.chosen)
             held = held if plan.evict is None else min(held, plan.evict.total(tokens))
-            after += _bytes(plan, held, tokens, site, per_token, width.itemsize)
+            after += round(depths * _bytes(plan, held, tokens, site, per_token, width.itemsize))
         points.append(
             CachePoint(
                 tokens, before, None if chosen else after, positions is not None and tokens > positions
@@ -85,8 +89,16 @@ def estimate(
 
 
 def _caches(site: Site) -> bool:
-    known = site.kv_heads is not None and site.head_dim is not None
-    return site.causal and site.role == "self" and known and not site.facts.get("shares_kv")
+    keeps = site.causal or bool(site.facts.get("caches"))
+    return keeps and site.role == "self" and all(_shape(site)) and not site.facts.get("borrows")
+
+
+def _shape(site: Site) -> tuple[int, int, int]:
+    """(heads, width of a key, width of a value) in the cache; zeros where the module does not say."""
+    found: tuple[int, int, int] | None = site.facts.get("cache_shape")
+    if found is None and site.kv_heads is not None and site.head_dim is not None:
+        found = site.kv_heads, site.head_dim, site.head_dim
+    return found or (0, 0, 0)
 
 
 def _plan(site: Site, entries: Sequence[Entry]) -> AttentionPlan:
@@ -101,4 +113,5 @@ def _bytes(plan: AttentionPlan, held: int, tokens: int, site: Site, per_token: i
     if rule is None or tokens < rule.start:
         return held * per_token
     residual = tokens_of(rule.residual, tokens)
-    return (site.kv_heads or 0) * rule.nbytes(held, residual, site.head_dim or 0, itemsize)
+    heads, key_width, value_width = _shape(site)
+    return heads * rule.nbytes(held, residual, key_width, itemsize, value_width)

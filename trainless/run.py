@@ -45,7 +45,8 @@ class Run:
         if entry.method not in self.states:
             kept = getattr(self.call.layer, "states", None)
             # Without a cache there is no sequence to remember: the state lives for this call.
-            self.states[entry.method] = State() if kept is None else kept.setdefault(entry.method, State())
+            state = State(entry.owner)
+            self.states[entry.method] = state if kept is None else kept.setdefault(entry.method, state)
         return self.states[entry.method]
 
     def _value(self, entry: Entry) -> Any:

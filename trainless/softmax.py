@@ -75,12 +75,13 @@ class SoftmaxRun(Run):
             if not (edits or patterns or extra or self.edited or self.plan.of["observe"]):
                 return self.delegate(call)
         window, self.why_not = window_of(call, patterns)
-        if window is not None:
+        if window is not None and not self.runtime.facts.get("attentions"):
             self.why_not = self._why_no_window(layer, wanted, dynamic, edits)
             if not self.why_not:
                 return self._windowed(window, extra)
         visible = self._visibility(layer, patterns)
-        if call.query.shape[2] <= FEW_ROWS and not extra:
+        # Whoever asks for the probabilities themselves is given all of them, as they are after the edits.
+        if (call.query.shape[2] <= FEW_ROWS or self.runtime.facts.get("attentions")) and not extra:
             return self._few_rows(layer, visible, wanted, moves, dynamic, edits)
         plain = not (self.edited or extra)
         if plain and self.groups and not (wanted or dynamic):
@@ -133,7 +134,10 @@ class SoftmaxRun(Run):
             return self.delegate(call)
         if plain and not changed and not self.edited:
             # Only looked at: the user's own kernel gives the output, ours gave the statistics.
-            if self.runtime.facts.get("same_bits") and not out.requires_grad:
+            fused = (
+                self.kernel == "lse/fused"
+            )  # other forms of ours do not have the bits of the user's kernel
+            if self.runtime.facts.get("same_bits") and fused and not out.requires_grad:
                 return out.transpose(1, 2)
             return self.delegate(call)
         if subset is not None:
@@ -423,6 +427,8 @@ class SoftmaxRun(Run):
             heads = entry.contribution.heads
             probabilities = on_heads(probabilities, heads, edit, 0)
         self._observe()
+        if self.runtime.facts.get("attentions") and not (layer is not None and layer.evicted):
+            self.runtime.facts["weights"] = probabilities.to(call.query.dtype)
         if named_rows is not None and not bool(named_rows.all()):
             return apply_to(self._stock_heads(visible, named_rows), probabilities, call.value, named_rows)
         if not (changed or self.edited):

@@ -10,9 +10,18 @@ from torch import nn
 
 from ..errors import InputError, Unsupported
 from ..seams import Site
-from .base import Host
+from .base import Host, Lease, unwrapped
 
-__all__ = ["Component", "Host", "components", "find_sites", "module_sites"]
+__all__ = [
+    "Component",
+    "Host",
+    "components",
+    "exchanged",
+    "find_sites",
+    "module_sites",
+    "size_notes",
+    "watch_sizes",
+]
 
 
 @dataclass(frozen=True)
@@ -32,6 +41,7 @@ def components(model: Any) -> list[Component]:
     Raises InputError for something that is neither, Unsupported for a module of an unknown library.
     """
     if isinstance(model, nn.Module):
+        model = unwrapped(model)
         return [Component("", model, host_of(model), frozenset())]
     if "diffusers" in sys.modules:
         from diffusers import DiffusionPipeline
@@ -40,6 +50,7 @@ def components(model: Any) -> list[Component]:
             return _pipeline(model)
     inner = getattr(model, "model", None)
     if isinstance(inner, nn.Module):  # a transformers pipeline
+        inner = unwrapped(inner)
         return [Component("", inner, host_of(inner), frozenset())]
     raise InputError(
         f"cannot patch a {type(model).__name__}: give a loaded torch module or a pipeline"
@@ -80,6 +91,35 @@ def _pipeline(pipeline: Any) -> list[Component]:
             Component(f"{name}.", encoder, TransformersHost(), frozenset({"text_encoder"}), main=False)
         )
     return found
+
+
+def exchanged(model: Any, parts: list[Component]) -> list[str]:
+    """The attributes of a pipeline that are no longer the modules which ``parts`` are."""
+    names = []
+    for part in parts:
+        name = part.prefix.removesuffix(".")
+        if name and "." not in name and not isinstance(model, nn.Module):
+            now = getattr(model, name, None)
+            if getattr(now, "_orig_mod", now) is not part.module:
+                names.append(name)
+    return names
+
+
+def watch_sizes(parts: list[Component], lease: Lease) -> None:
+    """Have these components say at the call when another size is painted than asked, for a patch that goes by it."""
+    for part in parts:
+        watch = getattr(part.host, "watch_sizes_for", None)
+        if watch is not None:
+            watch(part.module, lease)
+
+
+def size_notes(parts: list[Component]) -> list[str]:
+    """What is to be said about the sizes that these components are really given."""
+    found = [getattr(part.host, "size_notes", None) for part in parts]
+    notes = [
+        note for say, part in zip(found, parts, strict=True) if say is not None for note in say(part.module)
+    ]
+    return list(dict.fromkeys(notes))
 
 
 def find_sites(parts: list[Component]) -> list[Site]:

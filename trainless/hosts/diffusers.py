@@ -8,6 +8,7 @@ from each call in ``diffusers_geometry``; what a pipeline adds is in ``diffusers
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
@@ -20,17 +21,18 @@ from torch import nn
 
 from ..journal import AttributeEdit, HookEdit, Journal
 from ..seams import Site
-from .base import ATTRIBUTE, Runtime
+from .base import ATTRIBUTE, Lease, Runtime
 from .denoisers import Layout, layout_of
-from .denoisers.words import ROLES, WITHOUT_IMAGE
+from .denoisers.words import ROLES, holds_no_image, undeclared
 from .diffusers_calls import AttentionHooks, foreign_order, refusal
 from .diffusers_geometry import CONTEXT, Context
-from .diffusers_pipelines import denoiser_of, denoisers_of, latent_size, pipeline_facts, text_encoders_of
+from .diffusers_pipelines import denoiser_of, denoisers_of, text_encoders_of
+from .diffusers_rescaling import ASKED, Asked, declared
+from .diffusers_sizes import size_facts
 
 __all__ = ["DiffusersHost", "denoiser_of", "denoisers_of", "text_encoders_of"]
 
 KINDS = (Attention, MochiAttention, AttentionModuleMixin)
-VAE_SCALE = 8  # pixels per latent pixel where no pipeline says: that of every Stable Diffusion and FLUX VAE
 
 
 class DiffusersHost:
@@ -57,8 +59,8 @@ class DiffusersHost:
         Facts of a site: denoiser (the model), local (the site's name inside it), family, layout (what is declared
         about its class), holds (what the site's tokens are), no_images (why no method can know image tokens there,
         None where it can), level and levels (of a UNet), patch (latent pixels per token as (rows, columns), None in a
-        UNet and where nothing is declared), trained_latent (rows, columns) or None, vae_scale (pixels per latent
-        pixel).
+        UNet and where nothing is declared), sizes (see ``Sizes``), trained_latent (rows, columns) or None, vae_scale
+        (for showing).
         """
         owners = _denoisers(model)
         common = {name: self._model_facts(owner) for name, owner in owners.items()}
@@ -99,15 +101,15 @@ class DiffusersHost:
         return sites
 
     def _model_facts(self, model: nn.Module) -> dict[str, Any]:
-        config, layout = getattr(model, "config", None), layout_of(model)
+        layout = layout_of(model)
+        patch = None if layout is None or layout.patch is None else layout.patch(model)
         return {
             "denoiser": model,
             "family": type(model).__name__,
             "layout": layout,
-            "patch": None if layout is None or layout.patch is None else layout.patch(model),
-            "trained_latent": latent_size(getattr(config, "sample_size", None)),
-            "vae_scale": VAE_SCALE,
-        } | (pipeline_facts(self.pipeline) if self.pipeline is not None else {})
+            "patch": patch,
+            **size_facts(self.pipeline, model, patch),
+        }
 
     def install(self, runtime: Runtime) -> None:
         module, name = runtime.site.module, runtime.site.name
@@ -123,6 +125,27 @@ class DiffusersHost:
             context = Context(owner, runtimes)
             journal.add(AttributeEdit(owner, CONTEXT, context, f"{where}.{CONTEXT}"))
             _hook(journal, owner, context, where)
+            if self.pipeline is not None:
+                self._watch_sizes(owner, journal, where)
+
+    def _watch_sizes(self, owner: nn.Module, journal: Journal, where: str) -> None:
+        asked = Asked(self.pipeline, self._model_facts(owner)["sizes"])
+        journal.add(AttributeEdit(owner, ASKED, asked, f"{where}.{ASKED}"))
+        register = functools.partial(owner.register_forward_pre_hook, asked.before, with_kwargs=True)
+        journal.add(HookEdit(owner, register, f"pre-hook on {where}"))
+
+    def watch_sizes_for(self, model: nn.Module, lease: Lease) -> None:
+        """Warn when a pipeline paints another size than it was asked for, as long as this patch is active."""
+        for owner in _denoisers(model).values():
+            if ASKED in vars(owner):
+                vars(owner)[ASKED].leases.append(lease)
+
+    def size_notes(self, model: nn.Module) -> list[str]:
+        """What the pipeline does with the sizes that it is asked for, where that is not what was asked."""
+        found = [vars(owner).get(ASKED) for owner in _denoisers(model).values()]
+        seen = [note for asked in found if asked is not None for note in asked.notes()]
+        said = None if self.pipeline is None or any(found) else declared(self.pipeline)
+        return seen if said is None else [said]
 
     def forget_runs(self, model: nn.Module) -> None:
         """Take the next call of every denoiser inside ``model`` for the first of a run."""
@@ -184,12 +207,14 @@ def _no_images(
 ) -> str | None:
     """Why image tokens cannot be told at a site, or None."""
     if layout is None:
-        return f"which tokens of a {family} are the image's is not declared for this class"
+        return undeclared(family)
     if layout.read is None:
         return layout.why
+    if holds is not None and (said := holds_no_image(holds)):
+        return said
     if holds is None or level is None:
         return f"it is not among the attention layers that are declared for {layout.family}"
-    return WITHOUT_IMAGE.get(holds) or foreign_order(layout, module)
+    return foreign_order(layout, module)
 
 
 def _role(name: str, module: nn.Module) -> str:

@@ -22,11 +22,12 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 from ..attention import attend
 from ..errors import Unsupported
-from ..seams import AttentionCall
+from ..seams import AttentionCall, Site
 from .base import Made, Runtime
 from .denoisers import Layout
 from .denoisers.table import ELSEWHERE, qualified
 from .diffusers_geometry import CONTEXT, describe
+from .gate import module_frame
 
 SDPA = torch.nn.functional.scaled_dot_product_attention
 # Backends of diffusers' dispatcher that end in torch's own operator.
@@ -108,7 +109,8 @@ class Interception(TorchFunctionMode):
         self.runtime, self.module = runtime, module
         layout = runtime.site.facts.get("layout")
         self.several = layout is not None and layout.several  # each of its calls goes through the plan
-        self.home = _module_frame()
+        self.home = module_frame()
+        self.others: int | None = None  # tokens beside its own that the module was given
         self.keys: int | None = None  # number of keys in the module's own call, once it was made
         self.computed = False
         self.closed = False
@@ -159,6 +161,11 @@ class Interception(TorchFunctionMode):
             raise Unsupported(
                 f"{name}: {_processor_name(self.module)} calls attention with queries {tuple(query.shape)}"
                 f"{', causal' if is_causal else ''}; only (batch, heads, tokens, width) can be patched"
+            )
+        if self.others == key.shape[2] != query.shape[2]:
+            raise Unsupported(
+                f"{name} was taken for self-attention, since nothing is declared about this class, and attends to the "
+                f"{self.others} tokens that it was given beside its own; leave it out with `where: {{modules}}`"
             )
         self.keys = key.shape[2]
         call = self._call(query, key, value, attn_mask, dropout_p, is_causal, scale)
@@ -216,19 +223,17 @@ class Interception(TorchFunctionMode):
         )  # fmt: skip
 
 
+def _others(site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    """Tokens that a module is given beside its own, where only its looks said that it is self-attention."""
+    if site.facts.get("holds") is not None or site.role != "self":
+        return None
+    own = args[0] if args else kwargs.get("hidden_states")
+    beside = args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states")
+    return beside.shape[1] if isinstance(beside, Tensor) and beside is not own and beside.dim() == 3 else None
+
+
 def _processor_name(module: nn.Module) -> str:
     return type(getattr(module, "processor", None)).__name__
-
-
-_MODULE_FILE = nn.Module.__call__.__code__.co_filename
-
-
-def _module_frame() -> FrameType | None:
-    """The innermost frame of ``nn.Module.__call__`` on the stack: it lives as long as the module's call."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code.co_filename != _MODULE_FILE:
-        frame = frame.f_back
-    return frame
 
 
 def _modes() -> list[Interception]:
@@ -265,6 +270,7 @@ class AttentionHooks:
         if reason is not None:
             raise Unsupported(f"{self.runtime.site.name}: {reason}")
         mode = Interception(self.runtime, module)
+        mode.others = _others(self.runtime.site, args, kwargs)
         mode.__enter__()
         modes.append(mode)
 

@@ -24,6 +24,11 @@ FIXED = {"default", "linear", "llama3", "yarn", "proportional"}
 
 def rotation(site: Site, model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
     """``rotate(keys (B, Hkv, L, D), steps (B, Hkv, L) int) -> keys``, or Unsupported with the reason."""
+    if site.facts.get("keys") == "latent":
+        raise Unsupported(
+            f"{site.name}: its keys are made from latents, of which one part alone carries a position, so they cannot "
+            'be rolled; use positions="real"'
+        )
     rotary = _rotary_of(site, model)
     apply = getattr(sys.modules[type(site.module).__module__], "apply_rotary_pos_emb", None)
     if rotary is None or apply is None:

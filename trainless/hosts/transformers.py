@@ -17,31 +17,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import StaticLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..attention import attend
 from ..errors import Unsupported
 from ..journal import MARKER, AttributeEdit, HookEdit, Journal
-from ..kernels.visibility import bias_times, visibility
+from ..kernels.visibility import bias_times
 from ..kv import CompressingLayer
-from ..seams import AttentionCall, Site
+from ..seams import AttentionCall, Contribution, Site
 from . import transformers_images as images
+from . import transformers_inputs as inputs
 from . import transformers_residual as residual
 from .base import ATTRIBUTE, Made, Runtime, runtime_of
 from .rotary import rotation
 from .transformers_cache import before, cache_wrapper, continuous_wrapper, prefill_wrapper
-from .transformers_sites import find
+from .transformers_calls import PACKED, call_of, tell
+from .transformers_sites import HARMLESS, find
 
 NAME = "trainless"
-# Arguments of the interface that do not change the logits. Anything else that is set is refused by name.
-HARMLESS = {
-    "position_ids", "use_cache", "output_attentions", "output_hidden_states", "return_dict", "cache_position",
-    "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "num_items_in_batch", "deterministic",
-    "labels", "logits_to_keep", "token_type_ids", "mm_token_type_ids", "attention_mask", "position_embeddings",
-    "output_router_logits",
-}  # fmt: skip
-PACKED = {"cu_seq_lens_q", "cu_seq_lens_k"}
 # What the user's own function may be handed as it came when all that changes is the factor on the logits.
 PASSED_ON = (HARMLESS - PACKED) | {"is_causal", "sliding_window"}
 # A forward that names one of these may be asked for cross-attention in one call and not in the next.
@@ -120,13 +113,15 @@ def _routed(
     here = runtime.call
     facts = here.facts
     entering, here.residual = here.residual, None
-    if runtime.plan.inert or facts.get("cross"):
+    # Also while its patch is paused: only here is it known which of its slots hold a token.
+    held = isinstance(facts.get("layer"), CompressingLayer)
+    if (runtime.plan.inert and not held) or facts.get("cross"):
         runtime.passed()
         return _user_function(module)(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
     constant = runtime.plan.constant
-    if constant is not None and _only_scaled(kwargs):
+    if constant is not None and not held and _only_scaled(kwargs):
         # Decoding makes thousands of these calls a second, so nothing is built for them.
         runtime.passed()
         runtime.acted("stock")
@@ -135,11 +130,12 @@ def _routed(
         return _user_function(module)(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
-    call = _call(module, runtime, query, key, value, attention_mask, scaling, dropout, kwargs)
+    call = call_of(module, runtime, query, key, value, attention_mask, scaling, dropout, kwargs)
     if runtime.plan.asks:
-        _tell(runtime, call, entering)
+        tell(runtime, call, entering)
     if runtime.watch is not None:
         runtime.watch.told(call)
+    order = facts.pop("order", None)  # of the query heads, where the engine sees them in another
 
     def delegate(call: AttentionCall) -> Tensor:
         passed = dict(kwargs)
@@ -150,23 +146,43 @@ def _routed(
         ):
             if name in passed and passed[name] is not None:
                 passed[name] = now
+        given: tuple[Tensor, ...] = (call.query, call.key, call.value)
+        if order is not None:
+            times = call.query.shape[1] // call.key.shape[1]
+            given = call.query[:, order.argsort()], *(t.repeat(1, times, 1, 1) for t in given[1:])
         function = _user_function(module)
         out, facts["weights"] = function(
-            module,
-            call.query,
-            call.key,
-            call.value,
-            call.mask,
-            scaling=call.scaling,
-            dropout=call.dropout,
-            **passed,
+            module, *given, call.mask, scaling=call.scaling, dropout=call.dropout, **passed
         )
-        return out
+        return out if order is None else out[:, :, order]
 
     facts.pop("weights", None)
     out = attend(runtime, call, delegate)
     facts.pop("residual", None)  # as large as the layer's activations: not to be kept until the next call
-    return out, facts.pop("weights", None)
+    weights = facts.pop("weights", None)
+    if weights is None and facts.pop("attentions", False):
+        _refuse_attentions(runtime)
+    return out if order is None else out[:, :, order.argsort()], weights
+
+
+def _refuse_attentions(runtime: Runtime) -> None:
+    methods = " and ".join(dict.fromkeys(e.method for e in runtime.plan.active))
+    raise Unsupported(
+        f"{methods}: output_attentions at {runtime.site.name}: this call was computed without a matrix of "
+        "probabilities over the tokens of the sequence (its keys are dropped, packed, moved or joined by others); "
+        "ask without output_attentions, or with the patch paused"
+    )
+
+
+def _refuse_heads(runtime: Runtime) -> None:
+    """A cache with each head once orders the query heads by it, so nobody else may count them."""
+    kv = next((e for e in runtime.entries if e.contribution.kind == "kv"), None)
+    named = next((e for e in runtime.entries if e.contribution.heads is not None), None)
+    if kv is not None and named is not None:
+        raise Unsupported(
+            f"{kv.method} and {named.method} at {runtime.site.name}: {type(runtime.site.module).__name__} repeats its "
+            "heads as a whole, and single heads cannot be named beside a cache that evicts or packs; use one of them"
+        )
 
 
 def _made(
@@ -208,7 +224,9 @@ def _user_function(module: nn.Module) -> Callable[..., Any]:
             f"set_attn_implementation({NAME!r}): this name is internal; choose sdpa, eager or another"
         )
     if name in (None, "eager"):
-        eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        # That of the class's own modelling file, or of the parent's that it is made from.
+        files = (sys.modules.get(cls.__module__) for cls in type(module).__mro__)
+        eager = next((f for file in files if (f := getattr(file, "eager_attention_forward", None))), None)
         if eager is None:
             raise Unsupported(
                 f"{type(module).__name__} has no eager attention function to fall back on; "
@@ -216,119 +234,6 @@ def _user_function(module: nn.Module) -> Callable[..., Any]:
             )
         return eager
     return ALL_ATTENTION_FUNCTIONS[name]
-
-
-def _call(
-    module: nn.Module,
-    runtime: Runtime,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Any,
-    scaling: float | None,
-    dropout: float,
-    kwargs: dict[str, Any],
-) -> AttentionCall:
-    """The interface's arguments as an AttentionCall; refuses by name what would change the logits unseen."""
-    known = {"position_bias", "softcap", "s_aux", "sliding_window", "is_causal", "cache"}
-    for name, given in kwargs.items():
-        if given is None or name in known or (name in HARMLESS and name not in PACKED):
-            continue
-        if name in PACKED and mask is None and query.shape[0] == 1 and _one_sequence(given):
-            continue
-        raise Unsupported(
-            f"{runtime.site.name}: the model passes {name!r} to its attention, which "
-            f"{'packs several sequences into one' if name in PACKED else 'no patch knows how to honour'}; "
-            "remove the patch, or run without it"
-        )
-    if kwargs.get("cache") is not None:
-        raise Unsupported(f"{runtime.site.name}: paged attention (continuous batching) cannot be patched")
-    lq, lk = query.shape[2], key.shape[2]
-    causal = kwargs.get("is_causal")
-    causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
-    facts = runtime.facts
-    layer = facts.get("layer")
-    if layer is None and lk > lq and runtime.plan.needs_layer and runtime.site.role == "self":
-        raise Unsupported(
-            f"{runtime.plan.entries[0].method}: {runtime.site.name} attends to {lk - lq} tokens of a cache that the "
-            "patch cannot see, so it cannot keep the state of the sequence; this way of caching is not supported"
-        )
-    # A 2-D mask marks padding and leaves causality to the flag; any other mask says everything itself.
-    padding = isinstance(mask, Tensor) and mask.dim() == 2
-    causal = causal and lq > 1 and (mask is None or padding)
-    if causal and lk > lq and isinstance(layer, StaticLayer):
-        key, value, lk = key[:, :, :lq], value[:, :, :lq], lq  # an empty static cache: only these are filled
-    implementation = _user_name(module)
-    facts["same_bits"] = (
-        implementation == "sdpa" and query.device.type == "cpu" and kwargs.get("position_bias") is None
-    )
-    window = kwargs.get("sliding_window")
-    # A compressed layer hands out fewer keys than the mask is about.
-    held = facts["past"] + lq if isinstance(layer, CompressingLayer) else lk
-    return AttentionCall(
-        query, key, value, mask,
-        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        causal=causal, dropout=dropout,
-        position_bias=kwargs.get("position_bias"), softcap=kwargs.get("softcap"), sink_logits=kwargs.get("s_aux"),
-        # A tensor mask already has the window in it.
-        sliding_window=window if mask is None or padding else None,
-        site=runtime.site, layer=layer, past=facts.get("past", 0), real=_real_rows(mask, lq, held), facts=facts,
-    )  # fmt: skip
-
-
-def _tell(runtime: Runtime, call: AttentionCall, entering: Tensor | None) -> None:
-    """Put the facts that somebody asks for into ``call.facts``."""
-    asks, facts = runtime.plan.asks, call.facts
-    if "images" in asks:
-        facts |= runtime.asked["images"].at(
-            runtime.site, call.layer, call.past, call.query, call.key.shape[2]
-        )
-    if "residual" in asks:
-        if entering is None:
-            raise Unsupported(
-                f"{runtime.site.name}: its attention was called outside its layer, so what enters the layer is "
-                "not known; call the model"
-            )
-        facts["residual"] = entering
-
-
-def _user_name(module: nn.Module) -> str | None:
-    return vars(module)["config"]._real._attn_implementation
-
-
-def _one_sequence(bounds: Any) -> bool:
-    return isinstance(bounds, Tensor) and bounds.numel() == 2
-
-
-def _real_rows(mask: Any, lq: int, lk: int) -> Tensor | None:
-    """(B, Lq) bool: which of this call's tokens are not padding: those that see themselves. None: all."""
-    if mask is None or lk < lq:
-        return None
-    if not isinstance(mask, Tensor):
-        real = _block_mask_diagonal(mask, lq, lk)
-    elif mask.dim() == 2:
-        real = mask[:, -lq:].bool()
-    elif mask.dim() != 4 or mask.shape[-1] < lq:
-        return None
-    else:
-        own = mask[..., -lq:]
-        own = own.diagonal(dim1=-2, dim2=-1) if mask.shape[-2] == lq else own[..., 0, :]
-        real = own[:, 0] if own.dtype == torch.bool else own[:, 0] > torch.finfo(own.dtype).min / 2
-    return None if bool(real.all()) else real
-
-
-def _block_mask_diagonal(mask: Any, lq: int, lk: int) -> Tensor:
-    """Which tokens see themselves under a flex BlockMask, evaluated a block of rows at a time."""
-    seen = visibility(mask, causal=False, lq=lq, lk=lk)
-    found = []
-    for start in range(0, lq, 128):
-        rows = torch.arange(start, min(lq, start + 128), device=seen.device)
-        own = (rows + lk - lq).expand(mask.shape[0], 1, -1).contiguous()
-        block = seen.columns(own, rows)
-        if block is None:
-            return torch.ones(mask.shape[0], lq, dtype=torch.bool, device=seen.device)
-        found.append(block[:, 0].diagonal(dim1=-2, dim2=-1))
-    return torch.cat(found, 1)
 
 
 class TransformersHost:
@@ -355,6 +260,14 @@ class TransformersHost:
             causal=True, layer=int(module.layer_idx), facts={"caches": True},  # type: ignore[arg-type]
         )  # fmt: skip
 
+    def check(self, model: nn.Module, planned: Sequence[tuple[Site, Sequence[Contribution]]]) -> None:
+        """Raise Unsupported, by name, for what could not be done at these sites; nothing is touched."""
+        seen: set[type] = set()
+        for site, given in planned:
+            if any(c.kind == "position" and not c.inert for c in given) and type(site.module) not in seen:
+                seen.add(type(site.module))
+                rotation(site, model)
+
     def install(self, runtime: Runtime) -> None:
         _register()
         module, journal = runtime.site.module, runtime.journal
@@ -371,10 +284,13 @@ class TransformersHost:
         """
         if any(e.contribution.kind == "position" for e in runtime.entries):
             runtime.rotate = rotation(runtime.site, model)
+        if runtime.site.facts.get("keys") == "tiled":
+            _refuse_heads(runtime)
         self._find_out(runtime, model, station)
         if runtime.hooked or not self._calls_differ(runtime):
             return
         runtime.hooked = True
+        inputs.watch(runtime, model, station)
         module, journal, name = runtime.site.module, runtime.journal, runtime.site.name
         hook = functools.partial(before, runtime)
         journal.add(

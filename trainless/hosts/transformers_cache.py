@@ -8,15 +8,28 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache, StaticLayer
+from transformers.cache_utils import (
+    Cache,
+    EncoderDecoderCache,
+    LinearAttentionCacheLayerMixin,
+    StaticLayer,
+)
 
 from ..errors import InputError, Unsupported
 from ..journal import mark
-from ..kv import CompressingLayer, PackedLayer, StatefulMixin, stateful
-from ..seams import AttentionPlan
+from ..kv import (
+    CompressingLayer,
+    ExpandedLayer,
+    PackedLayer,
+    StatefulMixin,
+    beside_recurrence,
+    stateful,
+)
+from ..seams import AttentionPlan, Entry
 from .base import Lease, Runtime
 from .transformers_contract import GENERATE, problem
-from .transformers_version import cache_in, layers_of
+from .transformers_layers import PLAIN, depths_of, index_of
+from .transformers_version import DummyLayer, cache_in, layers_of
 
 
 def before(runtime: Runtime, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -38,13 +51,24 @@ def _note_layer(runtime: Runtime, module: nn.Module, args: tuple[Any, ...], kwar
         cache = cache.cross_attention_cache if runtime.site.role == "cross" else cache.self_attention_cache
     if not isinstance(cache, Cache):
         return
-    index = getattr(module, "layer_idx", None)
+    index = index_of(module, kwargs)
     if index is None:
         return
     layer = _adopt(runtime, cache, index)
-    if layer is not None:
-        facts["layer"] = layer
-        facts["past"] = int(layer.get_seq_length())
+    if layer is None:
+        return
+    facts["layer"] = layer
+    if isinstance(layer, DummyLayer):
+        facts["total"] = int(cache.get_seq_length())  # the layer that it reads has these already
+        return
+    facts["past"] = int(layer.get_seq_length())
+    if isinstance(layer, CompressingLayer):
+        layer.expect(cache)
+    if runtime.plan.lookahead and facts["past"] == 0 and getattr(layer, "record_past", False):
+        raise Unsupported(
+            f"{runtime.plan.lookahead[0].method}: its statistics look at the whole prompt, and the first call of "
+            "assisted decoding brings a draft along with it; do without assisted decoding"
+        )
 
 
 _uncompiled = torch.compiler.disable(_note_layer)
@@ -58,7 +82,9 @@ def _adopt(runtime: Runtime, cache: Cache, index: int) -> Any:
     if index >= len(cache.layers):
         return None
     if runtime.plan.needs_layer:
-        cache.layers[index] = _ours(runtime, cache.layers[index], index)
+        before = cache.layers[index]
+        cache.layers[index] = _ours(runtime, before, index)
+        runtime.facts["new"] = cache.layers[index] is not before
     return cache.layers[index]
 
 
@@ -66,6 +92,8 @@ def _ours(runtime: Runtime, layer: Any, index: int) -> Any:
     """The layer that this plan needs in place of ``layer``; refuses what holds tokens already."""
     plan = runtime.plan
     first = plan.quantiser or plan.evictor
+    if isinstance(layer, StatefulMixin | CompressingLayer):
+        _must_remember(plan, layer, index)
     if first is None:
         if isinstance(layer, StatefulMixin | CompressingLayer):
             return layer
@@ -74,41 +102,72 @@ def _ours(runtime: Runtime, layer: Any, index: int) -> Any:
                 f"{plan.entries[0].method}: a static cache cannot carry the state of a sequence; "
                 "use a dynamic cache (drop cache_implementation)"
             )
-        _must_be_empty(plan.entries[0].method, layer, index)
+        if not isinstance(layer, DummyLayer):
+            _must_be_empty(plan.entries[0].method, layer, index)
         return stateful(layer)
     if isinstance(layer, CompressingLayer):
-        mine = {e.owner for e in plan.of["kv"]}
+        mine: set[Any] = {e.owner for e in plan.of["kv"]}
         if mine <= layer.leases:
             return layer
         if layer.seen:
+            evictor, packer = _owner(plan.evictor), _owner(plan.quantiser)
+            if layer.rebind(evictor, packer, plan.evict, plan.quantise):
+                return layer
             names = " and ".join(sorted({lease.name for lease in layer.leases}))
             stranger = next(e.method for e in plan.of["kv"] if e.owner not in layer.leases)
             raise Unsupported(
                 f"{stranger}: this cache was filled under another patch ({names}); start a new cache"
             )
-        return _compressing(plan)
-    plain = DynamicLayer if not isinstance(layer, StatefulMixin) else type(layer)
-    if type(layer) is not plain or (
-        isinstance(layer, StatefulMixin) and type(layer).__mro__[2] is not DynamicLayer
-    ):
+        return _compressing(runtime, layer)
+    kind = type(layer).__bases__[1] if isinstance(layer, StatefulMixin) else type(layer)
+    if kind not in PLAIN:
         raise Unsupported(
-            f"{first.method}: cache layer {index} is a {type(layer).__name__}, and only a plain dynamic layer can "
-            f"{'evict' if plan.quantiser is None else 'be packed'}; use a dynamic cache, or leave this layer out "
-            "with `where: {layers}`"
+            f"{first.method}: cache layer {index} is a {kind.__name__}, and only a plain dynamic layer can "
+            f"{'evict' if plan.quantiser is None else 'be packed'}; give the model a dynamic cache of its own config "
+            "(DynamicCache(config=model.config)), or none"
         )
     _must_be_empty(first.method, layer, index)
-    return _compressing(plan)
+    return _compressing(runtime, layer)
 
 
-def _compressing(plan: AttentionPlan) -> CompressingLayer:
-    """An empty layer that follows the rules of the plan."""
-    evictor = plan.evictor.owner if plan.evictor is not None else None
-    assert evictor is None or isinstance(evictor, Lease)
-    if plan.quantiser is None or plan.quantise is None:
+def _compressing(runtime: Runtime, layer: Any) -> CompressingLayer:
+    """An empty layer in place of ``layer`` that follows the rules of the plan."""
+    plan = runtime.plan
+    evictor, packer = _owner(plan.evictor), _owner(plan.quantiser)
+    made: CompressingLayer
+    if packer is None or plan.quantise is None:
         assert plan.evict is not None and evictor is not None
-        return CompressingLayer(plan.evict, evictor)
-    assert isinstance(plan.quantiser.owner, Lease)
-    return PackedLayer(plan.quantise, plan.quantiser.owner, plan.evict, evictor)
+        made = CompressingLayer(plan.evict, evictor)
+    else:
+        cls = PackedLayer if runtime.site.facts.get("keys", "same") == "same" else ExpandedLayer
+        made = cls(plan.quantise, packer, plan.evict, evictor)
+    return beside_recurrence(made, layer) if isinstance(layer, LinearAttentionCacheLayerMixin) else made
+
+
+def _owner(entry: Entry | None) -> Lease | None:
+    owner = entry.owner if entry is not None else None
+    assert owner is None or isinstance(owner, Lease)
+    return owner
+
+
+def _must_remember(plan: AttentionPlan, layer: Any, index: int) -> None:
+    """A method that goes on from what it remembers of a sequence was there from its first token on."""
+    if not int(layer.get_seq_length()):
+        return
+    for entry in plan.active:
+        if not entry.contribution.stateful:
+            continue
+        state, lease = layer.states.get(entry.method), _owner(entry)
+        if state is None:
+            _must_be_empty(entry.method, layer, index)
+        elif state.owner is not lease:
+            assert lease is not None
+            if state.owner is None or state.owner.applied or state.owner.terms != lease.terms:
+                raise Unsupported(
+                    f"{entry.method}: this cache was filled under another patch ({entry.method} with other parameters); "
+                    "start a new cache"
+                )
+            state.owner = lease
 
 
 def _must_be_empty(method: str, layer: Any, index: int) -> None:
@@ -116,7 +175,8 @@ def _must_be_empty(method: str, layer: Any, index: int) -> None:
     if seen:
         raise InputError(
             f"{method}: cache layer {index} already holds {seen} tokens that the patch never saw; "
-            "start with an empty cache after patching"
+            "start with an empty cache after patching (a prefix-tuning adapter fills it before every call, so use one of "
+            "another kind: prompt tuning or LoRA)"
         )
 
 
@@ -136,15 +196,21 @@ def cache_wrapper(model: nn.Module, runtimes: Sequence[Runtime]) -> Callable[...
                 f"{compressing[0].method}: generate(use_cache=False) keeps no cache, so there is nothing to compress; "
                 "leave use_cache on, or remove the patch"
             )
+        stateful_ones = [e for r in runtimes for e in r.plan.active if e.contribution.stateful]
+        if stateful_ones and generation_config.use_cache is False:
+            raise Unsupported(
+                f"{stateful_ones[0].method}: generate(use_cache=False) starts the sequence anew for every token, and "
+                "the method keeps what it found in the prompt; leave use_cache on, or remove the patch"
+            )
         result = original(generation_config, model_kwargs, *args, **kwargs)
         cache = cache_in(model_kwargs)
         cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
         if not isinstance(cache, Cache):
             return result
         for runtime in runtimes:
-            index = getattr(runtime.site.module, "layer_idx", None)
-            if runtime.site.role == "self" and index is not None and runtime.plan.needs_layer:
-                _adopt(runtime, cache, index)
+            if runtime.site.role == "self" and runtime.plan.needs_layer:
+                for index in depths_of(runtime.site.module, cache.layers):
+                    _adopt(runtime, cache, index)
         if getattr(generation_config, "is_assistant", False):
             cache.activate_past_recording()
         return result

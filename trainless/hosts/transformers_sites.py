@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,18 +11,24 @@ from transformers import PreTrainedModel
 from ..errors import Unsupported
 from ..seams import Site
 from .transformers_contract import CACHE, REGISTRY, problem
+from .transformers_dispatch import compares, dispatches, passes, unmatched
+from .transformers_families import Family, family_of
 from .transformers_images import missing_images, pretrained
-from .transformers_version import takes_cache
+from .transformers_layers import Held, Layers
+from .transformers_parts import Parts, keeps, role
 
-CROSS = (
-    "crossattention",
-    "cross_attn",
-    "cross_attention",
-    "encdecattention",
-    "encoder_attn",
-    "multihead_attn",
-)
 Found = tuple[str, nn.Module, frozenset[str], str]  # name, module, parts, role
+# Arguments of the interface that do not change the logits. Anything else that is set is refused by name.
+HARMLESS = {
+    "position_ids", "use_cache", "output_attentions", "output_hidden_states", "return_dict", "cache_position",
+    "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "num_items_in_batch", "deterministic",
+    "labels", "logits_to_keep", "token_type_ids", "mm_token_type_ids", "attention_mask", "position_embeddings",
+    "output_router_logits",
+}  # fmt: skip
+# Arguments that the engine knows the meaning of.
+UNDERSTOOD = {"position_bias", "softcap", "s_aux", "sliding_window", "is_causal", "cache"}
+# Always in the call, and without a value where the model's own mask says the same.
+AT_TIMES = {"indices", "block_indices", "scaling", "dropout"}
 
 
 def find(model: nn.Module, family: str, prefix: str = "", parts: frozenset[str] = frozenset()) -> list[Site]:
@@ -33,8 +37,9 @@ def find(model: nn.Module, family: str, prefix: str = "", parts: frozenset[str] 
     Raises Unsupported, naming the family, when the model has attention and none of it dispatches.
     """
     ancestors = pretrained(model)
+    known = Parts(ancestors)
     found: list[Found] = [
-        (name, module, _parts(name, module, ancestors) | parts, _role(name, module))
+        (name, module, known.of(name, module) | parts, role(name, module))
         for name, module in model.named_modules()
         if dispatches(type(module)) and "config" in vars(module)
     ]
@@ -50,52 +55,26 @@ def find(model: nn.Module, family: str, prefix: str = "", parts: frozenset[str] 
 
 
 def _refuse(model: nn.Module, family: str) -> None:
-    for module in model.modules():
-        if "attention" in type(module).__name__.lower():
-            raise Unsupported(
-                f"{family}: {type(module).__name__} does not dispatch its attention through transformers' "
-                "AttentionInterface, so no patch can reach it; this family is not supported"
-            )
-
-
-_dispatching: dict[type, bool] = {}
-
-
-def dispatches(cls: type) -> bool:
-    """Whether this class's own forward looks up its attention function by its own config."""
-    if cls not in _dispatching:
-        try:
-            source = inspect.getsource(cls.forward)  # type: ignore[attr-defined]
-        except (OSError, TypeError, AttributeError):
-            source = ""
-        _dispatching[cls] = (
-            "ALL_ATTENTION_FUNCTIONS" in source and "self.config._attn_implementation" in source
+    for name in unmatched(model):
+        raise Unsupported(
+            f"{family}: {name} does not dispatch its attention through transformers' "
+            "AttentionInterface, so no patch can reach it; this family is not supported"
         )
-    return _dispatching[cls]
-
-
-_comparing: dict[type, bool] = {}
-COMPARED = re.compile(r"self\.config\._attn_implementation\s*(==|!=|in\b|not in\b)")
 
 
 def _refusal(module: nn.Module) -> str | None:
-    """Why no patch can stand here: the module computes something else for each implementation's name."""
+    """Why no patch can stand here: the module computes what ours would not."""
+    cls = type(module)
     # GPT-2 looks at the name only to upcast, where it is configured to.
-    if getattr(module, "reorder_and_upcast_attn", True) and _compares(type(module)):
+    if getattr(module, "reorder_and_upcast_attn", True) and compares(cls):
         return (
-            f"{type(module).__name__} computes something else for each name of an attention implementation, "
+            f"{cls.__name__} computes something else for each name of an attention implementation, "
             "so it would not be the same under ours"
         )
+    strange = passes(cls) - HARMLESS - UNDERSTOOD - AT_TIMES
+    if strange:
+        return f"{cls.__name__} passes {sorted(strange)[0]!r} to its attention, which no patch knows how to honour"
     return None
-
-
-def _compares(cls: type) -> bool:
-    if cls not in _comparing:
-        try:
-            _comparing[cls] = COMPARED.search(inspect.getsource(cls)) is not None
-        except (OSError, TypeError):
-            _comparing[cls] = False
-    return _comparing[cls]
 
 
 def _caches(site: Site, ancestors: Mapping[str, PreTrainedModel], prefix: str) -> bool:
@@ -111,54 +90,32 @@ def _caches(site: Site, ancestors: Mapping[str, PreTrainedModel], prefix: str) -
         and not getattr(m.config, "is_encoder_decoder", False)
         for m in around
     )
-    return (
-        generating and "text" in site.parts and takes_cache(inspect.signature(site.module.forward).parameters)
-    )
-
-
-def _role(name: str, module: nn.Module) -> str:
-    path = name.lower().split(".")[-3:]
-    if getattr(module, "is_cross_attention", False) or any(c in part for part in path for c in CROSS):
-        return "cross"
-    return "self"
-
-
-def _parts(name: str, module: nn.Module, ancestors: Mapping[str, PreTrainedModel]) -> frozenset[str]:
-    """Which parts of the model a module belongs to, from its nearest pretrained ancestor and its path."""
-    path = name.lower().split(".")
-    around = [n for n in ancestors if n in ("", name) or name.startswith(f"{n}.")]
-    owner = ancestors[max(around, key=len)] if around else None
-    config = getattr(owner, "config", None)
-    kind = f"{type(config).__name__} {getattr(owner, 'main_input_name', '')}".lower()
-    vision = "pixel_values" in kind or "vision" in kind or any("vision" in p or p == "visual" for p in path)
-    if "text_model" in path or "language_model" in path:
-        vision = False
-    encoder = "encoder" in path or not getattr(module, "is_causal", False)
-    if "decoder" in path:
-        encoder = False
-    return frozenset({"vision" if vision else "text", "encoder" if encoder else "decoder"})
+    return generating and {"text", "decoder"} <= site.parts and keeps(site.module)
 
 
 def _numbered(ancestors: Mapping[str, PreTrainedModel], found: list[Found], prefix: str) -> list[Site]:
     groups: dict[tuple[frozenset[str], str], int] = {}
     numbers: list[int] = []
-    for _, module, parts, role in found:
-        key = (parts, role)
+    for _, module, parts, kind in found:
+        key = (parts, kind)
         running = groups.get(key, 0)
         own = getattr(module, "layer_idx", None)
-        numbers.append(own if isinstance(own, int) else running)
+        # Blocks that stand at several depths have no number of their own, or a negative one.
+        numbers.append(own if isinstance(own, int) and own >= 0 else running)
         groups[key] = running + 1
+    caches = Layers(ancestors)
     sites = []
-    for (name, module, parts, role), layer in zip(found, numbers, strict=True):
-        count = max(n for n, f in zip(numbers, found, strict=True) if (f[2], f[3]) == (parts, role)) + 1
+    for (name, module, parts, kind), layer in zip(found, numbers, strict=True):
+        count = max(n for n, f in zip(numbers, found, strict=True) if (f[2], f[3]) == (parts, kind)) + 1
         heads, kv_heads, width = _head_counts(module)
+        held = caches.of(name, module) if "decoder" in parts and kind == "self" else Held()
+        facts = {**_site_facts(module, layer, held), "no_images": missing_images(ancestors, name, parts)}
+        facts["cache_shape"] = _cache_shape(module, family_of(module), kv_heads, width)
         sites.append(
             Site(
-                name=prefix + name, module=module, host="transformers", role=role, parts=parts, layer=layer,
+                name=prefix + name, module=module, host="transformers", role=kind, parts=parts, layer=layer,
                 layers=count, causal=bool(getattr(module, "is_causal", False)), heads=heads, kv_heads=kv_heads,
-                head_dim=width,
-                facts={**_site_facts(module, layer), "no_images": missing_images(ancestors, name, parts)},
-                refusal=_refusal(module),
+                head_dim=width, facts=facts, refusal=_refusal(module),
             )
         )  # fmt: skip
     return sites
@@ -187,7 +144,27 @@ def _head_counts(module: nn.Module) -> tuple[int | None, int | None, int | None]
     return heads, kv, width
 
 
-def _site_facts(module: nn.Module, layer: int) -> dict[str, Any]:
+def _cache_shape(
+    module: nn.Module, family: Family, kv_heads: int | None, width: int | None
+) -> tuple[int, int, int] | None:
+    """(heads, width of a key, width of a value) in the cache, as far as the module says."""
+    if family.keys == "latent":
+        rank, turned = getattr(module, "kv_lora_rank", None), getattr(module, "qk_rope_head_dim", None)
+        return (1, rank, turned) if isinstance(rank, int) and isinstance(turned, int) else None
+    if kv_heads is None or width is None:
+        return None
+    key, value = (_projected(module, name, kv_heads) for name in ("k_proj", "v_proj"))
+    own = getattr(module, "v_head_dim", None)
+    return kv_heads, key or width, value or (own if isinstance(own, int) else key or width)
+
+
+def _projected(module: nn.Module, name: str, heads: int) -> int | None:
+    """Width of a head by the size of what projects to it; None where that is another layer than a plain one."""
+    size = getattr(getattr(module, name, None), "out_features", None)
+    return size // heads if isinstance(size, int) and size % heads == 0 else None
+
+
+def _site_facts(module: nn.Module, layer: int, held: Held) -> dict[str, Any]:
     config = vars(module)["config"]
     facts: dict[str, Any] = {"family": getattr(config, "model_type", "")}
     types = getattr(config, "layer_types", None)
@@ -200,11 +177,19 @@ def _site_facts(module: nn.Module, layer: int) -> dict[str, Any]:
         sliding = (
             getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
         )
-    facts["sliding_window"] = sliding
+    facts["sliding_window"] = held.window if held.kinds else sliding
+    if held.window is not None:
+        facts["window_held"] = held.window - 1  # between calls, for the next token
     facts["hidden_size"] = getattr(config, "hidden_size", None)
     facts["max_positions"] = getattr(config, "max_position_embeddings", None)
-    if hasattr(module, "has_relative_attention_bias"):
+    if hasattr(module, "has_relative_attention_bias") or "position_bias" in passes(type(module)):
         facts["position_bias"] = True
     shared = getattr(module, "is_kv_shared_layer", False)
     facts["shares_kv"] = bool(shared or getattr(module, "store_full_length_kv", False))
+    family = family_of(module)
+    chunked = str(facts.get("layer_type")) == "chunked_attention"
+    facts |= {
+        "keys": family.keys, "calls": family.calls, "no_evict": family.no_evict,
+        "no_kv": held.no_kv(chunked), "no_state": held.no_state, "borrows": held.borrows, "depths": held.depths,
+    }  # fmt: skip
     return facts

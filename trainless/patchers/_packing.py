@@ -12,9 +12,11 @@ from ..seams import Quantise, Site, check_bits
 
 def width_refusal(rule: Quantise, site: Site) -> str | None:
     """Why the heads of ``site`` cannot be packed by ``rule``, or None."""
-    for bits in (*rule.k_bits, *rule.v_bits):
-        if site.head_dim is not None and site.head_dim % per_byte(bits):
-            return f"{site.head_dim} channels of {bits} bits are not a whole number of bytes"
+    shape = site.facts.get("cache_shape") or (0, site.head_dim, site.head_dim)
+    for width, tiers in zip(shape[1:], (rule.k_bits, rule.v_bits), strict=True):
+        for bits in tiers:
+            if width is not None and width % per_byte(bits):
+                return f"{width} channels of {bits} bits are not a whole number of bytes"
     return None
 
 

@@ -41,7 +41,7 @@ from ..errors import InputError, Unsupported
 from ..kernels import Window2d
 from ..layers import check_layers, layer_numbers
 from ..seams import AttentionCall, Contribution, ExtraKeys, Pairs, Site, State, Statistics
-from ._distilled import Distilled, check_keys, distilled, shape_at
+from ._distilled import Distilled, check_keys, check_plain, distilled, shape_at
 from .base import Method, option, register
 
 LEAST = 16  # the smallest radius that is not refused without weights
@@ -65,6 +65,7 @@ class Clear(Method):
     parts: ClassVar[frozenset[str]] = frozenset({"denoiser"})
     roles: ClassVar[frozenset[str]] = frozenset({"self", "joint"})
     hosts: ClassVar[frozenset[str]] = frozenset({"diffusers"})
+    by_size: ClassVar[bool] = True
     identity: ClassVar[dict[str, Any]] = {"radius": 1 << 20, "weights": None, "pool": None}
 
     radius: int = option(16, help="image tokens nearer than this are seen", origin="published", low=1)
@@ -105,6 +106,7 @@ class Clear(Method):
                     f"which is {sites[0].name!r}"
                 )
         if self.weights is not None:
+            check_plain(sites, PROJECTIONS, self.name)
             source = distilled(self.weights, self.name)
             if self.pool is None and any(key.endswith(POOLING) for key in source.shapes):
                 raise InputError(

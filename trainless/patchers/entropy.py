@@ -17,13 +17,14 @@ Differs  The paper has UNets only; text in the counts, and N as the keys that a 
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..errors import InputError, Unsupported
+from ..errors import InputError, TrainlessError, Unsupported
 from ..seams import AttentionCall, Contribution, Site, State, Statistics
 from .base import Method, option, register
 
@@ -38,7 +39,9 @@ class Entropy(Method):
     """Scale the self-attention logits of a denoiser with the size of the image.
 
     ``trained``: pixels, a side or (height, width); None takes the size that the pipeline makes by default,
-    or ``sample_size`` of the model's config. Raises InputError when neither says one.
+    or ``sample_size`` of the config of a denoiser alone, where that is what it means. Raises InputError when
+    neither says one, Unsupported where pixels cannot be counted: in a denoiser alone whose class goes with
+    several autoencoders, or where the pipeline's own code makes another size than is declared for its class.
     """
 
     name: ClassVar[str] = "entropy"
@@ -49,6 +52,7 @@ class Entropy(Method):
     parts: ClassVar[frozenset[str]] = frozenset({"denoiser"})
     roles: ClassVar[frozenset[str]] = frozenset({"self", "joint"})
     hosts: ClassVar[frozenset[str]] = frozenset({"diffusers"})
+    by_size: ClassVar[bool] = True
 
     trained: int | tuple[int, int] | None = option(
         None,
@@ -72,23 +76,15 @@ class Entropy(Method):
         return [Contribution("scale", scale)]
 
     def _latent(self, site: Site) -> tuple[int, int]:
-        """The trained size in latent pixels, (rows, columns)."""
-        if self.trained is None:
-            latent = site.facts.get("trained_latent")
-            if latent is None:
-                family = site.facts.get("family", site.name)
-                raise InputError(
-                    f"entropy: {family} does not say at what size it was trained; "
-                    "give trained= in pixels, such as trained=1024 or trained=(768, 1344)"
-                )
-            return (int(latent[0]), int(latent[1]))
-        pixels = int(site.facts.get("vae_scale", 8))
-        height, width = _size(self.trained)
-        if min(height, width) < pixels:
-            raise InputError(
-                f"trained={self.trained!r}: give pixels; a latent pixel of the model is {pixels} of them wide"
-            )
-        return height // pixels, width // pixels
+        """The trained size in latents, (rows, columns), as the host has checked it."""
+        sizes = site.facts.get("sizes")
+        if sizes is None:
+            raise Unsupported(f"entropy: how pixels are counted at {site.name} is not known")
+        try:
+            found = sizes.trained() if self.trained is None else sizes.latents(_size(self.trained))
+        except TrainlessError as error:
+            raise type(error)(f"entropy: {error}") from None
+        return int(found[0]), int(found[1])
 
 
 def factor(call: AttentionCall, latent: tuple[int, int]) -> float | Tensor | None:
@@ -117,8 +113,8 @@ def factor(call: AttentionCall, latent: tuple[int, int]) -> float | Tensor | Non
         own = image.mask(keys, seen.device)
         shown = (seen & own).sum(-1, keepdim=True)
         now = seen.sum(-1, keepdim=True)
-        # A row that sees a part of the image is counted as if it had seen that part of the trained one.
-        trained = now - shown + _tensor(shown, call) * (at_trained / image.tokens)
+        # A row that sees nothing of the image has the same keys at any size.
+        trained = now - shown + at_trained * (shown > 0)
     visible = call.facts.get("visible_keys")  # set by a pattern that hides keys, with the mask counted in
     if visible is not None:
         now = visible
@@ -148,6 +144,10 @@ def _tensor(count: Any, call: AttentionCall) -> Tensor:
 def _size(trained: Any) -> tuple[int, int]:
     """``trained`` as (height, width) in pixels; InputError when it is neither a side nor a pair."""
     pair = trained if isinstance(trained, (list, tuple)) else (trained, trained)
-    if len(pair) != 2 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in pair):
+    try:
+        sides = [operator.index(n) for n in pair if not isinstance(n, bool)]  # numpy's integers, too
+    except TypeError:
+        sides = []
+    if len(sides) != 2 or len(pair) != 2 or min(sides) < 1:
         raise InputError(f"trained={trained!r}: give a side in pixels, such as 1024, or (height, width)")
-    return int(pair[0]), int(pair[1])
+    return sides[0], sides[1]

@@ -35,7 +35,7 @@ from ..errors import InputError, Unsupported
 from ..kernels import Visibility, linear_attention, visibility
 from ..kernels.linear import choose
 from ..seams import AttentionCall, Contribution, Formed, Site, State, Statistics
-from ._distilled import Distilled, Shape, check_keys, distilled, shape_at
+from ._distilled import Distilled, Shape, check_keys, check_plain, distilled, shape_at
 from .base import Method, option, register
 
 EPS = 1e-4  # published: added to the divisor
@@ -107,6 +107,8 @@ class LinFusion(Method):
     def validate(self, sites: Sequence[Site]) -> None:
         source = self._published()
         listed, present = _listed(source), {_name(site): site for site in sites}
+        layers = dict.fromkeys(name.rpartition(".")[0] for name in PROJECTIONS)
+        check_plain([site for site in sites if _name(site) in listed], list(layers), self.name)
         expected: dict[str, Shape | None] = {}
         for entry in listed.values():
             site = present.get(entry.module)

@@ -13,7 +13,7 @@ from ..seams import Site
 
 __all__ = ["PARTS", "Where", "layer_numbers"]
 
-Part = Literal["text", "vision", "encoder", "decoder", "denoiser", "text_encoder"]
+Part = Literal["text", "vision", "audio", "connector", "encoder", "decoder", "denoiser", "text_encoder"]
 PARTS: tuple[str, ...] = get_args(Part)
 
 

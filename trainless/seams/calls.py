@@ -145,7 +145,8 @@ class State:
     reordering beams, cropping and eviction can carry it along without knowing what it means.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, owner: Any = None) -> None:
+        self.owner = owner  # whose it is: the lease of the patch
         self.tensors: dict[str, Tensor] = {}
         self.axes: dict[str, tuple[int, int | None]] = {}
         self.fill: dict[str, float] = {}

@@ -61,20 +61,24 @@ class Quantise:
             return 0
         return over // self.group * self.group if self.group else over
 
-    def nbytes(self, held: int, residual: int, width: int, itemsize: int) -> int:
+    def nbytes(
+        self, held: int, residual: int, width: int, itemsize: int, value_width: int | None = None
+    ) -> int:
         """Bytes of one head after a prefill of which ``held`` tokens are kept: codes, parameters, those that wait.
 
-        width: channels of a key, and of a value; itemsize: bytes of a number of the model's own dtype.
+        width: channels of a key, and of a value where ``value_width`` says nothing else; itemsize: bytes of a number
+        of the model's own dtype.
         """
+        values = width if value_width is None else value_width
         packed = self.packs(held, residual, True)
         high = min(packed, int(self.high * packed + 1e-9) if isinstance(self.high, float) else self.high)
-        total = (held - packed) * 2 * width * itemsize
+        total = (held - packed) * (width + values) * itemsize
         for n, k_bits, v_bits in zip((high, packed - high), self.k_bits, self.v_bits, strict=True):
             groups = -(-n // self.group) if self.group else min(n, 1)
             numbers = (2 * groups * width if k_bits < 16 else 0) + (
-                groups * width + 2 * n if v_bits < 16 else 0
+                groups * values + 2 * n if v_bits < 16 else 0
             )
-            for bits in (k_bits, v_bits):
-                total += n * width * itemsize if bits == 16 else n * width * bits // 8
+            for bits, wide in ((k_bits, width), (v_bits, values)):
+                total += n * wide * itemsize if bits == 16 else n * wide * bits // 8
             total += numbers * itemsize
         return total

@@ -90,7 +90,8 @@ class Trial:
         found += layout.checks(self)
         found.append(Check(WHOLE, "removal", *comparing.removal(self)))
         found.append(Check(WHOLE, "finite", *comparing.finite(self)))
-        return found
+        gone = self.patch.exchanged()
+        return [*found, Check(WHOLE, "in use", FAILED, "; ".join(gone))] if gone else found
 
     def _unchecked(self, reason: str) -> list[Check]:
         names = [

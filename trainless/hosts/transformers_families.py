@@ -1,0 +1,56 @@
+"""What is declared about single attention classes of transformers: how the keys they attend to come from the cache.
+
+Most classes attend to the very tensors that their cache layer returned, which is checked at the call. A class
+that does something else with them is named here, or is refused at its first call.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Family:
+    """keys: how the keys that are attended to come from those in the cache.
+
+    "same": they are the tensors of the cache. "latent": ``expand_kv`` of the module makes all heads from what is
+    held, which has one. "tiled": the heads that are held, all of them, again and again. "split": the keys are the
+    cache's, the values are not. "read": they are the cache's, and the module computes its mask from them.
+    calls: attention calls for one update of the cache. no_evict: why no token may be dropped here.
+    """
+
+    keys: str = "same"
+    calls: int = 1
+    no_evict: str | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether what is packed has to be handed out as numbers, all of it, for the module to work on."""
+        return self.keys != "same"
+
+
+SAME = Family()
+LATENT = Family("latent")
+TABLE = {
+    "transformers.models.jetmoe.modeling_jetmoe.JetMoeAttention": Family("tiled"),
+    "transformers.models.diffllama.modeling_diffllama.DiffLlamaAttention": Family(
+        "split", 2, "its attention runs twice on the keys of one update, with other values each time"
+    ),
+    "transformers.models.doge.modeling_doge.DogeAttention": Family(
+        "read",
+        1,
+        "it computes a bias for every key from the values in the cache, and needs each at its place",
+    ),
+}
+
+
+def family_of(module: nn.Module) -> Family:
+    """What is declared about the class of ``module`` or the nearest parent of it."""
+    for cls in type(module).__mro__:
+        found = TABLE.get(f"{cls.__module__}.{cls.__qualname__}")
+        if found is not None:
+            return found
+    # The library's own method for it, which every class with a latent cache has; the call checks what it does.
+    return LATENT if callable(getattr(type(module), "expand_kv", None)) else SAME
