@@ -1,6 +1,6 @@
 """trainless: patch pretrained models at load time, with no training.
 
-    p = trainless.patch(model, "h2o", heavy=0.1, recent=0.1)   # in place; returns a Patch
+    p = trainless.patch(model, "kvquant")   # in place: the cache at 4 bits; returns a Patch
     print(p.report()); p.verify(); p.remove()
 
 Importing this package imports neither diffusers nor Triton, and opens no connection. What it exports is imported
@@ -12,9 +12,12 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
 
+# Not from typing, whose import takes longer than all else here: whoever presses Ctrl-C in it sees a traceback.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from .advice import Recommendation, recommend
     from .calibrators import calibrate
     from .errors import (

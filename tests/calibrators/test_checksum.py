@@ -62,3 +62,17 @@ def test_a_file_of_an_earlier_version_loads(file):
     del metadata["checksum"]
     save_file(tensors, file, metadata=metadata)
     assert calibration.load(file)[0]["heads"].tolist() == [[0, 1]]
+
+
+def test_an_offloaded_model_is_recognised_by_its_weights(file):
+    accelerate = pytest.importorskip("accelerate")
+    model, other = models.build("llama"), models.build("llama", seed=5)
+    _, metadata = calibration.load(file)
+    want = calibration.fingerprint(model)
+    for one in (model, other):
+        accelerate.cpu_offload(one, execution_device=torch.device("cpu"))
+        assert all(p.device.type == "meta" for p in one.parameters())
+    assert calibration.fingerprint(model) == want
+    calibration.check_fits(file, metadata, "act", model, "llama")
+    with pytest.raises(CalibrationError, match="other weights"):
+        calibration.check_fits(file, metadata, "act", other, "llama")

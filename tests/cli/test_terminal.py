@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from trainless.batch.closing import harmless
 from trainless.cli.console import Console
+from trainless.tables import columns, cut, folded, harmless
 
 ARGS = ("--max-new-tokens", 3)
 
@@ -200,7 +200,35 @@ def test_what_a_model_writes_cannot_move_the_cursor():
 
 
 def test_wide_and_combining_characters_are_counted_as_a_terminal_does():
-    from trainless.batch.closing import _columns, _cut
+    assert columns("日本") == 4 and columns("e\u0301") == 1 and columns("a") == 1
+    assert cut("日本語の文", 7) == "日本語…" and cut("short", 7) == "short"
 
-    assert _columns("日本") == 4 and _columns("e\u0301") == 1 and _columns("a") == 1
-    assert _cut("日本語の文", 7) == "日本語…" and _cut("short", 7) == "short"
+
+@pytest.mark.parametrize(
+    "text",
+    ["one two three four", "  indented words here", "日本 語の 文字 です", "x" * 30 + " y", "a  b   c    d"],
+)
+def test_lines_are_folded_at_spaces_and_lose_nothing(text):
+    lines = folded(text, 10).split("\n")
+    assert all(columns(line) <= 10 or " " not in line.strip() for line in lines) and len(lines) > 1
+    assert "".join(text.split()) == "".join("".join(lines).split())
+    assert folded(text, 100) == text
+
+
+def test_messages_fit_a_terminal_and_stay_whole_in_a_log(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    for stream, count in ((Terminal(), 4), (io.StringIO(), 1)):
+        monkeypatch.setattr(sys, "stderr", stream)
+        Console().say("word " * 25)
+        lines = stream.getvalue().splitlines()
+        assert len(lines) == count and (count == 1 or max(map(len, lines)) <= 40)
+
+
+def test_other_ranks_do_not_say_what_they_are_doing(monkeypatch):
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setenv("RANK", "1")
+    console = Console()
+    console.state("checking")
+    console.fault("went wrong")
+    assert stream.getvalue() == "[rank 1] went wrong\n"

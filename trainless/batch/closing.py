@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
-import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..tables import WIDTH
+from ..tables import WIDTH, columns, cut, folded, harmless
 from .counts import acted, idle
 from .keys import Job
 from .voice import Voice
@@ -58,14 +58,18 @@ def print_answers(there: Sequence[tuple[Job, Mapping[str, Any]]], folder: Path |
     """Texts, or files of pictures, to stdout in the order of their prompts; under their names if there are several."""
     for i, (job, record) in enumerate(there):
         if len(there) > 1:
-            print(("\n" if i else "") + _cut(f"[{job.label}] {_flat(str(job.item.prompt))}", WIDTH))
+            print(("\n" if i else "") + cut(f"[{job.label}] {_flat(str(job.item.prompt))}", WIDTH))
         if record["status"] == "ok":
             made = (
                 str(record["text"])
                 if folder is None or "file" not in record
                 else str(folder / record["file"])
             )
-            print(harmless(made) if sys.stdout.isatty() else made)
+            if sys.stdout.isatty():
+                made = "\n".join(
+                    folded(line, shutil.get_terminal_size().columns) for line in harmless(made).split("\n")
+                )
+            print(made)
 
 
 def reasons(there: Sequence[tuple[Job, Mapping[str, Any]]], some_worked: bool) -> list[str]:
@@ -78,7 +82,7 @@ def reasons(there: Sequence[tuple[Job, Mapping[str, Any]]], some_worked: bool) -
     for kind, count in counts.most_common(_REASONS):
         job, error = next((job, error) for job, error in failed if error["type"] == kind)
         which = job.label if count == 1 else f"{job.label} and {count - 1:,} more"
-        lines.append(f"failed: {which}: {kind}: {_cut(_flat(error['message']), 300)}")
+        lines.append(f"failed: {which}: {kind}: {cut(_flat(error['message']), 300)}")
     if len(counts) > _REASONS:
         lines.append(f"failed: {len(counts) - _REASONS} more kinds of errors; the records say which")
     if not some_worked:
@@ -98,54 +102,18 @@ def _patched(counts: Mapping[str, Mapping[str, Any]]) -> str:
 def _preview(voice: Voice, there: Sequence[tuple[Job, Mapping[str, Any]]]) -> None:
     """The first results, a line each."""
     first = there[:SHOWN]
-    labels = [_cut(job.label, _LABEL) for job, _ in first]
-    column = max(map(_columns, labels), default=0)
+    labels = [cut(job.label, _LABEL) for job, _ in first]
+    column = max(map(columns, labels), default=0)
     for label, (_, record) in zip(labels, first, strict=True):
         if record["status"] == "error":
             said = f"error: {record['error']['type']}"
         else:
             said = record.get("file") or _flat(record.get("text") or "") or "(empty)"
-        voice.say(_cut(f"  {' ' * (column - _columns(label))}{label}  {said}", WIDTH))
+        voice.say(cut(f"  {' ' * (column - columns(label))}{label}  {said}", WIDTH))
     if len(there) > SHOWN:
         voice.say(f"  … and {len(there) - SHOWN:,} more")
-
-
-# ---------------------------------------------------------------- text on a terminal
-
-
-def harmless(text: str) -> str:
-    """Text whose control characters are written out: what a model wrote must not move a cursor."""
-    return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else _written(c) for c in text)
-
-
-def _written(character: str) -> str:
-    return character.encode("unicode_escape").decode("ascii")
 
 
 def _flat(text: str) -> str:
     """One line of it."""
     return harmless(" ".join(text.split()))
-
-
-def _columns(text: str) -> int:
-    """Columns of a terminal that ``text`` takes."""
-    return sum(_width(character) for character in text)
-
-
-def _width(character: str) -> int:
-    if unicodedata.category(character) in {"Mn", "Me", "Cf"}:
-        return 0
-    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
-
-
-def _cut(text: str, width: int) -> str:
-    """``text`` within ``width`` columns."""
-    if _columns(text) <= width:
-        return text
-    kept, used = [], 0
-    for character in text:
-        used += _width(character)
-        if used > width - 1:
-            break
-        kept.append(character)
-    return "".join(kept) + "…"

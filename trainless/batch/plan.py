@@ -189,7 +189,9 @@ def outline(
     made = "picture" if engine.media else "text"
     results = f"{len(work):,} {made}{'s' * (len(work) != 1)}"
     shortest = min(lengths, default=0)
-    span = f"{longest} tokens" if shortest == longest else f"{shortest} to {longest} tokens"
+    span = (
+        f"{longest} token{'s' * (longest != 1)}" if shortest == longest else f"{shortest} to {longest} tokens"
+    )
     tokens = f", {span} long" if longest else ""
     limit = getattr(engine, "new_tokens", None)
     new = f" of at most {limit} new tokens" if limit else ""

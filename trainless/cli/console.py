@@ -7,7 +7,10 @@ import shutil
 import sys
 import threading
 
+from ..tables import cut, folded
+
 PATIENCE = 5.0  # seconds until a log is told what takes so long
+WIDEST = 100  # columns that a message is read at with ease
 
 
 class Console:
@@ -29,13 +32,13 @@ class Console:
 
     def state(self, line: str) -> None:
         """What is being done now; the next line of any kind takes its place."""
-        if self.quiet:
+        if self.quiet or os.environ.get("RANK", "0") != "0":  # of several processes, one is enough
             return
         self.clear()
         if sys.stderr.isatty():
             with self._lock:
                 width = shutil.get_terminal_size().columns
-                print(f"{line[: width - 2]} …", end="", file=sys.stderr, flush=True)
+                print(cut(f"{line} …", width - 1), end="", file=sys.stderr, flush=True)
                 self._shown = True
             return
         self._held = line
@@ -79,8 +82,12 @@ class Console:
     def _print(self, line: str) -> None:
         rank = os.environ.get("RANK", "0")  # under a launcher it says which process it is from
         prefix = f"[rank {rank}] " if rank != "0" else ""
+        lines = (prefix + line).split("\n")
+        if sys.stderr.isatty():  # a log keeps its lines whole, for those who search it
+            width = min(WIDEST, shutil.get_terminal_size().columns)
+            lines = [folded(part, width, "  ") for part in lines]
         with self._lock:
-            print(prefix + line, file=sys.stderr, flush=True)
+            print("\n".join(lines), file=sys.stderr, flush=True)
 
 
 console = Console()  # of this process: an error must find the line that it is to take the place of

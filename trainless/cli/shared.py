@@ -110,6 +110,7 @@ def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> str:
     """A warning as people read it, without the line of code that gave it."""
+    console.clear()
     return f"warning: {message}\n"
 
 

@@ -23,7 +23,7 @@ from ..journal import AttributeEdit, HookEdit, Journal
 from ..seams import Site
 from .base import ATTRIBUTE, Runtime
 from .denoisers import Layout, layout_of
-from .denoisers.words import ROLES, WITHOUT_IMAGE
+from .denoisers.words import ROLES, holds_no_image, undeclared
 from .diffusers_calls import AttentionHooks, foreign_order, refusal
 from .diffusers_geometry import CONTEXT, Context
 from .diffusers_pipelines import denoiser_of, denoisers_of, text_encoders_of
@@ -201,12 +201,14 @@ def _no_images(
 ) -> str | None:
     """Why image tokens cannot be told at a site, or None."""
     if layout is None:
-        return f"which tokens of a {family} are the image's is not declared for this class"
+        return undeclared(family)
     if layout.read is None:
         return layout.why
+    if holds is not None and (said := holds_no_image(holds)):
+        return said
     if holds is None or level is None:
         return f"it is not among the attention layers that are declared for {layout.family}"
-    return WITHOUT_IMAGE.get(holds) or foreign_order(layout, module)
+    return foreign_order(layout, module)
 
 
 def _role(name: str, module: nn.Module) -> str:

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 from ..attention import attend
 from ..errors import Unsupported
-from ..seams import AttentionCall
+from ..seams import AttentionCall, Site
 from .base import Runtime
 from .denoisers import Layout
 from .denoisers.table import ELSEWHERE, qualified
@@ -110,6 +110,7 @@ class Interception(TorchFunctionMode):
         layout = runtime.site.facts.get("layout")
         self.several = layout is not None and layout.several  # each of its calls goes through the plan
         self.home = module_frame()
+        self.others: int | None = None  # tokens beside its own that the module was given
         self.keys: int | None = None  # number of keys in the module's own call, once it was made
         self.computed = False
         self.closed = False
@@ -161,6 +162,11 @@ class Interception(TorchFunctionMode):
                 f"{name}: {_processor_name(self.module)} calls attention with queries {tuple(query.shape)}"
                 f"{', causal' if is_causal else ''}; only (batch, heads, tokens, width) can be patched"
             )
+        if self.others == key.shape[2] != query.shape[2]:
+            raise Unsupported(
+                f"{name} was taken for self-attention, since nothing is declared about this class, and attends to the "
+                f"{self.others} tokens that it was given beside its own; leave it out with `where: {{modules}}`"
+            )
         self.keys = key.shape[2]
         call = self._call(query, key, value, attn_mask, dropout_p, is_causal, scale)
         own_scale, own_mask = call.scaling, call.mask
@@ -208,6 +214,15 @@ class Interception(TorchFunctionMode):
         )  # fmt: skip
 
 
+def _others(site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    """Tokens that a module is given beside its own, where only its looks said that it is self-attention."""
+    if site.facts.get("holds") is not None or site.role != "self":
+        return None
+    own = args[0] if args else kwargs.get("hidden_states")
+    beside = args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states")
+    return beside.shape[1] if isinstance(beside, Tensor) and beside is not own and beside.dim() == 3 else None
+
+
 def _processor_name(module: nn.Module) -> str:
     return type(getattr(module, "processor", None)).__name__
 
@@ -246,6 +261,7 @@ class AttentionHooks:
         if reason is not None:
             raise Unsupported(f"{self.runtime.site.name}: {reason}")
         mode = Interception(self.runtime, module)
+        mode.others = _others(self.runtime.site, args, kwargs)
         mode.__enter__()
         modes.append(mode)
 

@@ -133,7 +133,7 @@ def _routed(
         ):
             if name in passed and passed[name] is not None:
                 passed[name] = now
-        given = call.query, call.key, call.value
+        given: tuple[Tensor, ...] = (call.query, call.key, call.value)
         if order is not None:
             times = call.query.shape[1] // call.key.shape[1]
             given = call.query[:, order.argsort()], *(t.repeat(1, times, 1, 1) for t in given[1:])

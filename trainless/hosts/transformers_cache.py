@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import (
     Cache,
-    DummyLayer,
     EncoderDecoderCache,
     LinearAttentionCacheLayerMixin,
     StaticLayer,
@@ -30,7 +29,7 @@ from ..seams import AttentionPlan, Entry
 from .base import Lease, Runtime
 from .transformers_contract import GENERATE, problem
 from .transformers_layers import PLAIN, depths_of, index_of
-from .transformers_version import cache_in, layers_of
+from .transformers_version import DummyLayer, cache_in, layers_of
 
 
 def before(runtime: Runtime, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -113,8 +113,8 @@ def factor(call: AttentionCall, latent: tuple[int, int]) -> float | Tensor | Non
         own = image.mask(keys, seen.device)
         shown = (seen & own).sum(-1, keepdim=True)
         now = seen.sum(-1, keepdim=True)
-        # A row that sees a part of the image is counted as if it had seen that part of the trained one.
-        trained = now - shown + _tensor(shown, call) * (at_trained / image.tokens)
+        # A row that sees nothing of the image has the same keys at any size.
+        trained = now - shown + at_trained * (shown > 0)
     visible = call.facts.get("visible_keys")  # set by a pattern that hides keys, with the mask counted in
     if visible is not None:
         now = visible

@@ -26,26 +26,34 @@ def _flux(module: str, name: str, read: Any = packed.with_ids, **more: Any) -> L
 
 
 def _unet(module: str, name: str, **more: Any) -> Layout:
-    fields = {"read": unets.unet, "sites": unets.kind_of, "levels": unets.Levels, **more}
+    fields = {
+        "read": unets.unet, "sites": unets.kind_of, "levels": unets.Levels, "examples": unets.BLOCKS, **more,
+    }  # fmt: skip
     return _in(f"unets.{module}", name, **fields)
 
 
 IMAGES = [
     _unet("unet_2d_condition", "UNet2DConditionModel"),
-    _unet("unet_2d", "UNet2DModel"),
+    _unet("unet_2d", "UNet2DModel", examples={"down_blocks.0.attentions.0": IMAGE}),
     _unet("unet_dreamlite", "DreamLiteUNetModel"),
-    _unet("unet_3d_condition", "UNet3DConditionModel"),
-    _unet("unet_motion_model", "UNetMotionModel"),
-    _unet("unet_i2vgen_xl", "I2VGenXLUNet"),
-    _unet("unet_spatio_temporal_condition", "UNetSpatioTemporalConditionModel"),
+    _unet("unet_3d_condition", "UNet3DConditionModel", examples=unets.WITH_FRAMES),
+    _unet("unet_motion_model", "UNetMotionModel", examples=unets.WITH_FRAMES),
+    _unet("unet_i2vgen_xl", "I2VGenXLUNet", examples=unets.WITH_FRAMES),
     _unet(
-        "unet_kandinsky3", "Kandinsky3UNet", sites=unets.kandinsky3_kind, levels=unets.kandinsky3_levels
+        "unet_spatio_temporal_condition", "UNetSpatioTemporalConditionModel", examples=unets.WITH_FRAMES,
+    ),
+    _unet(
+        "unet_kandinsky3", "Kandinsky3UNet", sites=unets.kandinsky3_kind, levels=unets.kandinsky3_levels,
+        examples={"down_blocks.1.attentions.0.attention": IMAGE, "down_blocks.1.attentions.1.attention": CROSS},
     ),
     _unet(
         "unet_stable_cascade", "StableCascadeUNet", read=unets.stable_cascade, sites=unets.cascade_kind,
-        levels=unets.cascade_levels,
+        levels=unets.cascade_levels, examples={"down_blocks.0.2.attention": JOINT},
     ),
-    _in("controlnets.controlnet", "ControlNetModel", unets.unet, unets.kind_of, levels=unets.Levels),
+    _in(
+        "controlnets.controlnet", "ControlNetModel", unets.unet, unets.kind_of, levels=unets.Levels,
+        examples=unets.BLOCKS,
+    ),
     _in(
         "unets.uvit_2d", "UVit2DModel", latents.uvit,
         {"transformer_layers.*.attn1": IMAGE, "transformer_layers.*.attn2": CROSS, "*.attention_blocks.*": CROSS},
@@ -55,7 +63,7 @@ IMAGES = [
     _in("transformers.pixart_transformer_2d", "PixArtTransformer2DModel", patched("image"), SELF_AND_CROSS, side),
     _in("transformers.hunyuan_transformer_2d", "HunyuanDiT2DModel", patched("image"), SELF_AND_CROSS, side),
     _in("transformers.lumina_nextdit2d", "LuminaNextDiT2DModel", latents.lumina_next, SELF_AND_CROSS, side),
-    _in("transformers.sana_transformer", "SanaTransformer2DModel", patched("image"), SELF_AND_CROSS, side),
+    _in("transformers.sana_transformer", "SanaTransformer2DModel", patched("image"), SELF_AND_CROSS, side, linear=True),
     _in(
         "transformers.transformer_sd3", "SD3Transformer2DModel", patched("image text", ENCODED),
         {"transformer_blocks.*.attn2": IMAGE, "transformer_blocks.*": JOINT}, side, streams=True,
@@ -183,6 +191,10 @@ ONE_FRAME = [
         {"temporal_transformer_blocks.*": "frames", "*.attn1": IMAGE, "*.attn2": CROSS}, side,
     ),
     _in(
+        "transformers.transformer_sana_video", "SanaVideoTransformer3DModel", framed("image"), SELF_AND_CROSS, side,
+        frames=True, linear=True,
+    ),
+    _in(
         "transformers.transformer_ltx", "LTXVideoTransformer3DModel", packed.ltx, SELF_AND_CROSS, one, frames=True
     ),
     _in(
@@ -211,7 +223,6 @@ ONE_FRAME = [
 NO_IMAGE = "its tokens are embeddings or sound, not an image"
 NOTHING = [
     _in("transformers.prior_transformer", "PriorTransformer", why=NO_IMAGE),
-    _in("unets.unet_1d", "UNet1DModel", why=NO_IMAGE),
     _in("transformers.stable_audio_transformer", "StableAudioDiTModel", why=NO_IMAGE),
     _in("transformers.transformer_stable_audio3", "StableAudio3DiTModel", why=NO_IMAGE),
     _in("transformers.ace_step_transformer", "AceStepTransformer1DModel", why=NO_IMAGE),
@@ -221,7 +232,29 @@ NOTHING = [
     _in("transformers.t5_film_transformer", "T5FilmDecoder", why=NO_IMAGE),
     _in("transformers.transformer_rfd4_proteina", "RFD4ProteinaTransformer", why=NO_IMAGE),
 ]
-TABLE = {layout.name: layout for layout in (*IMAGES, *ONE_FRAME, *NOTHING)}
+# Video classes of which only this is declared: which layers attend to themselves, and which to something else.
+VIDEO = "it is a video class whose tokens are not declared"
+LTX2 = {"*_to_*_attn": CROSS, "*attn1": IMAGE, "*attn2": CROSS}
+ROLES_ONLY = [
+    _in(f"transformers.{module}", name, sites=sites, why=VIDEO)
+    for module, name, sites in (
+        ("transformer_wan_vace", "WanVACETransformer3DModel", SELF_AND_CROSS),
+        ("transformer_wan_animate", "WanAnimateTransformer3DModel", SELF_AND_CROSS),
+        ("transformer_skyreels_v2", "SkyReelsV2Transformer3DModel", SELF_AND_CROSS),
+        ("transformer_chronoedit", "ChronoEditTransformer3DModel", SELF_AND_CROSS),
+        ("transformer_anyflow", "AnyFlowTransformer3DModel", SELF_AND_CROSS),
+        ("transformer_anyflow_far", "AnyFlowFARTransformer3DModel", SELF_AND_CROSS),
+        ("transformer_helios", "HeliosTransformer3DModel", SELF_AND_CROSS),
+        ("consisid_transformer_3d", "ConsisIDTransformer3DModel", {"*.attn1": JOINT}),
+        ("transformer_ltx2", "LTX2VideoTransformer3DModel", LTX2),
+        ("transformer_sana_wm_refiner", "SanaWMLTX2RefinerTransformer3DModel", LTX2),
+        (
+            "transformer_hunyuan_video_framepack", "HunyuanVideoFramepackTransformer3DModel",
+            {"context_embedder.*": TEXT, **DOUBLE_AND_SINGLE},
+        ),
+    )
+]  # fmt: skip
+TABLE = {layout.name: layout for layout in (*IMAGES, *ONE_FRAME, *NOTHING, *ROLES_ONLY)}
 # Processors whose attention never gets to torch's operator, by qualified name -> what to use instead.
 ELSEWHERE = {
     "diffusers.models.transformers.transformer_qwenimage21.QwenImage21FlexAttnProcessor": (

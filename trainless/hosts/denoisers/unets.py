@@ -25,6 +25,10 @@ from .words import (
 
 OVER_FRAMES = {"temp_attentions", "motion_modules", "temporal_transformer_blocks", "transformer_in"}
 IN_BLOCKS = {"down_blocks", "mid_block", "up_blocks"}
+# Names of layers as UNets have them, and what they hold.
+_FIRST = "down_blocks.0.attentions.0.transformer_blocks.0"
+BLOCKS = {f"{_FIRST}.attn1": IMAGE, f"{_FIRST}.attn2": CROSS}
+WITH_FRAMES = {**BLOCKS, "down_blocks.0.temp_attentions.0.transformer_blocks.0.attn1": FRAMES}
 
 
 def halved(size: Size, times: int, floor: bool = False) -> Size:

@@ -33,6 +33,15 @@ WITHOUT_IMAGE = {
 }
 
 
+def holds_no_image(holds: str | None) -> str | None:
+    """Why no image token can be told in a layer whose tokens are of that kind, or None."""
+    return WITHOUT_IMAGE.get(holds or "")
+
+
+def undeclared(family: str) -> str:
+    return f"which tokens of a {family} are the image's is not declared for this class"
+
+
 class Unknown(Exception):
     """A call does not say what its tokens are; the text says why, to follow on "is not known: "."""
 
@@ -119,12 +128,13 @@ KindOf = Callable[[Any, str, nn.Module], str | None]
 class Layout:
     """What is declared about one class.
 
-    name: module and qualified name. read: a call's arguments -> Geometry; None for a class whose layers hold no image
-    that any method could use, ``why`` says so. sites: glob on a layer's name inside the model -> what its tokens are,
+    name: module and qualified name. read: a call's arguments -> Geometry; None for a class in which no image tokens
+    are known, ``why`` says why. sites: glob on a layer's name inside the model -> what its tokens are,
     the first that matches; or a function of the model, the name and the module. patch: latent pixels per token, None
     in a UNet. levels: the level of a layer by its name, for UNets. streams: text and image are put together by the
     attention processor, so its class decides on the order. several: an attention layer calls attention several times,
-    over parts of the sequence. frames: a video class, of which one frame is an image.
+    over parts of the sequence. frames: a video class, of which one frame is an image. linear: its own attention to
+    the image has no softmax. examples: where ``sites`` is a function, names of layers as it would read them.
     """
 
     name: str
@@ -135,6 +145,8 @@ class Layout:
     streams: bool = False
     several: bool = False
     frames: bool = False
+    linear: bool = False
+    examples: Mapping[str, str] = field(default_factory=dict)
     why: str | None = None
 
     @property
