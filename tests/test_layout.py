@@ -29,7 +29,7 @@ ORDER = [
     {"calibration", "probing"},
     {"binding"},
     {"memory", "listing"},
-    {"explain", "patching", "verify"},
+    {"explain", "patching", "support", "verify"},
     {"models"},
     {"batch"},
     {"calibrators", "bench"},

@@ -9,11 +9,11 @@ from typing import Any
 
 from .binding import Binding, bind_one, check_fits, find_conflicts
 from .errors import TrainlessError
-from .hosts import Component, components, find_sites
+from .hosts import Component, components, find_sites, unmatched
 from .memory import CacheEstimate, estimate
 from .recipes import Recipe, resolve
 from .recipes.values import values_of
-from .report import size
+from .report import size, unmatched_lines
 from .tables import ranges, table, wrapped
 
 
@@ -64,13 +64,17 @@ class MethodPlan:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What ``explain`` found; prints as text. ``ok``: ``patch`` would go through. ``cache``: see CacheEstimate."""
+    """What ``explain`` found; prints as text. ``ok``: ``patch`` would go through. ``cache``: see CacheEstimate.
+
+    unmatched: modules that go by the name of attention and that no patch can reach, by class.
+    """
 
     model: str
     recipe: str
     methods: list[MethodPlan]
     problems: list[Problem]
     cache: CacheEstimate | None
+    unmatched: dict[str, int] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -84,12 +88,14 @@ class Explanation:
             "methods": [m.to_dict() for m in self.methods],
             "problems": [p.to_dict() for p in self.problems],
             "cache": None if self.cache is None else self.cache.to_dict(),
+            "unmatched": dict(self.unmatched),
         }
 
     def __str__(self) -> str:
         blocks = [f"{self.recipe} on {self.model}", *(str(m) for m in self.methods)]
         if self.cache is not None:
             blocks.append(_cache_text(self.cache))
+        blocks += [wrapped(line, 0, 2) for line in unmatched_lines(self.unmatched)]
         blocks += [wrapped(f"{p.kind}: {p.message}", 0, 2) for p in self.problems]
         if self.ok:
             blocks.append("Nothing is in the way of this patch.")
@@ -109,7 +115,7 @@ def explain(model: Any, what: Any, **parameters: Any) -> Explanation:
     clashes = [Problem("Conflict", "", sentence) for sentence in find_conflicts(bindings)]
     # Which of two clashing rules would hold is not known, so there is nothing to estimate.
     cache = estimate(parts, bindings) if bindings and not clashes else None
-    return Explanation(type(model).__name__, recipe.name, plans, problems + clashes, cache)
+    return Explanation(type(model).__name__, recipe.name, plans, problems + clashes, cache, unmatched(parts))
 
 
 def _bind_all(

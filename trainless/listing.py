@@ -129,7 +129,7 @@ def _judged(
 ) -> MethodInfo:
     if isinstance(sites, Unsupported):
         return dataclasses.replace(info, fits=False, reason=str(sites))
-    method, missing = _with_least(cls)
+    method, missing = with_least(cls)
     pool = module_sites(parts) if cls.site_kind == "module" else sites
     try:
         found = match(model, parts, pool, method)
@@ -156,7 +156,7 @@ def _needs(method: Method, sites: list[Site]) -> str:
     return ""
 
 
-def _with_least(cls: type[Method]) -> tuple[Method, list[str]]:
+def with_least(cls: type[Method]) -> tuple[Method, list[str]]:
     """The method with its defaults, and the parameters that have none.
 
     Those are filled from the identity values where they can be; sites are asked for before parameters

@@ -14,7 +14,7 @@ from torch import nn
 
 from .binding import Binding, bind, check, entries_by_module
 from .errors import ForeignEdit, InputError, TrainlessError, Unsupported
-from .hosts import Component
+from .hosts import Component, unmatched
 from .hosts.around import wrap_forward
 from .hosts.base import ATTRIBUTE, Runtime, runtime_of
 from .hosts.inputs import watch_inputs
@@ -249,7 +249,7 @@ class Patch:
         if self.applied and not any(b.lease.active for b in self.bindings):
             state = "paused"
         methods = self._last if not self.applied and self._last is not None else self._method_reports()
-        return Report(type(self.model).__name__, self.recipe.name, state, methods)
+        return Report(type(self.model).__name__, self.recipe.name, state, methods, unmatched(self.parts))
 
     def _method_reports(self) -> list[MethodReport]:
         return [self._method_report(binding) for binding in self.bindings]

@@ -58,6 +58,7 @@ class Report:
     recipe: str
     state: str  # active, paused, removed
     methods: list[MethodReport]
+    unmatched: dict[str, int] = field(default_factory=dict)  # attention that no patch can reach, by class
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -65,11 +66,20 @@ class Report:
             "recipe": self.recipe,
             "state": self.state,
             "methods": [m.to_dict() for m in self.methods],
+            "unmatched": dict(self.unmatched),
         }
 
     def __str__(self) -> str:
         head = f"{self.recipe} on {self.model}: {self.state}"
-        return "\n".join([head, *(str(m) for m in self.methods)])
+        return "\n".join([head, *(str(m) for m in self.methods), *unmatched_lines(self.unmatched)])
+
+
+def unmatched_lines(unmatched: dict[str, int]) -> list[str]:
+    """One line for each class of modules that go by the name of attention and that no patch can reach."""
+    return [
+        f"not matched: {count} {'modules' if count > 1 else 'module'} of class {name}, which no patch can reach"
+        for name, count in unmatched.items()
+    ]
 
 
 def size(count: float) -> str:

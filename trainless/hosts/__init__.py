@@ -12,7 +12,7 @@ from ..errors import InputError, Unsupported
 from ..seams import Site
 from .base import Host
 
-__all__ = ["Component", "Host", "components", "find_sites", "module_sites"]
+__all__ = ["Component", "Host", "components", "find_sites", "module_sites", "unmatched"]
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,16 @@ def _pipeline(pipeline: Any) -> list[Component]:
 def find_sites(parts: list[Component]) -> list[Site]:
     """Every attention site of every component."""
     return [site for part in parts for site in part.host.sites(part.module, part.prefix, part.parts)]
+
+
+def unmatched(parts: list[Component]) -> dict[str, int]:
+    """Modules that go by the name of attention and that no patch can reach, by class, as far as hosts know."""
+    found: dict[str, int] = {}
+    for part in parts:
+        look = getattr(part.host, "unmatched", None)
+        for name, count in (look(part.module) if look is not None and part.main else {}).items():
+            found[name] = found.get(name, 0) + count
+    return found
 
 
 def module_sites(parts: list[Component]) -> list[Site]:

@@ -31,6 +31,7 @@ from .base import ATTRIBUTE, Runtime, runtime_of
 from .rotary import rotation
 from .transformers_cache import before, cache_wrapper, continuous_wrapper, prefill_wrapper
 from .transformers_calls import PACKED, call_of, tell
+from .transformers_dispatch import unmatched
 from .transformers_sites import HARMLESS, find
 
 NAME = "trainless"
@@ -216,6 +217,10 @@ class TransformersHost:
 
     def sites(self, model: nn.Module, prefix: str = "", parts: frozenset[str] = frozenset()) -> list[Site]:
         return find(model, self.family(model), prefix, parts)
+
+    def unmatched(self, model: nn.Module) -> dict[str, int]:
+        """Modules that go by the name of attention and that no patch can reach, by class."""
+        return unmatched(model)
 
     def site_of(self, module: nn.Module) -> Site:
         """The site of one decoder layer's attention, for a module that is known to be one."""

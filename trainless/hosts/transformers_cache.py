@@ -164,12 +164,6 @@ def cache_wrapper(model: nn.Module, runtimes: Sequence[Runtime]) -> Callable[...
                 f"{compressing[0].method}: generate(use_cache=False) keeps no cache, so there is nothing to compress; "
                 "leave use_cache on, or remove the patch"
             )
-        stateful_ones = [e for r in runtimes for e in r.plan.active if e.contribution.stateful]
-        if stateful_ones and generation_config.use_cache is False:
-            raise Unsupported(
-                f"{stateful_ones[0].method}: generate(use_cache=False) starts the sequence anew for every token, and "
-                "the method keeps what it found in the prompt; leave use_cache on, or remove the patch"
-            )
         result = original(generation_config, model_kwargs, *args, **kwargs)
         cache = cache_in(model_kwargs)
         cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
