@@ -251,7 +251,7 @@ class TransformersHost:
         either; the rotation of the model's rotary embedding; what finds out the facts that somebody asks for.
         ``station`` takes edits that several sites share.
         """
-        if any(e.contribution.kind == "position" for e in runtime.entries):
+        if any(e.contribution.kind == "position" and not e.contribution.inert for e in runtime.entries):
             runtime.rotate = rotation(runtime.site, model)
         if runtime.site.facts.get("keys") == "tiled":
             _refuse_heads(runtime)
