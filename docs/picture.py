@@ -21,27 +21,14 @@ FONT = "font-family='ui-sans-serif, Helvetica, Arial, sans-serif'"
 
 def docstring(method: str) -> dict[str, list[str]]:
     """The header of a method's file: word → its paragraphs (list items under Differs one by one)."""
+    from trainless.listing import header
     from trainless.patchers import get
 
     text = sys.modules[get(method).__module__].__doc__ or ""
-    found: dict[str, list[str]] = {}
-    word = ""
-    for line in text.splitlines()[1:]:
-        start = re.match(rf"({'|'.join(WORDS)})  +(.*)", line)  # a sentence may begin with such a word
-        body = start[2] if start else line.strip()
-        if start:
-            word = start[1]
-            if word in found:
-                raise SystemExit(f"{method}: its file's header says {word} twice")
-            found[word] = []
-        if not word or not body:
-            continue
-        if body.startswith("- "):
-            found[word].append(body[2:])
-        elif found[word]:
-            found[word][-1] += " " + body
-        else:
-            found[word].append(body)
+    twice = [w for w in WORDS if len(re.findall(rf"^{w}  ", text, re.MULTILINE)) > 1]
+    if twice:
+        raise SystemExit(f"{method}: its file's header says {twice[0]} twice")
+    found = header(get(method))
     missing = [w for w in WORDS if not found.get(w)]
     if missing:
         raise SystemExit(f"{method}: its file's header says nothing under {', '.join(missing)}")

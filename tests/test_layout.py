@@ -30,6 +30,7 @@ ORDER = [
     {"binding"},
     {"memory", "listing"},
     {"explain", "patching", "support", "verify"},
+    {"advice"},
     {"models"},
     {"batch"},
     {"calibrators", "bench"},

@@ -1,28 +1,41 @@
 """trainless: patch pretrained models at load time, with no training.
 
-    p = trainless.patch(model, "h2o", heavy=0.1, recent=0.1)   # in place; returns a Patch
+    p = trainless.patch(model, "kvquant")   # in place: the cache at 4 bits; returns a Patch
     print(p.report()); p.verify(); p.remove()
 
-Importing this package imports neither diffusers nor Triton, and opens no connection.
+Importing this package imports neither diffusers nor Triton, and opens no connection. What it exports is imported
+when it is first used, torch and transformers with it, so that the command line answers at once where it needs neither.
 """
 
-from .calibrators import calibrate
-from .errors import (
-    CalibrationError,
-    Conflict,
-    ForeignEdit,
-    InputError,
-    NoMatch,
-    RecipeError,
-    TrainlessError,
-    Unsupported,
-)
-from .explain import Explanation, explain
-from .hosts.images import image_tokens
-from .listing import MethodInfo, methods
-from .patching import Patch, patch, patched, unpatch
-from .recipes import load_recipe
-from .verification import Verification
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import ModuleType
+
+# Not from typing, whose import takes longer than all else here: whoever presses Ctrl-C in it sees a traceback.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from .advice import Recommendation, recommend
+    from .calibrators import calibrate
+    from .errors import (
+        CalibrationError,
+        Conflict,
+        ForeignEdit,
+        InputError,
+        NoMatch,
+        RecipeError,
+        TrainlessError,
+        Unsupported,
+    )
+    from .explain import Explanation, explain
+    from .hosts.images import image_tokens
+    from .listing import MethodInfo, methods
+    from .patching import Patch, patch, patched, unpatch
+    from .recipes import load_recipe
+    from .verification import Verification
 
 __version__ = "0.1.0"
 
@@ -36,6 +49,7 @@ __all__ = [
     "NoMatch",
     "Patch",
     "RecipeError",
+    "Recommendation",
     "TrainlessError",
     "Unsupported",
     "Verification",
@@ -47,5 +61,52 @@ __all__ = [
     "methods",
     "patch",
     "patched",
+    "recommend",
     "unpatch",
 ]
+
+_FROM = {
+    "advice": ("Recommendation", "recommend"),
+    "calibrators": ("calibrate",),
+    "errors": (
+        "CalibrationError",
+        "Conflict",
+        "ForeignEdit",
+        "InputError",
+        "NoMatch",
+        "RecipeError",
+        "TrainlessError",
+        "Unsupported",
+    ),
+    "explain": ("Explanation", "explain"),
+    "hosts.images": ("image_tokens",),
+    "listing": ("MethodInfo", "methods"),
+    "patching": ("Patch", "patch", "patched", "unpatch"),
+    "recipes": ("load_recipe",),
+    "verification": ("Verification",),
+}
+_WHERE = {name: module for module, names in _FROM.items() for name in names}
+
+
+class _Package(ModuleType):
+    """This package, whose exports come when they are asked for."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _WHERE:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        found = getattr(import_module(f".{_WHERE[name]}", __name__), name)
+        super().__setattr__(name, found)
+        return found
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # The import system hangs each submodule up here under its own name. Where an export has that name too, the
+        # export stays what users find; the submodule is found by import statements all the same.
+        if name in _WHERE and isinstance(value, ModuleType):
+            return
+        super().__setattr__(name, value)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *__all__})
+
+
+sys.modules[__name__].__class__ = _Package

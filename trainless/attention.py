@@ -32,7 +32,8 @@ def attend(runtime: Runtime, call: AttentionCall, delegate: Delegate) -> Tensor:
     ``delegate`` computes plain attention for a call with the implementation that the user had.
     """
     runtime.passed()
-    if runtime.plan.inert:
+    # A layer that has dropped or packed tokens is attended to here as long as a hook of ours stands at the site.
+    if runtime.plan.inert and not isinstance(call.layer, CompressingLayer):
         return delegate(call)
     run = _Run(runtime, call, delegate)
     # Families read learned sinks from the module, so a scale has to reach them on the long way.
@@ -50,8 +51,7 @@ class _Run(PackedRun):
         call, plan = self.call, self.plan
         layer = call.layer if isinstance(call.layer, CompressingLayer) else None
         if layer is not None:
-            if layer.active:
-                layer.note(call.real)
+            layer.note(call.real)
             self.edited = layer.evicted
             self._refuse_bias(layer)
             self._refuse_hidden_past(layer)
@@ -167,16 +167,18 @@ class _Run(PackedRun):
             if pattern is not None:
                 found.append(pattern)
                 self.acted.add(entry.owner)
-        if (found or extra) and self.plan.of["scale"]:
+        if (found or extra) and any(e.contribution.constant is None for e in self.plan.of["scale"]):
             call = self.call
-            seen = visible_keys(found, call.query.shape[2], call.key.shape[2], call.query.device)
+            rows, keys = call.query.shape[2], call.key.shape[2]
+            mask = call.mask if isinstance(call.mask, Tensor) and call.mask.dim() == 4 else None
+            seen = visible_keys(found, rows, keys, call.query.device, mask)
             for more in extra:
-                first, stop = more.rows or (0, len(seen))
+                first, stop = more.rows or (0, rows)
                 if more.visible is None:
-                    seen[first:stop] += more.key.shape[2]
+                    seen[..., first:stop] += more.key.shape[2]
                 else:
-                    seen[first:stop] += more.visible[0, 0].sum(-1)
-            call.facts["visible_keys"] = seen.view(1, 1, -1, 1)
+                    seen[..., first:stop] += more.visible[0, 0].sum(-1)
+            call.facts["visible_keys"] = seen[..., None]
         return found
 
     def _scale(self) -> None:
@@ -315,4 +317,4 @@ class _Run(PackedRun):
             assert isinstance(entry.owner, Lease)
             tally = self.runtime.tallies[entry.owner]
             tally.tokens_seen, tally.tokens_kept = layer.seen, layer.width
-            tally.bytes_kept = layer.nbytes
+            tally.bytes_kept, tally.bytes_stock = layer.nbytes, layer.stock_nbytes

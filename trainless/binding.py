@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .calibration import apply_calibration
-from .errors import Conflict, InputError, NoMatch, Unsupported
+from .errors import Conflict, InputError, NoMatch, Unsupported, near
 from .hosts import Component, components, find_sites, module_sites
 from .hosts.base import Lease, runtime_of
 from .patchers import Method
@@ -106,9 +106,10 @@ def bind_one(model: Any, parts: list[Component], sites: list[Site], use: Use) ->
     narrowed = use.where.select(chosen) if use.where else chosen
     if use.where and not narrowed:
         use.where.select(matched)  # a layer that does not exist is its own error
+        close = [n for glob in use.where.globs for n in near(glob, [s.name for s in chosen])]
         raise NoMatch(
             f"{name}: `where: {use.where.given()}` leaves none of {len(chosen)} matching sites "
-            f"({_names(chosen)})"
+            f"({_names(chosen)}{'; near it: ' + ', '.join(close[:3]) if close else ''})"
         )
     if not narrowed:
         raise NoMatch(f"{name}: its own parameters leave none of {len(matched)} layers ({_names(matched)})")
@@ -130,7 +131,7 @@ def bind_one(model: Any, parts: list[Component], sites: list[Site], use: Use) ->
         raise NoMatch(
             f"{name}: contributes nothing at any of {len(narrowed)} sites; check its heads and layers"
         )
-    return Binding(use, method, Lease(name), found.candidates, contributions, skipped)
+    return Binding(use, method, Lease(name, repr(method)), found.candidates, contributions, skipped)
 
 
 def _contribution_refusal(site: Site, given: Sequence[Contribution]) -> str | None:
@@ -249,7 +250,9 @@ def check(bindings: Sequence[Binding]) -> None:
 def same_plan(binding: Binding, method: Method) -> Binding:
     """The same sites with other parameters (for checking the identity value); a new lease."""
     contributions = [(site, list(method.contribute(site))) for site, _ in binding.contributions]
-    return replace(binding, method=method, lease=Lease(binding.name), contributions=contributions)
+    return replace(
+        binding, method=method, lease=Lease(binding.name, repr(method)), contributions=contributions
+    )
 
 
 __all__ = [

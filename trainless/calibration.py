@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .errors import CalibrationError, InputError
 from .hosts import Component
+from .journal import stored
 from .patchers import ANY_MEASUREMENT, Method
 from .recipes import Use
 from .recipes.values import build
@@ -37,14 +38,29 @@ def fingerprint(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in state:
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
-    step = max(1, len(state) // 16)
-    for _, tensor in state[::step]:
-        flat = tensor.detach().reshape(-1)
-        if flat.device.type == "meta":
+    for name, _ in _sampled(state):
+        values = _values(model, name)
+        if values is None:
             continue
+        flat = values.reshape(-1)
         sample = flat[:: max(1, flat.numel() // 16)][:16].cpu().to(torch.bfloat16)
         digest.update(sample.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _sampled(state: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    return state[:: max(1, len(state) // 16)]
+
+
+def _values(model: nn.Module, name: str) -> Tensor | None:
+    """The values of a parameter, those of an offloaded one too; None on the meta device."""
+    owner, _, leaf = name.rpartition(".")
+    return stored(model.get_submodule(owner), leaf)
+
+
+def _weightless(model: nn.Module) -> bool:
+    state = [(n, t) for n, t in model.named_parameters() if t.dim() >= 1]
+    return any(_values(model, name) is None for name, _ in _sampled(state))
 
 
 def shape_of(model: nn.Module, family: str) -> dict[str, str]:
@@ -82,6 +98,7 @@ def save(
         "fingerprint": fingerprint(model),
         "facts": json.dumps(facts),
     }
+    metadata["checksum"] = checksum(tensors, metadata)
     path = Path(path)
     temporary = path.with_name(path.name + ".part")
     try:
@@ -92,6 +109,18 @@ def save(
         raise InputError(
             f"{path}: cannot be written ({str(error).strip() or type(error).__name__})"
         ) from error
+
+
+def checksum(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    """SHA-256 of everything that a file says: names, types, shapes and bytes of its tensors, and its metadata."""
+    digest = hashlib.sha256()
+    facts = {name: text for name, text in metadata.items() if name != "checksum"}
+    digest.update(json.dumps(facts, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(flat.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -106,6 +135,11 @@ def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if metadata.get("format") != FORMAT:
             raise CalibrationError(
                 f"{path}: a safetensors file, but not a calibration ({FORMAT!r} is missing)"
+            )
+        # Files of earlier versions have none.
+        if "checksum" in metadata and metadata["checksum"] != checksum(tensors, metadata):
+            raise CalibrationError(
+                f"{path}: its contents are not those that were measured: it was damaged or edited since; make it again"
             )
         return tensors, {
             "measurement": metadata["measurement"],
@@ -130,8 +164,7 @@ def check_fits(
                 f"{path}: made for a model with {name} {value}, this one has {ours.get(name, 'none')}; "
                 "calibrate this model"
             )
-    meta = any(p.device.type == "meta" for p in model.parameters())
-    if not meta and metadata["fingerprint"] != fingerprint(model):
+    if not _weightless(model) and metadata["fingerprint"] != fingerprint(model):
         raise CalibrationError(
             f"{path}: made for other weights of the same architecture "
             f"(fingerprint {metadata['fingerprint']}, here {fingerprint(model)}); calibrate this model"

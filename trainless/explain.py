@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from .binding import Binding, bind_one, check_fits, find_conflicts
-from .errors import TrainlessError
-from .hosts import Component, components, find_sites, unmatched
+from .errors import InputError, TrainlessError
+from .hosts import Component, components, find_sites, size_notes, unmatched
+from .hosts.base import unwrapped
 from .memory import CacheEstimate, estimate
 from .recipes import Recipe, resolve
 from .recipes.values import values_of
@@ -74,6 +75,7 @@ class Explanation:
     methods: list[MethodPlan]
     problems: list[Problem]
     cache: CacheEstimate | None
+    notes: list[str] = field(default_factory=list)  # what does not stand in the way, and has to be known
     unmatched: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -88,6 +90,7 @@ class Explanation:
             "methods": [m.to_dict() for m in self.methods],
             "problems": [p.to_dict() for p in self.problems],
             "cache": None if self.cache is None else self.cache.to_dict(),
+            "notes": list(self.notes),
             "unmatched": dict(self.unmatched),
         }
 
@@ -97,25 +100,39 @@ class Explanation:
             blocks.append(_cache_text(self.cache))
         blocks += [wrapped(line, 0, 2) for line in unmatched_lines(self.unmatched)]
         blocks += [wrapped(f"{p.kind}: {p.message}", 0, 2) for p in self.problems]
+        blocks += [wrapped(f"Note: {note}", 0, 2) for note in self.notes]
         if self.ok:
             blocks.append("Nothing is in the way of this patch.")
         return "\n".join(blocks)
 
 
-def explain(model: Any, what: Any, **parameters: Any) -> Explanation:
-    """What ``patch(model, what, **parameters)`` would touch; nothing is changed.
+def explain(
+    model: Any, what: Any, *, where: Mapping[str, Any] | None = None, **parameters: Any
+) -> Explanation:
+    """What ``patch(model, what, where=where, **parameters)`` would touch; nothing is changed.
 
     Reasons for which it would be refused (NoMatch, Unsupported, Conflict, a calibration of another
     model, layers or heads that do not exist) come back as data, all of them. Raises InputError or
     RecipeError when ``what`` itself is malformed, and InputError when ``model`` is no model.
     """
-    recipe = what if isinstance(what, Recipe) else resolve(what, parameters)
+    recipe = resolve(what, parameters, where=where)
     parts = components(model)
     plans, bindings, problems = _bind_all(model, recipe, parts)
     clashes = [Problem("Conflict", "", sentence) for sentence in find_conflicts(bindings)]
     # Which of two clashing rules would hold is not known, so there is nothing to estimate.
     cache = estimate(parts, bindings) if bindings and not clashes else None
-    return Explanation(type(model).__name__, recipe.name, plans, problems + clashes, cache, unmatched(parts))
+    notes = size_notes(parts) if any(b.method.by_size for b in bindings) else []
+    name = type(unwrapped(model)).__name__
+    return Explanation(name, recipe.name, plans, problems + clashes, cache, notes, unmatched(parts))
+
+
+def fits(model: Any, recipe: Recipe) -> bool:
+    """Whether a recipe is made for models such as this one: its ``fits`` names it."""
+    try:
+        check_fits(model, components(model), recipe)
+    except InputError:
+        return False
+    return recipe.fits is not None
 
 
 def _bind_all(

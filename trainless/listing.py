@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import sys
 from dataclasses import dataclass
 from typing import Any
 
 from .binding import match
 from .errors import InputError, NoMatch, TrainlessError, Unsupported
 from .hosts import Component, components, find_sites, module_sites
-from .patchers import Method, known, parameters_of
+from .patchers import Method, broken, get, known, parameters_of
 from .recipes.typed import plain
 from .seams import Site
 from .tables import table, wrapped
+
+WORDS = ("What", "Source", "Seams", "Exact", "Costs", "Differs")  # at the head of a method's file
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,8 @@ class ParameterInfo:
 class MethodInfo:
     """One method. ``fits`` is None unless a model was given; then sites/of count its attention sites.
 
-    reason: why it does not fit. note: what it needs before it can be applied to this model.
+    reason: why it does not fit. note: what it needs before it can be applied to this model. exact, costs:
+    what its file says under these words.
     """
 
     name: str
@@ -44,6 +49,8 @@ class MethodInfo:
     identity: dict[str, Any] | None
     calibration: str | None
     parameters: tuple[ParameterInfo, ...]
+    exact: str = ""
+    costs: str = ""
     fits: bool | None = None
     reason: str = ""
     note: str = ""
@@ -66,15 +73,34 @@ class MethodInfo:
             rows.append(["calibration", "file made by `trainless calibrate`"])
         return "\n".join([*lines, table(rows, indent=4)])
 
+    def detail(self) -> str:
+        """Everything about the method: what it changes nothing at, what it costs, every parameter with its origin."""
+        head = self.name + (f" (also {', '.join(self.aliases)})" if self.aliases else "")
+        about = [["source", self.source], ["library", ", ".join(self.hosts)]]
+        if self.identity is not None:
+            values = ", ".join(f"{k}={v!r}" for k, v in self.identity.items())
+            about.append(["identity", values or "see exact"])
+        about += [[word, text] for word, text in (("exact", self.exact), ("costs", self.costs)) if text]
+        if self.calibration is not None:
+            about.append(["calibration", "a file made by `trainless calibrate`"])
+        rows = [[_shown(p), f"{p.help} ({p.origin})"] for p in self.parameters]
+        return "\n".join([head, wrapped(self.summary, 2), table(about, 2), "  parameters", table(rows, 4)])
+
 
 class Methods(list[MethodInfo]):
     """The answer of ``methods()``: a list that prints as one entry for each method."""
 
     def __str__(self) -> str:
-        return "\n\n".join(str(info) for info in self)
+        plugins = [wrapped(f"not usable: {plugin}", 0, 2) for plugin in broken()]
+        return "\n\n".join([*(str(info) for info in self), *plugins])
 
     def to_dict(self) -> list[dict[str, Any]]:
         return [info.to_dict() for info in self]
+
+
+def method_info(name: str) -> MethodInfo:
+    """One method by its name or an alias; InputError with the nearest names."""
+    return _info(get(name))
 
 
 def methods(model: Any = None) -> Methods:
@@ -102,7 +128,30 @@ def _info(cls: type[Method]) -> MethodInfo:
         cls.name, cls.aliases, cls.summary, cls.source, tuple(sorted(cls.hosts)),
         None if cls.identity is None else dict(cls.identity), cls.calibration_of,
         tuple(_parameter(f) for f in parameters_of(cls).values()),
+        exact=" ".join(header(cls).get("Exact", [])), costs=" ".join(header(cls).get("Costs", [])),
     )  # fmt: skip
+
+
+def header(cls: type[Method]) -> dict[str, list[str]]:
+    """What a method's file says at its head: word → its paragraphs, list items one by one."""
+    text = getattr(sys.modules.get(cls.__module__), "__doc__", None) or ""
+    found: dict[str, list[str]] = {}
+    word = ""
+    for line in text.splitlines()[1:]:
+        start = re.match(rf"({'|'.join(WORDS)})  +(.*)", line)  # a sentence may begin with such a word
+        body = start[2] if start else line.strip()
+        if start:
+            word = start[1]
+            found[word] = []
+        if not word or not body:
+            continue
+        if body.startswith("- "):
+            found[word].append(body[2:])
+        elif found[word]:
+            found[word][-1] += " " + body
+        else:
+            found[word].append(body)
+    return found
 
 
 def _parameter(field: dataclasses.Field[Any]) -> ParameterInfo:
@@ -129,12 +178,14 @@ def _judged(
 ) -> MethodInfo:
     if isinstance(sites, Unsupported):
         return dataclasses.replace(info, fits=False, reason=str(sites))
-    method, missing = with_least(cls)
     pool = module_sites(parts) if cls.site_kind == "module" else sites
     try:
+        method, missing = with_least(cls)
         found = match(model, parts, pool, method)
     except NoMatch as error:
         return dataclasses.replace(info, fits=False, reason=str(error).removeprefix(f"{cls.name}: "))
+    except Exception as error:  # a plug-in's own code; the others are still listed
+        return dataclasses.replace(info, fits=False, reason=f"its own code failed ({_said(error)})")
     note = f"needs {', '.join(missing)}" if missing else _needs(method, found.sites)
     return dataclasses.replace(info, fits=True, note=note, sites=len(found.sites), of=found.candidates)
 
@@ -153,7 +204,14 @@ def _needs(method: Method, sites: list[Site]) -> str:
         return str(error).removeprefix(f"{method.name}: ")
     except TrainlessError as error:
         return str(error)
+    except Exception as error:  # a plug-in's own code
+        return f"its own code fails here ({_said(error)})"
     return ""
+
+
+def _said(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def with_least(cls: type[Method]) -> tuple[Method, list[str]]:

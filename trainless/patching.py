@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,14 @@ from torch import nn
 
 from .binding import Binding, bind, check, entries_by_module
 from .errors import ForeignEdit, InputError, TrainlessError, Unsupported
-from .hosts import Component, unmatched
+from .hosts import Component, exchanged, size_notes, unmatched
 from .hosts.around import wrap_forward
-from .hosts.base import ATTRIBUTE, Runtime, runtime_of
+from .hosts.base import ATTRIBUTE, Runtime, runtime_of, unwrapped
+from .hosts.gate import Gate
 from .hosts.inputs import watch_inputs
 from .journal import AttributeEdit, Journal, TensorEdit, mark
 from .recipes import Recipe, resolve
+from .recipes.folder import save_folder
 from .recipes.values import values_of
 from .report import MethodReport, Report
 from .seams import Site
@@ -38,6 +39,8 @@ class Station:
         self.saving = Journal()  # refusals to save, while any patch here has replaced weights
         self.runtimes: list[Runtime] = []
         self.patches: list[Patch] = []
+        self.gate = Gate(type(component.module).__name__)
+        self.gate.watch(component.module, self.journal)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Station:
         raise Unsupported("a patched model cannot be copied: remove the patch first, then patch each copy")
@@ -67,8 +70,10 @@ class Patch:
         check_tensors(self._given())
         counts: list[tuple[Journal, int]] = []
         marks: list[tuple[Runtime, Any]] = []  # at sites of other patches, which stay as they are
+        still = contextlib.ExitStack()
         try:
             self._build_stations()
+            still.enter_context(self._between_calls())
             counts = [(station.journal, len(station.journal.edits)) for station in self._stations()]
             marks = [(r, r.mark()) for station in self._stations() for r in station.runtimes]
             for station in self._stations():
@@ -79,7 +84,7 @@ class Patch:
                 self._equip(runtime, site)
             self._put_tensors()
             for binding in self.bindings:
-                binding.lease.active = True
+                binding.lease.active = binding.lease.applied = True
             self.applied = True
             self._refresh()
         except BaseException:
@@ -89,7 +94,17 @@ class Patch:
             for journal, count in counts:
                 journal.undo(count)
             raise
+        finally:
+            still.close()
         _reset_compiler()
+
+    @contextlib.contextmanager
+    def _between_calls(self) -> Iterator[None]:
+        """Inside, no call of a patched component is under way; InputError from inside a call of this thread."""
+        with contextlib.ExitStack() as stack:
+            for station in self._stations():
+                stack.enter_context(station.gate.closed())
+            yield
 
     def remove(self) -> None:
         """Take the patch off, whatever else is on the model; does nothing the second time.
@@ -99,8 +114,9 @@ class Patch:
         """
         if not self.applied:
             return
-        self._last = self._method_reports()
-        foreign = self._take_off()
+        with self._between_calls():
+            self._last = self._method_reports()
+            foreign = self._take_off()
         _reset_compiler()
         if foreign:
             raise ForeignEdit(
@@ -108,11 +124,23 @@ class Patch:
                 "undo that change, or reload the model"
             )
 
+    def __enter__(self) -> Patch:
+        if not self.applied:
+            raise InputError("this patch is removed, so a `with` block cannot use it; patch again")
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if error is None:
+            self.remove()
+        else:  # an error on the way out must not hide the block's own
+            with contextlib.suppress(ForeignEdit):
+                self.remove()
+
     def _take_off(self) -> list[str]:
         self.applied = False
         foreign: list[str] = []
         for binding in self.bindings:
-            binding.lease.active = False
+            binding.lease.active = binding.lease.applied = False
         foreign += self.journal.undo() + self.added.undo()
         for module in list(entries_by_module(self.bindings)):
             runtime = runtime_of(module)
@@ -155,12 +183,13 @@ class Patch:
                 self._switch(True)
 
     def _switch(self, active: bool) -> None:
-        for binding in self.bindings:
-            binding.lease.active = active
-        for edit in self.journal.edits:
-            if isinstance(edit, TensorEdit):
-                edit.show(active)
-        self._refresh()
+        with self._between_calls():
+            for binding in self.bindings:
+                binding.lease.active = active
+            for edit in self.journal.edits:
+                if isinstance(edit, TensorEdit):
+                    edit.show(active)
+            self._refresh()
         _reset_compiler()
 
     def _refresh(self) -> None:
@@ -188,6 +217,13 @@ class Patch:
                 continue
             station = Station(part)
             station.journal.add(AttributeEdit(part.module, STATION, station, f"{part.prefix}{STATION}"))
+            if STATION not in vars(part.module):
+                with contextlib.suppress(AttributeError):
+                    delattr(part.module, STATION)
+                raise Unsupported(
+                    f"{type(part.module).__name__} hands its attributes on to a module inside it, so nothing can be "
+                    "put on it; patch the module inside"
+                )
             part.host.install_model(part.module, station.journal, station.runtimes)
 
     def _runtime(self, site: Site) -> Runtime:
@@ -249,7 +285,21 @@ class Patch:
         if self.applied and not any(b.lease.active for b in self.bindings):
             state = "paused"
         methods = self._last if not self.applied and self._last is not None else self._method_reports()
-        return Report(type(self.model).__name__, self.recipe.name, state, methods, unmatched(self.parts))
+        notes = self.exchanged() + self._size_notes() if self.applied else []
+        name = type(unwrapped(self.model)).__name__
+        return Report(name, self.recipe.name, state, methods, notes, unmatched(self._components()))
+
+    def exchanged(self) -> list[str]:
+        """A sentence for every module of a pipeline that the patch sits on and the pipeline no longer uses."""
+        return [
+            f"{name} of the {type(self.model).__name__} was exchanged after patching: the patch sits on a module that "
+            "the pipeline no longer uses; patch the pipeline again"
+            for name in exchanged(self.model, self._components())
+        ]
+
+    def _size_notes(self) -> list[str]:
+        sized = any(binding.method.by_size for binding in self.bindings)
+        return size_notes(self._components()) if sized else []
 
     def _method_reports(self) -> list[MethodReport]:
         return [self._method_report(binding) for binding in self.bindings]
@@ -275,6 +325,7 @@ class Patch:
                     "tokens_seen": tally.tokens_seen,
                     "tokens_kept": tally.tokens_kept,
                     "bytes_kept": tally.bytes_kept,
+                    "bytes_stock": tally.bytes_stock,
                 }
             report.layers.append(layer)
         return report
@@ -290,21 +341,19 @@ class Patch:
         return verify(self, probe)
 
     def save(self, folder: str | Path) -> Path:
-        """Write the resolved recipe, its calibrations and the report into ``folder``, to be patched again from."""
+        """Write the resolved recipe, its calibrations and the report into ``folder``, to be patched again from.
+
+        InputError when the folder holds anything but an earlier save.
+        """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         resolved = deepcopy(self.recipe.resolved())
+        calibrations: dict[str, Path] = {}
         for use, entry in zip(self.recipe.uses, resolved["patches"], strict=True):
             if use.calibration is not None:
-                copy = folder / f"{use.id}.safetensors"
-                if copy.resolve() != use.calibration.resolve():
-                    copy.write_bytes(use.calibration.read_bytes())
-                entry["with"]["calibration"] = copy.name
-        from .recipes.text import write
-
-        (folder / "recipe.yaml").write_text(write(resolved), encoding="utf-8")
-        report = json.dumps(self.report().to_dict(), indent=2, default=str)
-        (folder / "report.json").write_text(report + "\n", encoding="utf-8")
+                name = f"{use.id}.safetensors"
+                calibrations[name] = use.calibration
+                entry["with"]["calibration"] = name
+        save_folder(folder, resolved, calibrations, self.report().to_dict())
         return folder
 
     def __repr__(self) -> str:
@@ -316,17 +365,18 @@ class Patch:
         raise Unsupported("a patch belongs to one model and cannot be copied; patch the other model")
 
 
-def patch(model: Any, what: Any, **parameters: Any) -> Patch:
-    """Patch ``model`` in place and return the handle.
+def patch(model: Any, what: Any, *, where: Mapping[str, Any] | None = None, **parameters: Any) -> Patch:
+    """Patch ``model`` in place and return the handle; in a ``with`` statement it comes off at the end.
 
     model: a loaded torch module, a diffusers pipeline (its denoiser is patched) or a transformers
     pipeline. what: a method name, a packaged recipe's name, a path, a mapping, or a list of names and
-    ``{use, with, where}`` mappings. parameters: those of the method, when ``what`` names one.
+    ``{use, with, where}`` mappings. where: which of its sites a single method uses, ``{layers, part,
+    modules}``. parameters: those of the method, when ``what`` names one.
 
     Raises NoMatch (nothing to bind), Unsupported (found, but cannot be patched), Conflict, InputError,
     RecipeError, CalibrationError; the model is then exactly as it was.
     """
-    recipe = what if isinstance(what, Recipe) else resolve(what, parameters)
+    recipe = resolve(what, parameters, where=where)
     parts, bindings = bind(model, recipe)
     check(bindings)
     made = Patch(model, recipe, parts, bindings)
@@ -335,18 +385,12 @@ def patch(model: Any, what: Any, **parameters: Any) -> Patch:
 
 
 @contextlib.contextmanager
-def patched(model: Any, what: Any, **parameters: Any) -> Iterator[Patch]:
+def patched(
+    model: Any, what: Any, *, where: Mapping[str, Any] | None = None, **parameters: Any
+) -> Iterator[Patch]:
     """``patch`` for the length of a ``with`` block; the patch comes off even when the block raises."""
-    made = patch(model, what, **parameters)
-    try:
+    with patch(model, what, where=where, **parameters) as made:
         yield made
-    finally:
-        # An error on the way out must not hide the block's own.
-        if sys.exc_info()[0] is None:
-            made.remove()
-        else:
-            with contextlib.suppress(ForeignEdit):
-                made.remove()
 
 
 def patches_on(model: Any) -> list[Patch]:

@@ -15,22 +15,34 @@ from .kernels.window2d import Window2d
 from .seams import AttentionCall, ExtraKeys, Pairs
 
 Pattern = Pairs | Window2d
+HIDDEN = (
+    -1000.0
+)  # an additive mask at or below this hides its key; diffusers writes -10000 or the dtype's minimum
 
 
-def visible_keys(patterns: Sequence[Pattern], lq: int, lk: int, device: torch.device) -> Tensor:
-    """(lq,) int64: keys that each row sees through all of ``patterns``; a few rows at a time where it must be."""
-    if not patterns:
-        return torch.full((lq,), lk, device=device)
-    if len(patterns) == 1 and isinstance(patterns[0], Window2d):
-        return _counts(patterns[0], device).clone()  # callers add to it
+def visible_keys(
+    patterns: Sequence[Pattern], lq: int, lk: int, device: torch.device, mask: Tensor | None = None
+) -> Tensor:
+    """int64 (1|B, 1|H, lq): keys that each row sees through all of ``patterns`` and ``mask``.
+
+    A few rows at a time where it must be. mask: bool (True = visible) or additive, (1|B, 1|H, 1|lq, lk).
+    """
+    if not patterns and mask is None:
+        return torch.full((1, 1, lq), lk, device=device)
+    if mask is None and len(patterns) == 1 and isinstance(patterns[0], Window2d):
+        return _counts(patterns[0], device).clone()[None, None]  # callers add to it
+    shown = mask if mask is None or mask.dtype == torch.bool else mask > HIDDEN
     found, keys = [], torch.arange(lk, device=device)[None]
     for start in range(0, lq, STEP):
-        rows = torch.arange(start, min(lq, start + STEP), device=device)[:, None] + lk - lq
-        seen = torch.ones(len(rows), lk, dtype=torch.bool, device=device)
+        stop = min(lq, start + STEP)
+        rows = torch.arange(start, stop, device=device)[:, None] + lk - lq
+        seen = torch.ones(1, 1, len(rows), lk, dtype=torch.bool, device=device)
         for pattern in patterns:
             seen = seen & pattern.visible(rows, keys)
-        found.append(seen.sum(1))
-    return torch.cat(found)
+        if shown is not None:
+            seen = seen & (shown if shown.shape[2] == 1 else shown[:, :, start:stop])[..., :lk]
+        found.append(seen.sum(-1))
+    return torch.cat(found, -1)
 
 
 @functools.lru_cache(maxsize=8)

@@ -23,8 +23,16 @@ class MethodReport:
     skipped: dict[str, str] = field(default_factory=dict)
     layers: list[dict[str, Any]] = field(default_factory=list)  # per site: name, fired, acted, tokens, bytes
 
+    @property
+    def cache(self) -> dict[str, int] | None:
+        """Bytes held for the sequence served last by all layers, and what unpatched ones would hold; None without."""
+        held = [layer for layer in self.layers if layer.get("tokens_seen")]
+        if not held:
+            return None
+        return {name: sum(layer[name] for layer in held) for name in ("bytes_kept", "bytes_stock")}
+
     def to_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
+        return {**vars(self), "cache": self.cache}
 
     def __str__(self) -> str:
         given = ", ".join(f"{k}={v!r}" for k, v in self.parameters.items())
@@ -41,9 +49,12 @@ class MethodReport:
         held = [layer for layer in self.layers if layer.get("tokens_seen")]
         if held:
             seen, kept = held[-1]["tokens_seen"], max(layer["tokens_kept"] for layer in held)
-            total = sum(layer["bytes_kept"] for layer in held)
+            cache = self.cache
+            assert cache is not None
+            share = f" ({cache['bytes_kept'] / cache['bytes_stock']:.0%})" if cache["bytes_stock"] else ""
+            lines.append(f"  cache    {kept} of {seen} tokens kept per layer, {len(held)} layers")
             lines.append(
-                f"  cache    {kept} of {seen} tokens kept per layer, {size(total)} in {len(held)} layers"
+                f"           {size(cache['bytes_kept'])} held, unpatched {size(cache['bytes_stock'])}{share}"
             )
         for reason, count in Counter(self.skipped.values()).items():
             lines.append(f"  skipped  {count} ×: {reason}")
@@ -58,6 +69,7 @@ class Report:
     recipe: str
     state: str  # active, paused, removed
     methods: list[MethodReport]
+    notes: list[str] = field(default_factory=list)  # what is not as it was when patching, or not as was asked
     unmatched: dict[str, int] = field(default_factory=dict)  # attention that no patch can reach, by class
 
     def to_dict(self) -> dict[str, Any]:
@@ -66,12 +78,14 @@ class Report:
             "recipe": self.recipe,
             "state": self.state,
             "methods": [m.to_dict() for m in self.methods],
+            "notes": list(self.notes),
             "unmatched": dict(self.unmatched),
         }
 
     def __str__(self) -> str:
         head = f"{self.recipe} on {self.model}: {self.state}"
-        return "\n".join([head, *(str(m) for m in self.methods), *unmatched_lines(self.unmatched)])
+        lines = [head, *(str(m) for m in self.methods), *unmatched_lines(self.unmatched)]
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
 def unmatched_lines(unmatched: dict[str, int]) -> list[str]:

@@ -45,7 +45,8 @@ class Run:
         if entry.method not in self.states:
             kept = getattr(self.call.layer, "states", None)
             # Without a cache there is no sequence to remember: the state lives for this call.
-            self.states[entry.method] = State() if kept is None else kept.setdefault(entry.method, State())
+            state = State(entry.owner)
+            self.states[entry.method] = state if kept is None else kept.setdefault(entry.method, state)
         return self.states[entry.method]
 
     def _value(self, entry: Entry) -> Any:
@@ -94,7 +95,7 @@ class Run:
         if padding is not None:
             visible = replace(visible, keys=padding[:, -lk:].bool())
         for pattern in patterns:
-            visible = visible.restrict(pattern.visible)
+            visible = visible.restrict(pattern.visible, getattr(pattern, "batch", 1))
             self.edited = True
         return visible
 

@@ -110,7 +110,7 @@ class SoftmaxRun(Run):
                 subset = chosen.keep if subset is None else subset & chosen.keep
                 visible, out = only(visible, chosen.keep), None
             else:
-                visible = visible.restrict(chosen.visible)
+                visible = visible.restrict(chosen.visible, chosen.batch)
                 out, lse = self._attention(visible, extra)
                 self.stats = Statistics(lse=lse)
         changed = False
@@ -411,7 +411,7 @@ class SoftmaxRun(Run):
                 visible = only(visible, chosen.keep)
                 probabilities = without(self._row_probabilities(visible, 0, lq), chosen.keep)
             else:
-                visible = visible.restrict(chosen.visible)
+                visible = visible.restrict(chosen.visible, chosen.batch)
                 probabilities = self._row_probabilities(visible, 0, lq)
         for entry, named in self.groups.items():
             self.masses[entry] = mass_of_groups(probabilities, named)

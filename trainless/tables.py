@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+import unicodedata
 from collections.abc import Sequence
 
 WIDTH = 80
@@ -44,3 +45,56 @@ def ranges(numbers: Sequence[int]) -> str:
         else:
             found.append([number, number])
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in found)
+
+
+# ---------------------------------------------------------------- text on a terminal
+
+
+def harmless(text: str) -> str:
+    """Text whose control characters are written out: what a model wrote must not move a cursor."""
+    return "".join(
+        c if c in "\n\t" or unicodedata.category(c) != "Cc" else c.encode("unicode_escape").decode("ascii")
+        for c in text
+    )
+
+
+def columns(text: str) -> int:
+    """Columns of a terminal that ``text`` takes: two for wide characters, none for what stands on another."""
+    return sum(_width(character) for character in text)
+
+
+def _width(character: str) -> int:
+    if unicodedata.category(character) in {"Mn", "Me", "Cf"}:
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
+
+
+def cut(text: str, width: int) -> str:
+    """``text`` within ``width`` columns."""
+    if columns(text) <= width:
+        return text
+    kept, used = [], 0
+    for character in text:
+        used += _width(character)
+        if used > width - 1:
+            break
+        kept.append(character)
+    return "".join(kept) + "…"
+
+
+def folded(line: str, width: int, hanging: str = "") -> str:
+    """A line broken at spaces where it is wider than ``width``; a word that is wider goes over it."""
+    if columns(line) <= width:
+        return line
+    lines = [""]
+    for word in line.split(" "):
+        longer = (
+            f"{lines[-1]} {word}"
+            if lines[-1].strip() or (lines[-1] == "" and word == "")
+            else lines[-1] + word
+        )
+        if lines[-1].strip() and columns(longer) > width:
+            lines.append(hanging + word)
+        else:
+            lines[-1] = longer
+    return "\n".join(lines)

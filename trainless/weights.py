@@ -1,7 +1,7 @@
 """The ``weights`` and ``input`` seams: tensors of other models put into this one, and tensors put beside it.
 
-All is checked before anything is written: that every tensor is there, has the shape of what replaces it, can
-be written to, and has no adapter merged into it. Names are those of the model without adapters.
+All is checked before anything is written: that every tensor is there, is an ordinary one, has the shape of what
+replaces it, can be written to, and has no adapter merged into it. Names are those of the model without adapters.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .errors import InputError, Unsupported
 from .journal import ItemEdit, Journal, TensorEdit, mark, stored
-from .seams import Contribution, Site, parameter_of, unwrapped
+from .seams import Contribution, Site, parameter_of, unwrapped, why_not_plain
 
 BESIDE = "_trainless_tensors"  # how the module is called that holds a method's own tensors
 WRITABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -35,11 +35,14 @@ def check(given: Iterable[Given]) -> None:
 
 
 def _check_one(method: str, site: Site, name: str, tensor: Tensor) -> None:
+    where = f"{method}: {site.name}.{name}"
+    reason = why_not_plain(site.module, name)
+    if reason is not None:
+        raise Unsupported(f"{where} cannot be replaced: {reason}; load the model unquantised and unwrapped")
     found = parameter_of(site.module, name)
     if found is None:
         raise InputError(f"{method}: {site.name} has no {name!r}; these weights are of another model")
     current = getattr(*found)
-    where = f"{method}: {site.name}.{name}"
     if current.dtype not in WRITABLE:
         raise Unsupported(f"{where} is stored as {current.dtype}, quantised; load the model unquantised")
     if current.shape != tensor.shape:

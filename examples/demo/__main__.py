@@ -29,7 +29,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("out/demo"))
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--recipe", default="llama/long-context-wide", help="for the texts")
+    parser.add_argument("--recipe", default="llama/kvquant", help="for the texts")
     parser.add_argument("--new-tokens", type=positive, default=32, help="of each text")
     parser.add_argument("--limit", type=positive, default=1000, help="only the first N prompts of each part")
     given = parser.parse_args()

@@ -52,7 +52,7 @@ def look_inside(recipe: str, texts: dict[str, str]) -> tuple[dict[str, int], flo
         """The likeliest next token after the prompt and after each token of the text; bytes after the prompt."""
         cache = DynamicCache(config=model.config)
         found = model(prompts[name], past_key_values=cache, logits_to_keep=1).logits[0].argmax(-1).tolist()
-        held = sum(t.untyped_storage().nbytes() for layer in cache.layers for t in (layer.keys, layer.values))
+        held = sum(map(weigh, cache.layers))
         for piece in written[name].split(step, dim=1):
             found += model(piece, past_key_values=cache).logits[0].argmax(-1).tolist()
         return found, held
@@ -70,6 +70,12 @@ def look_inside(recipe: str, texts: dict[str, str]) -> tuple[dict[str, int], flo
     }
     agree = [a == b for name in prompts for a, b in zip(before[name][0], after[name][0], strict=True)]
     return cache, sum(agree) / len(agree)
+
+
+def weigh(layer: Any) -> int:
+    """Bytes of a layer's storages; a layer of a patch says how much it holds, packed parts included."""
+    own = getattr(layer, "nbytes", None)
+    return own if own is not None else sum(t.untyped_storage().nbytes() for t in (layer.keys, layer.values))
 
 
 def speed(records: dict[str, dict[str, Any]]) -> float:
@@ -139,7 +145,7 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join([head, f"{found['machine']}; load {found['load_before']} before", "", *lines])
 
 
-def show(out: Path, recipe: str = "llama/long-context-wide", new_tokens: int = 32, limit: int = 1000) -> str:
+def show(out: Path, recipe: str = "llama/kvquant", new_tokens: int = 32, limit: int = 1000) -> str:
     """Run the part; results go into ``out``. Returns what is to be read at the end."""
     options = ("--batch-size", "4", "--max-new-tokens", str(new_tokens), "--limit", str(limit))
     load = os.getloadavg()[0]  # what else the machine was doing: speeds of a busy one mean little

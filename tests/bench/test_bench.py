@@ -268,3 +268,26 @@ def test_bad_command_lines(run: Any, llama: Any, tmp_path: Any, monkeypatch: pyt
     monkeypatch.setattr("trainless.models.extras.installed", lambda package: False)
     code, _, err = run("bench", llama, "--patch", "h2o", "-o", tmp_path / "out")
     assert code == 1 and "trainless[plots]" in err
+
+
+# ---------------------------------------------------------------- a patch that does nothing
+
+
+def test_a_patch_that_changed_nothing_is_no_gain(tmp_path: Any) -> None:
+    found = bench(llama_model(), "streaming", recent=500, **SMALL)
+    assert found.idle and found.withheld is None and found.counts["streaming"]["fired"] > 0
+    said = str(found)
+    assert "streaming acted on 0 of " in said and "changed nothing" in said
+    assert "ratio" not in said and "tokens/s" not in said and "top-1" not in said
+    assert max(map(len, said.splitlines())) <= 80
+    assert [p.name for p in found.save(tmp_path)] == ["bench.json"]
+    data = json.loads((tmp_path / "bench.json").read_text())
+    assert data["idle"] and data["counts"]["streaming"]["acted"] == 0
+
+
+def test_of_two_methods_the_idle_one_is_named() -> None:
+    uses = [{"use": "streaming", "with": {"recent": 500}}, {"use": "head_gain", "with": {"gain": 0.5}}]
+    found = bench(llama_model(), uses, **SMALL)
+    said = " ".join(str(found).split())
+    assert not found.idle and "ratio" in said
+    assert "streaming changed nothing in this run" in said and "head_gain changed nothing" not in said

@@ -38,7 +38,8 @@ def flags():
 
 
 def test_flags_are_few():
-    assert len(flags()) < 25, sorted(flags())
+    """Each of them is one more thing to read past: a new one has to be worth it."""
+    assert len(flags()) < 48, sorted(flags())
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
@@ -52,10 +53,11 @@ def test_help_is_readable_at_80_columns(run, command):
 def test_contract_flags_of_generate(run):
     _, out, _ = run("generate", "--help")
     wanted = (
-        "-o --recipe --patch --set --max-new-tokens --batch-size --limit --seed --size --steps "
-        "--retry-errors --overwrite --dry-run"
+        "-o --prompt --recipe --patch --set --where --chat --system --prompt-field --keep-columns --max-new-tokens "
+        "--batch-size --limit --seed --size --steps --dtype --device --max-pixels --retry-errors --overwrite "
+        "--dry-run -q -v"
     )
-    assert set(re.findall(r"^  (-\S+)", out, re.M)) - {"-h,"} == set(wanted.split())
+    assert {flag.rstrip(",") for flag in re.findall(r"^  (-\S+)", out, re.M)} - {"-h"} == set(wanted.split())
 
 
 BAD_COMMANDS = [
@@ -69,6 +71,12 @@ BAD_COMMANDS = [
     ("generate", "m", "p.txt", "-o", "o", "--seed", "-1"),
     ("generate", "m", "p.txt", "-o", "o", "--patch", "h2o", "--set", "recent"),
     ("generate", "m", "p.txt", "-o", "o", "--set", "h2o.recent=4"),
+    ("generate", "m", "-o", "o"),
+    ("generate", "m", "p.txt", "--prompt", "x", "-o", "o"),
+    ("generate", "m", "p.txt", "-o", "o", "-q", "-v"),
+    ("generate", "m", "--prompt", "x", "--keep-columns"),
+    ("generate", "m", "--prompt", "x", "--overwrite"),
+    ("generate", "m", "--prompt", "x", "--retry-errors"),
     ("explain", "m"),
     ("nonsense",),
 ]
@@ -77,7 +85,7 @@ BAD_COMMANDS = [
 @pytest.mark.parametrize("arguments", BAD_COMMANDS, ids=" ".join)
 def test_bad_command_line_is_2(run, arguments):
     code, out, err = run(*arguments)
-    assert code == 2 and out == "" and "Error: " in err
+    assert code == 2 and out == "" and "error: " in err.lower()
 
 
 BAD_INPUTS = [

@@ -15,6 +15,7 @@ from oracle import (
     Clear,
     HeadGain,
     KvQuant,
+    Random,
     Rule,
     SnapKV,
     Streaming,
@@ -62,6 +63,7 @@ class Case:
     clashes: Sequence[tuple[str, Mapping[str, Any], str]] = ()  # (method, parameters, seam)
     evicts: bool = False
     pattern: bool = False  # its prefill leaves tokens out, and what the cache keeps has no budget
+    protects: bool = False  # what was given stays, on top of the budget
     once: bool = False  # evicts after the first prefill alone, and grows from there
     chunks: str = "same"
     assisted: str = "same"  # or "refused", when drafts are rejected in part
@@ -139,7 +141,7 @@ def _linfusion(label: str, middle: int, layers: int, **more: Any) -> Case:
     )
 
 
-LARGE = {"use": "entropy", "with": {"trained": 64}}
+LARGE = {"use": "entropy"}  # the tiny UNet states its size
 
 
 def _capped(label: str, method: str, rule: Any, families: Sequence[str], **more: Any) -> Case:
@@ -150,6 +152,20 @@ def _capped(label: str, method: str, rule: Any, families: Sequence[str], **more:
     return Case(
         label, method, more, lambda: rule(**more), families, {**more, "capacity": 1 << 30},
         {**more, "capacity": 60}, layers_of={"gemma2": (1,)}, evicts=True, **extra,
+    )  # fmt: skip
+
+
+def _shared(label: str, method: str, rule: Any, whole: Mapping[str, Any], **more: Any) -> Case:
+    """An evictor given a ``ratio`` or ``protect``; ``whole``: budgets of its own that keep everything."""
+    extra = {
+        k: more.pop(k) for k in ("main", "neighbours", "neighbour_rules", "clashes", "once") if k in more
+    }
+    given = {k: more[k] for k in ("ratio", "protect") if k in more}
+    oracle = {k: v for k, v in more.items() if k not in given}
+    wide = {**{k: v for k, v in more.items() if k != "ratio"}, **whole}
+    return Case(
+        label, method, more, lambda: rule(**oracle).shares(**given), ("llama",), {**oracle, "ratio": 1.0} if
+        not oracle.keys() & whole.keys() else {"ratio": 1.0}, wide, evicts=True, protects="protect" in given, **extra,
     )  # fmt: skip
 
 
@@ -299,6 +315,17 @@ CASES: list[Case] = [
     _capped(
         "snapkv-max", "snapkv", SnapKV, ("llama", "qwen2"), capacity=8, window=3, pool=5, pooling="max", once=True
     ),
+    _shared(
+        "random", "random", Random, {"capacity": 60}, ratio=0.5, main=True, neighbours=(WARM, GAIN),
+        neighbour_rules=_around(warm_rule, gain_rule), clashes=[("streaming", {"recent": 4}, "kv")],
+    ),
+    _shared("random-protect", "random", Random, {"capacity": 60}, capacity=3, seed=5, protect="prompt"),
+    _shared("h2o-ratio", "h2o", lambda **m: H2O(**m, reduce="call"), {"recent": 60}, ratio=0.4),
+    _shared("streaming-share", "streaming", lambda **m: Streaming(1, **m), {"recent": 60}, ratio=0.45),
+    _shared(
+        "tova-protect", "tova", lambda **m: Tova(m.pop("capacity", 1), **m), {"capacity": 60}, ratio=0.2,
+        protect="prompt",
+    ),
     _capped("snapkv-fraction", "snapkv", SnapKV, ("llama",), capacity=0.6, window=2, pool=1, once=True),
     _zipvl(
         "zipvl", EVICTABLE, main=True, neighbours=(WARM, GAIN), neighbour_rules=_around(warm_rule, gain_rule),
@@ -327,8 +354,11 @@ CASES: list[Case] = [
         clashes=[("act", {}, "mass")],
     ),
     _var("var-all-moved", ("gemma3", "llava"), move=1.0, min_nonsink=0.0),
+    Case(  # of a UNet or PixArt alone nobody knows how many pixels a latent is
+        "entropy-config", "entropy", {}, Rule, ("unet", "pixart"), None, trained=128,
+    ),
     Case(
-        "entropy", "entropy", {"trained": 256}, Rule, DENOISERS, {"trained": 128}, main=True, trained=256,
+        "entropy", "entropy", {"trained": 256}, Rule, ("sd3", "flux"), {"trained": 128}, main=True, trained=256,
         neighbours=(
             {**WARM, "where": {"layers": "0:1"}},
             {"use": "attn_temperature", "with": {"temperature": 0.6}, "where": {"layers": "1:"}},
@@ -347,7 +377,7 @@ LANGUAGE = [c for c in CASES if set(c.families) & {*CAUSAL, *ENCODERS}]
 MAIN = [c for c in CASES if c.main]
 MAIN_CAUSAL = [c for c in MAIN if set(c.families) & set(CAUSAL)]
 EVICTORS = [c for c in CASES if c.evicts]
-BUDGETED = [c for c in EVICTORS if not c.pattern]
+BUDGETED = [c for c in EVICTORS if not (c.pattern or c.protects)]
 
 
 def pairs(kinds: Sequence[str], cases: Sequence[Case] = ()) -> list[Any]:

@@ -140,3 +140,102 @@ def test_image_tokens_are_said_for_one_thread() -> None:
             if isinstance(got, Exception):
                 raise got
             same(got, want)
+
+
+# ---------------------------------------------------------------- changes of patches beside calls
+
+
+def test_pausing_waits_for_calls_and_calls_for_pausing() -> None:
+    """A call sees the patch at all of its layers or at none, however often another thread switches it."""
+    model = build("llama", dtype=torch.float32, exact=False)
+    ids = models.prompt(20)
+    with torch.no_grad():
+        plain = model(ids).logits
+        patch = trainless.patch(model, "attn_temperature", temperature=0.5)
+        sharp = model(ids).logits
+    seen = {"plain": 0, "sharp": 0}
+    stop = threading.Event()
+
+    def work(number: int) -> None:
+        if number == 0:
+            for _ in range(40):
+                with patch.paused():
+                    pass
+            stop.set()
+            return
+        while not stop.is_set():
+            with torch.no_grad():
+                got = model(ids).logits
+            which = "plain" if torch.equal(got, plain) else "sharp"
+            assert torch.equal(got, plain) or torch.equal(got, sharp)
+            seen[which] += 1
+
+    assert at_once(work) == [None] * WORKERS
+    assert seen["sharp"]
+
+
+def test_the_first_patch_waits_for_a_call_that_is_under_way() -> None:
+    model = build("llama", dtype=torch.float32, exact=False)
+    ids = models.prompt(12)
+    inside, go_on = threading.Event(), threading.Event()
+
+    def hold(*unused: Any) -> None:
+        inside.set()
+        assert go_on.wait(30)
+
+    hook = model.model.layers[1].register_forward_pre_hook(hold)
+    with torch.no_grad():
+        go_on.set()
+        plain = model(ids).logits
+        go_on.clear(), inside.clear()
+        results: list[Any] = []
+        caller = threading.Thread(target=lambda: results.append(model(ids).logits.detach()))
+        caller.start()
+        assert inside.wait(30)
+        patcher = threading.Thread(
+            target=lambda: results.append(trainless.patch(model, "attn_temperature", temperature=0.5))
+        )
+        patcher.start()
+        patcher.join(0.3)
+        assert patcher.is_alive()  # it waits
+        go_on.set()
+        caller.join(), patcher.join()
+    hook.remove()
+    assert torch.equal(results[0], plain)
+    results[1].remove()
+
+
+@pytest.mark.parametrize("standing", [True, False])
+def test_a_change_from_inside_a_call_is_refused(standing: bool) -> None:
+    model = build("llama", dtype=torch.float32, exact=False)
+    ids = models.prompt(12)
+    patch = trainless.patch(model, "head_gain", heads=[[0, 0]], gain=0.5) if standing else None
+
+    def change(*unused: Any) -> None:
+        trainless.patch(model, "attn_temperature", temperature=0.5)
+
+    hook = model.model.layers[1].register_forward_pre_hook(change)
+    with pytest.raises(trainless.InputError, match="from inside a call"):
+        model(ids)
+    hook.remove()
+    if patch is not None:
+        patch.remove()
+    model(ids)
+    assert not [key for m in model.modules() for key in vars(m) if key.startswith("_trainless")]
+
+
+def test_a_call_ended_by_ctrl_c_is_forgotten() -> None:
+    """KeyboardInterrupt skips torch's hooks, so the gate has to see for itself that the call is over."""
+    model = build("llama", dtype=torch.float32, exact=False)
+    patch = trainless.patch(model, "attn_temperature", temperature=0.5)
+
+    def stop(*unused: Any) -> None:
+        raise KeyboardInterrupt
+
+    hook = model.model.layers[1].register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        model(models.prompt(12))
+    hook.remove()
+    with patch.paused():
+        model(models.prompt(12))
+    patch.remove()

@@ -38,6 +38,8 @@ def test_a_stale_part_is_seen(made: dict[Path, str], tmp_path: Path, monkeypatch
     page.write_text("before\n<!-- begin errors -->\nold\n<!-- end errors -->\nafter\n")
     (tmp_path / "docs" / "img").mkdir(parents=True)
     (tmp_path / "docs" / "img" / "seams.svg").write_text(made[ROOT / "docs" / "img" / "seams.svg"])
+    (tmp_path / "trainless").mkdir()
+    (tmp_path / "trainless" / "advice.json").write_text(made[ROOT / "trainless" / "advice.json"])
     monkeypatch.setattr(generate, "ROOT", tmp_path)
     monkeypatch.setattr(generate, "pages", lambda: [page])
     assert generate.stale() == [page]
@@ -110,7 +112,7 @@ def test_the_method_in_the_guide_works(monkeypatch: pytest.MonkeyPatch) -> None:
     import picture
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    (source,) = re.findall(
+    source, _ = re.findall(
         r"```python\n(.*?)```", (ROOT / "docs" / "add-a-method.md").read_text("utf-8"), re.DOTALL
     )
     base.known()

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import diffusers
 import torch
 from oracle import models
 from oracle.entropy import halved, unet_level
@@ -19,6 +20,15 @@ from trainless.journal import Journal
 from trainless.seams import AttentionCall, Contribution, Entry
 
 TRAINED = 128  # pixels; the tiny models' sample_size is 16
+
+
+def stable_diffusion(unet: nn.Module | None = None) -> Any:
+    """A pipeline around a tiny UNet, without the parts that a patch needs nothing of; 8 pixels per latent."""
+    return diffusers.StableDiffusionPipeline(
+        vae=None, text_encoder=None, tokenizer=None, unet=models.build("unet") if unet is None else unet,
+        feature_extractor=None, scheduler=diffusers.DDIMScheduler(), safety_checker=None,
+        requires_safety_checker=False,
+    )  # fmt: skip
 
 
 def run(model: nn.Module, family: str, height: int = 24, width: int = 20, **more: Any) -> torch.Tensor:

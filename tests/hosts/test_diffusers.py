@@ -23,11 +23,11 @@ from torch.overrides import _get_current_function_mode_stack
 
 import trainless
 from trainless.hosts import diffusers_calls
+from trainless.hosts.denoisers import Unknown
+from trainless.hosts.denoisers.packed import leading_image
 from trainless.hosts.diffusers import DiffusersHost, denoiser_of, denoisers_of, text_encoders_of
-from trainless.hosts.diffusers_geometry import Context
-from trainless.hosts.diffusers_pipelines import default_size, pipeline_facts
 
-from .denoising import TRAINED, run, watched
+from .denoising import TRAINED, run, stable_diffusion, watched
 
 
 @pytest.fixture(autouse=True)
@@ -67,17 +67,13 @@ def test_sites_of_a_unet():
 
 
 @pytest.mark.parametrize(
-    ("family", "roles", "order"),
-    [
-        ("sd3", {"joint": 3, "self": 1}, "image first"),
-        ("flux", {"joint": 6}, "text first"),
-        ("pixart", {"self": 3, "cross": 3}, "text first"),
-    ],
+    ("family", "roles"),
+    [("sd3", {"joint": 3, "self": 1}), ("flux", {"joint": 6}), ("pixart", {"self": 3, "cross": 3})],
 )
-def test_sites_of_transformers(family, roles, order):
+def test_sites_of_transformers(family, roles):
     sites = DiffusersHost().sites(models.build(family))
     assert {r: sum(s.role == r for s in sites) for r in {s.role for s in sites}} == roles
-    assert {s.facts["text_order"] for s in sites} == {order} and {s.facts["patch"] for s in sites} == {(2, 2)}
+    assert {s.facts["patch"] for s in sites} == {(2, 2)}
 
 
 def test_a_vae_is_not_a_denoiser():
@@ -87,7 +83,7 @@ def test_a_vae_is_not_a_denoiser():
         trainless.patch(vae, "entropy", trained=64)
 
 
-def test_frames_and_refiners_are_refused_at_their_sites():
+def test_frames_are_no_image_tokens():
     video = diffusers.UNet3DConditionModel(
         sample_size=8, block_out_channels=(8, 16), down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
         up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"), layers_per_block=1, norm_num_groups=4,
@@ -95,8 +91,10 @@ def test_frames_and_refiners_are_refused_at_their_sites():
     )  # fmt: skip
     sites = DiffusersHost().sites(video)
     frames = [s for s in sites if "temp_attentions" in s.name or "transformer_in" in s.name]
-    assert frames and all("frames" in s.refusal for s in frames)
-    assert [s for s in sites if s.refusal is None]
+    own = [s for s in frames if s.role == "self"]
+    assert own and all("frames" in s.facts["no_images"] and s.refusal is None for s in own)
+    assert all("not image tokens" in s.facts["no_images"] for s in frames)
+    assert [s for s in sites if s.facts["no_images"] is None]
 
 
 # ---------------------------------------------------------------- what is known about a call
@@ -111,13 +109,18 @@ def test_facts_of_a_unet_call_at_an_odd_size():
     assert len(calls) == 20
     for call in calls:
         level = call.facts["level"]
-        assert call.grid == grids[level] and call.query.shape[2] == grids[level][0] * grids[level][1]
+        assert call.query.shape[2] == grids[level][0] * grids[level][1]
         assert call.facts["sample"] == (21, 13) and call.facts["timestep"] is given["timestep"]
         if call.site.role == "self":
-            assert (call.text, call.facts["image_tokens"]) == (0, call.key.shape[2])
-            assert call.facts["grid_at"]((16, 16)) == [(16, 16), (8, 8), (4, 4)][level]
+            assert (call.image.first, call.image.tokens) == (0, call.key.shape[2])
+            assert call.image.grid == grids[level]
+            assert call.image.at((16, 16)) == [(16, 16), (8, 8), (4, 4)][level]
         else:
-            assert "image_tokens" not in call.facts and call.key.shape[2] == 5
+            assert (
+                call.image is None
+                and "not image tokens" in call.facts["no_images"]
+                and call.key.shape[2] == 5
+            )
 
 
 @pytest.mark.parametrize("family", ["sd3", "pixart", "flux"])
@@ -127,15 +130,15 @@ def test_facts_of_a_transformer_call(family):
         model(**models.inputs(family, height=12, width=20, text=7))
     for call in calls:
         joint = call.site.role == "joint"
-        assert call.grid == (6, 10) and call.facts["sample"] == (12, 20)
-        assert call.text == (7 if joint else 0) and call.text_first == (family != "sd3")
+        assert call.facts["sample"] == (12, 20)
         if call.site.role != "cross":
-            assert call.facts["image_tokens"] == 60 and call.key.shape[2] == 60 + call.text
-            assert call.facts["grid_at"]((16, 24)) == (8, 12)
+            assert (call.image.grid, call.image.tokens) == ((6, 10), 60)
+            assert call.image.first == call.image.row == (7 if family == "flux" else 0)
+            assert call.key.shape[2] == 60 + 7 * joint and call.image.at((16, 24)) == (8, 12)
 
 
 def test_a_reference_image_behind_the_own_one_is_not_the_grid():
-    """Kontext: a second image with another first id; N counts both, the grid is the generated image's."""
+    """Kontext: a second image with another first id stands behind the generated one."""
     model = models.build("flux")
     given = models.inputs("flux", height=8, width=12, text=3)
     reference = given["img_ids"].clone()[:6]
@@ -144,7 +147,10 @@ def test_a_reference_image_behind_the_own_one_is_not_the_grid():
     given["hidden_states"] = torch.cat([given["hidden_states"], given["hidden_states"][:, :6]], 1)
     with watched(model) as calls:
         model(**given)
-    assert {(c.facts["image_tokens"], c.text, c.facts["sample"]) for c in calls} == {(30, 3, (8, 12))}
+    assert {(c.image.tokens, c.image.grid, c.image.first, c.key.shape[2]) for c in calls} == {
+        (24, (4, 6), 3, 33)
+    }
+    assert {c.facts["sample"] for c in calls} == {(8, 12)}
 
 
 @pytest.mark.parametrize("grid", [(258, 2), (2, 300), (260, 261), (300, 1), (1, 300), (1, 1)])
@@ -153,18 +159,22 @@ def test_the_grid_of_large_images_whose_ids_are_rounded(grid):
     rows, columns = grid
     ids = torch.zeros(rows, columns, 3)
     ids[..., 1], ids[..., 2] = torch.arange(rows)[:, None], torch.arange(columns)
-    read = Context(models.build("flux"))._packed_grid
     for dtype in (torch.bfloat16, torch.float32):
-        assert read({"img_ids": ids.reshape(-1, 3).to(dtype)}) == grid
+        assert leading_image(ids.reshape(-1, 3).to(dtype)) == grid
 
 
 def test_ids_that_are_no_single_grid():
     ids = models.inputs("flux", height=8, width=12)["img_ids"]
-    read = Context(models.build("flux"))._packed_grid
     beside = ids + torch.tensor([0.0, 0.0, 6.0])
     for other in (torch.cat([ids, ids]), torch.cat([ids, beside]), ids[:-1], ids[1:], ids.flip(0), ids[::2]):
-        assert read({"img_ids": other.contiguous()}) is None
-    assert read({"img_ids": ids + 3}) == (4, 6)
+        with pytest.raises(Unknown, match="not those of one image"):
+            leading_image(other.contiguous())
+    assert leading_image(ids + 3) == (4, 6)
+    ids[:, 1:] += 1  # written to in place: what was read of it before no longer holds
+    assert leading_image(ids) == (4, 6)
+    ids.copy_(ids.flip(0))
+    with pytest.raises(Unknown):
+        leading_image(ids)
 
 
 # ---------------------------------------------------------------- what it costs and what it leaves
@@ -391,13 +401,6 @@ def test_an_exception_inside_leaves_attention_alone_and_the_patch_working(error)
 # ---------------------------------------------------------------- pipelines
 
 
-def _stable_diffusion(**config):
-    return diffusers.StableDiffusionPipeline(
-        vae=None, text_encoder=None, tokenizer=None, unet=models.build("unet", **config), safety_checker=None,
-        feature_extractor=None, scheduler=diffusers.DDIMScheduler(), requires_safety_checker=False,
-    )  # fmt: skip
-
-
 def _flux():
     return diffusers.FluxPipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), vae=None, text_encoder=None, tokenizer=None,
@@ -409,8 +412,11 @@ def test_a_pipeline_says_what_its_denoiser_is_and_its_size():
     pipe = _flux()
     assert denoiser_of(pipe) == ("transformer", pipe.transformer) and denoisers_of(pipe)[1:] == []
     assert text_encoders_of(pipe) == []
-    assert pipeline_facts(pipe) == {"trained_latent": (128, 128), "vae_scale": 8}
-    assert default_size(pipe) == (1024, 1024) and default_size(_stable_diffusion()) == (128, 128)
+    facts = DiffusersHost(pipe).sites(pipe.transformer)[0].facts
+    assert (facts["trained_latent"], facts["vae_scale"]) == ((128, 128), 8)
+    small = stable_diffusion()
+    facts = DiffusersHost(small).sites(small.unet)[0].facts
+    assert (facts["trained_latent"], facts["sizes"].default()) == ((16, 16), (128, 128))
     with pytest.raises(trainless.InputError, match="no denoiser"):
         denoisers_of(object())
 
@@ -424,7 +430,7 @@ def test_a_flux_pipeline_knows_the_trained_size_that_its_transformer_does_not():
 
 
 def test_patching_the_pipeline_patches_its_unet_in_place():
-    pipe = _stable_diffusion()
+    pipe = stable_diffusion()
     stock = run(pipe.unet, "unet")
     with trainless.patched(pipe, "entropy"):
         assert not torch.equal(run(pipe.unet, "unet"), stock)

@@ -324,14 +324,16 @@ def test_a_small_radius_without_weights(radius):
         trainless.patch(models.build("flux"), "clear", radius=radius)
 
 
-def test_a_second_image_is_refused_by_name():
+def test_ids_that_are_no_single_grid_are_refused_by_name():
     model = models.build("flux")
     given = models.inputs("flux", height=16, width=24, text=3)
-    reference = given["img_ids"].clone()[:6]
-    reference[:, 0] = 1
-    given["img_ids"] = torch.cat([given["img_ids"], reference])
-    given["hidden_states"] = torch.cat([given["hidden_states"], given["hidden_states"][:, :6]], 1)
-    with trainless.patched(model, "clear"), pytest.raises(trainless.Unsupported, match="another image"):
+    beside = given["img_ids"] + torch.tensor([0.0, 0.0, 12.0], dtype=torch.float64)
+    given["img_ids"] = torch.cat([given["img_ids"], beside])
+    given["hidden_states"] = given["hidden_states"].repeat(1, 2, 1)
+    with (
+        trainless.patched(model, "clear"),
+        pytest.raises(trainless.Unsupported, match="not those of one image"),
+    ):
         model(**given)
 
 
@@ -355,14 +357,13 @@ def test_calls_about_which_nothing_is_known():
 def test_models_without_an_image_to_attend_to():
     with pytest.raises(trainless.NoMatch, match="clear"):
         trainless.patch(models.build("llama"), "clear")
-    from diffusers import WanTransformer3DModel
+    from diffusers import PriorTransformer
 
-    video = WanTransformer3DModel(
-        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4,
-        text_dim=8, freq_dim=16, ffn_dim=16, num_layers=1,
-    )  # fmt: skip
-    with pytest.raises(trainless.NoMatch, match="video"):
-        trainless.patch(video, "clear")
+    prior = PriorTransformer(
+        num_attention_heads=2, attention_head_dim=4, num_layers=2, embedding_dim=8, num_embeddings=7
+    )
+    with pytest.raises(trainless.NoMatch, match="not an image"):
+        trainless.patch(prior, "clear")
 
 
 def test_an_image_prompt_stands_beside_the_disc():

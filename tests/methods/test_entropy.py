@@ -9,11 +9,12 @@ import torch
 
 pytest.importorskip("diffusers")
 
+from hosts.denoising import stable_diffusion
 from oracle import install_entropy, models
 
 import trainless
 from trainless.patchers.entropy import factor
-from trainless.seams import AttentionCall
+from trainless.seams import AttentionCall, ImageTokens
 
 # Stock FLUX rotates in float32 whatever its dtype, the oracle does not.
 TOLERANCE = {"unet": 1e-12, "sd3": 1e-12, "pixart": 1e-12, "flux": 1e-7}
@@ -81,9 +82,9 @@ def test_trained_is_pixels_a_side_or_height_and_width(trained, size):
     """The identity is where the token count is that of training, an equal area turned around included."""
     model, given = models.build("unet"), models.inputs("unet", height=size[0], width=size[1])
     stock = model(**given)[0]
-    with trainless.patched(model, "entropy", trained=trained):
+    with trainless.patched(stable_diffusion(model), "entropy", trained=trained):
         assert torch.equal(model(**given)[0], stock)
-    with trainless.patched(model, "entropy", trained=512):
+    with trainless.patched(stable_diffusion(model), "entropy", trained=512):
         assert not torch.equal(model(**given)[0], stock)
 
 
@@ -108,14 +109,11 @@ def test_layers_can_be_narrowed():
 # ---------------------------------------------------------------- the factor itself
 
 
-def _call(image: int, side: int = 4, text: int = 0, lq: int | None = None, **more) -> AttentionCall:
+def _call(image: int, side: int = 4, text: int = 0, text_first: bool = True, **more) -> AttentionCall:
     """A call over ``image`` + ``text`` keys of a layer whose grid is the latent's."""
-    lq = image + text if lq is None else lq
-    facts = {"image_tokens": image, "grid_at": lambda latent: latent, **more.pop("facts", {})}
+    place = ImageTokens(image, lambda latent: latent, first=text if text_first else 0)
     shape = (1, 2, image + text, side)
-    return AttentionCall(
-        torch.zeros(1, 2, lq, side), torch.zeros(shape), torch.zeros(shape), text=text, facts=facts, **more
-    )
+    return AttentionCall(torch.zeros(shape), torch.zeros(shape), torch.zeros(shape), image=place, **more)
 
 
 @pytest.mark.parametrize(
@@ -138,6 +136,29 @@ def test_factor_is_none_where_the_counts_agree_and_grows_with_them():
     assert factor(_call(1), (1, 2)) is None  # both counts are at least 2
     values = [factor(_call(n), (8, 8)) for n in (8, 32, 63, 65, 100, 4000)]
     assert values == sorted(values) and values[2] < 1 < values[3]
+
+
+def test_references_and_several_grids():
+    """A reference counts as text does, each layer of a layered image as the image does; cached keys are like others."""
+    place = ImageTokens(60, lambda latent: latent, grids=3, first=7)
+    keys = torch.zeros(1, 2, 7 + 60 + 30, 4)
+    call = AttentionCall(keys[:, :, :67], keys, keys, image=place)
+    assert factor(call, (4, 5)) is None
+    assert factor(call, (2, 4)) == pytest.approx(math.sqrt(math.log(97) / math.log(37 + 24)))
+    nothing = AttentionCall(keys, keys, keys, image=ImageTokens(0, lambda latent: latent))
+    assert factor(nothing, (4, 5)) is None and factor(nothing, (400, 5)) is None
+
+
+def test_rows_begin_apart_and_text_that_sees_no_image_is_left_alone():
+    place = ImageTokens(20, lambda latent: latent, first=torch.tensor([3, 7]), row=torch.tensor([3, 7]))
+    keys = torch.zeros(2, 2, 27, 4)
+    keep = torch.ones(2, 1, 27, 27, dtype=torch.bool)
+    keep[0, ..., 23:] = False  # padding behind the shorter row
+    keep[1, :, :7, 7:] = False  # text that does not look ahead
+    got = factor(AttentionCall(keys, keys, keys, mask=keep, image=place), (4, 4))[:, 0, :, 0]
+    short, long = (math.sqrt(math.log(n + 20) / math.log(n + 16)) for n in (3, 7))
+    torch.testing.assert_close(got[0], torch.full((27,), short))
+    torch.testing.assert_close(got[1], torch.tensor([1.0] * 7 + [long] * 20))
 
 
 def test_masked_text_counts_on_neither_side():
@@ -199,8 +220,8 @@ def test_bad_sizes(trained):
 
 
 def test_a_size_under_one_latent_pixel():
-    with pytest.raises(trainless.InputError, match=r"trained=4: give pixels"):
-        trainless.patch(models.build("unet"), "entropy", trained=4)
+    with pytest.raises(trainless.InputError, match=r"trained=4×4: give pixels"):
+        trainless.patch(stable_diffusion(), "entropy", trained=4)
 
 
 def test_a_language_model_has_nothing_to_scale():
@@ -208,15 +229,29 @@ def test_a_language_model_has_nothing_to_scale():
         trainless.patch(models.build("llama"), "entropy")
 
 
-def test_video_is_refused_by_name():
+def test_several_frames_are_refused_by_name():
     from diffusers import WanTransformer3DModel
 
     video = WanTransformer3DModel(
         patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4,
         text_dim=8, freq_dim=16, ffn_dim=16, num_layers=1,
     )  # fmt: skip
-    with pytest.raises(trainless.NoMatch, match="frames"):
-        trainless.patch(video, "entropy", trained=512)
+    given = {"timestep": torch.ones(1), "encoder_hidden_states": torch.zeros(1, 3, 8)}
+    with trainless.patched(video, "entropy", trained=512), torch.no_grad():
+        video(hidden_states=torch.zeros(1, 4, 1, 4, 4), **given)
+        with pytest.raises(trainless.Unsupported, match=r"2 frames.*one frame is an image"):
+            video(hidden_states=torch.zeros(1, 4, 2, 4, 4), **given)
+
+
+def test_a_model_that_scales_with_the_size_itself_is_not_scaled_twice():
+    from hosts import tiny_transformers  # noqa: F401
+    from hosts.cases import CASES
+
+    case = CASES["lumina_next"]()
+    given = {**case.call(16, 16), "cross_attention_kwargs": {"base_sequence_length": 64}}
+    with trainless.patched(case.model, "entropy", trained=128), torch.no_grad():
+        with pytest.raises(trainless.Unsupported, match="proportional_attn=False"):
+            case.model(**given)
 
 
 def test_a_call_whose_image_tokens_are_unknown_is_refused():

@@ -424,7 +424,7 @@ def test_it_conflicts_with_what_needs_a_softmax(tmp_path):
     model = small()
     trainless.patch(model, "linfusion", weights=made_for(model, tmp_path, 4)[0])
     with pytest.raises(trainless.Conflict, match=r"linfusion and entropy.*seam form"):
-        trainless.patch(model, "entropy", trained=256)
+        trainless.patch(model, "entropy")
 
 
 def test_contents_of_the_weights_are_in_the_digest(tmp_path):

@@ -28,7 +28,7 @@ def layer_bytes(layer: PackedLayer) -> int:
 
 
 def side_bytes(layer: PackedLayer) -> int:
-    found = [layer.tail, layer.layout, layer.scores, *layer.store.positions()]
+    found = [layer.tail, layer.scores, *layer.store.positions()]
     found += [s.index for s in layer.store.segments]
     return sum(t.untyped_storage().nbytes() for t in found if t is not None)
 
@@ -135,7 +135,7 @@ def test_without_its_patch_a_packed_cache_returns_what_it_holds(how, padded):
     replay(model, None, ids[:, :24], None if mask is None else mask[:, :24], [24], cache)
     replay(stock, None, ids[:, :24], None if mask is None else mask[:, :24], [24], plain)
     for ours, theirs in zip(cache.layers, plain.layers, strict=True):
-        theirs.keys, theirs.values = ours._all()
+        theirs.keys, theirs.values = ours._laid_out(0)
     positions = every.cumsum(1).sub(1).clamp_min(0)
 
     def run(m, c, lo, hi):
@@ -263,3 +263,27 @@ def test_verify_takes_a_probe_that_is_long_enough():
     patch = trainless.patch(build(torch.float32), "kvquant")
     found = patch.verify()
     assert found and all(check.status == "ok" for check in found.checks), str(found)
+
+
+@pytest.mark.parametrize("normalise", ["visible", "published"])
+@pytest.mark.parametrize("family", ["llava", "paligemma", "gemma3"])
+def test_zipcache_follows_its_rule_under_masks_of_images(family, normalise):
+    """PaliGemma's prompt and Gemma's images are seen both ways: what a probe row sees is what the mask shows it."""
+    from contract.cases import ProbedZipCache
+    from oracle import vlms
+
+    from trainless.patchers.zipcache import ZipCache as Method
+
+    model = vlms.build(family)
+    given = vlms.batch(model, family)
+    calls = [given.prompt, 1, 1, 2, 1, 1]
+    settings = {"salient": 0.5, "bits": (4, 2), "interval": 3, "normalise": normalise}
+    with trainless.patched(model, "zipcache", probes=(0.2, 0.3), **settings) as patch:
+        got = vlms.replay(model, None, given, calls)
+        sites = [layer["site"] for layer in patch.report().methods[0].layers]
+    layers = [int(site.split("layers.")[1].split(".")[0]) for site in sites]
+    rule = ProbedZipCache(Method(probes=(0.2, 0.3), **settings), **settings, layers=layers)
+    want = vlms.replay(model, rule, given, calls)
+    assert rule.margin() > 1e-6
+    for a, b, rows in zip(got, want, vlms.real(given, calls), strict=True):
+        assert (a[rows] - b[rows]).abs().max() < 1e-10

@@ -178,7 +178,8 @@ def test_unknown_sinks_are_claimed_only_of_prompts_that_were_looked_at(made):
         model(input_ids=inputs["input_ids"][:, :2], past_key_values=cache)
         model(**{**inputs, "input_ids": inputs["input_ids"][:, 2:]}, past_key_values=cache)
         model(input_ids=more, past_key_values=cache)
-    assert ["no image" in str(w.message) for w in said] == [True]
+    assert ["no image" in str(w.message) for w in said] == [True, False]
+    assert "the first image of a sequence came in a later turn" in str(said[1].message)
 
 
 def test_a_calibration_file_brings_the_dimensions(made, tmp_path):
@@ -201,3 +202,35 @@ def test_verify_wants_a_probe_with_an_image(made):
         without, asked = patch.verify(), patch.verify(probe=given.inputs())
     assert without and "the default probe has no image" in " ".join(str(without).split())
     assert asked and "the outputs differ" in " ".join(str(asked).split())
+
+
+@pytest.mark.parametrize("rows", [["..."], ["....", ".#.."]])
+def test_a_first_image_in_a_later_turn_is_said_once(rows):
+    """Whether no row of the batch had an image before, or another one had."""
+    from hosts import tiny_vlms
+
+    model, cache = tiny_vlms.build("llava"), DynamicCache()
+    first, later = tiny_vlms.prompt("llava", rows), tiny_vlms.prompt("llava", [".#.."] * len(rows))
+    turn = {"input_ids": later["input_ids"], "pixel_values": later["pixel_values"]}
+    with torch.inference_mode(), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        with trainless.patched(model, "var", sink_dims=[0], layers=":"):
+            model(**first, past_key_values=cache)
+            model(**turn, past_key_values=cache)
+            assert sum("came in a later turn" in str(w.message) for w in said) == 1
+            model(**turn, past_key_values=cache)
+    assert sum("came in a later turn" in str(w.message) for w in said) == 1
+
+
+def test_an_image_in_the_first_prompt_is_not_called_late():
+    from hosts import tiny_vlms
+
+    model, cache = tiny_vlms.build("llava"), DynamicCache()
+    given = tiny_vlms.prompt("llava", [".#.."])
+    turn = {"input_ids": given["input_ids"], "pixel_values": given["pixel_values"]}
+    with torch.inference_mode(), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        with trainless.patched(model, "var", sink_dims=[0], layers=":"):
+            model(**given, past_key_values=cache)
+            model(**turn, past_key_values=cache)
+    assert not [w for w in said if "later turn" in str(w.message)]

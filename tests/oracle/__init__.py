@@ -26,6 +26,7 @@ from .head_gain import HeadGain
 from .kvquant import KvQuant
 from .linfusion import LinFusion, install_linfusion, linear_attention, random_weights
 from .packing import Block, Packed
+from .random import Random
 from .replay import position_ids, real_rows, replay
 from .snapkv import SnapKV
 from .streaming import Streaming
@@ -50,6 +51,7 @@ __all__ = [
     "LinFusion",
     "Oracle",
     "Packed",
+    "Random",
     "Rule",
     "Site",
     "SnapKV",

@@ -50,6 +50,44 @@ class Evictor(Rule):
         self.positions = positions
         self.turns: dict[int, list[Turn]] = {}
 
+    ratio: float | None = None
+    protect = False
+
+    def shares(self, ratio: float | None = None, protect: str = "none") -> Evictor:
+        """One budget in the place of the rule's own, and tokens that never go.
+
+        ratio: the share of the row's own prompt that stays, all parts together, at least one token. protect
+        ("prompt"): tokens of the first call and of later calls of several tokens stay; the budget, without the first
+        tokens, is for the others, and what it protects counts from the newest token whoever gave it.
+        """
+        self.ratio, self.protect = ratio, protect == "prompt"
+        return self
+
+    def parts(self, length: int) -> tuple[int, int, int]:
+        """(tokens in all, first ones, last ones) of a row whose prompt has ``length`` tokens."""
+        raise NotImplementedError
+
+    def _choose_shared(
+        self, call: Call, row: int, head: int, candidates: list[int], score: Tensor | None
+    ) -> tuple[set[int], float]:
+        total, first, last = self.parts(self.length(call, row))
+        start = int(call.real_keys[row].int().argmax())
+        held = set(candidates[-max(1, last) :])
+        if self.protect:
+            given = {j for j in candidates if self.state(call)["given"][row, j]}
+            held, total = held | given, total + len(given)
+        else:
+            held |= {j for j in candidates if j - start < first}
+        if len(candidates) <= total:
+            return set(candidates), math.inf
+        value = {j: float(j if score is None else score[j]) for j in candidates}
+        rest = sorted(set(candidates) - held, key=lambda j: (value[j], j), reverse=True)
+        places = total - len(held)
+        if places == 0:
+            return held, math.inf
+        worst, refused = value[rest[places - 1]], value[rest[places]]
+        return held | set(rest[:places]), (worst - refused) / max(refused, 1e-300)
+
     def choose(
         self, call: Call, row: int, head: int, candidates: list[int], score: Tensor | None
     ) -> tuple[set[int], float]:
@@ -102,7 +140,12 @@ class Evictor(Rule):
         state = self.state(call)
         if call.past == 0:
             state["lengths"] = call.real.sum(dim=1)
+        several = call.past == 0 or call.query.shape[2] > 1
+        own = call.real if several else torch.zeros_like(call.real)
+        before = state["given"] if call.past else own[:, :0]
+        state["given"] = torch.cat([before, own], dim=1)
         present, score = self.present(call), self.scores(call, p)
+        shared = self.protect or self.ratio is not None
         batch, hkv, _ = present.shape
         kept = torch.zeros_like(present)
         margin = torch.full((batch, hkv), math.inf, dtype=torch.float64)
@@ -110,7 +153,8 @@ class Evictor(Rule):
             for head in range(hkv):
                 candidates = present[row, head].nonzero().flatten().tolist()
                 column = None if score is None else score[row, head]
-                chosen, gap = self.choose(call, row, head, candidates, column)
+                choose = self._choose_shared if shared else self.choose
+                chosen, gap = choose(call, row, head, candidates, column)
                 kept[row, head, sorted(chosen)] = True
                 margin[row, head] = gap
         state["kept"] = kept

@@ -63,6 +63,14 @@ class H2O(Evictor):
             return grouped.amax(dim=2)
         return grouped.sum(dim=2) if self.gqa == "sum" else grouped.mean(dim=2)
 
+    def parts(self, length: int) -> tuple[int, int, int]:
+        """Half of a share by either rule."""
+        if self.ratio is not None:
+            total = max(1, tokens(self.ratio, length))
+            return total, 0, total // 2
+        recent = tokens(self.recent, length)
+        return max(1, recent + tokens(self.heavy, length)), 0, recent
+
     def choose(
         self, call: Call, row: int, head: int, candidates: list[int], score: Tensor | None
     ) -> tuple[set[int], float]:

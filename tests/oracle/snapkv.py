@@ -24,7 +24,8 @@ class SnapKV(Evictor):
     - Heads are averaged first and pooled afterwards (``pool_first=True``: the other way round, which is
       the same for "avg" and not for "max").
     - Ties go to the newer column. A row whose budget is below the window keeps its last tokens.
-    - A float ``capacity`` or ``window`` is that fraction of the row's own prompt.
+    - A float ``capacity`` or ``window`` is that fraction of the row's own prompt. Under a float ``capacity`` the
+      window is at most half of it (at least one token), for choosing and for staying.
     """
 
     def __init__(
@@ -44,6 +45,12 @@ class SnapKV(Evictor):
         self.capacity, self.window, self.pool, self.pooling = capacity, window, pool, pooling
         self.pool_first = pool_first
 
+    def window_of(self, length: int) -> int:
+        window = max(1, tokens(self.window, length))
+        if isinstance(self.capacity, float):
+            window = min(window, max(1, max(1, tokens(self.capacity, length)) // 2))
+        return window
+
     def scores(self, call: Call, p: Tensor) -> Tensor | None:
         if call.past:
             return None
@@ -51,7 +58,7 @@ class SnapKV(Evictor):
         score = torch.zeros(batch, hkv, p.shape[-1], dtype=p.dtype)
         for row in range(batch):
             rows = call.real[row].nonzero().flatten()
-            window = min(max(1, tokens(self.window, len(rows))), len(rows))
+            window = min(self.window_of(len(rows)), len(rows))
             before = rows[: len(rows) - window]  # columns; in the first call they are the rows
             if before.numel() == 0:
                 continue
@@ -74,4 +81,4 @@ class SnapKV(Evictor):
             return set(candidates), float("inf")
         length = self.length(call, row)
         total = max(1, tokens(self.capacity, length))
-        return best(candidates, score, total, max(1, tokens(self.window, length)))
+        return best(candidates, score, total, self.window_of(length))

@@ -29,6 +29,14 @@ class Streaming(Evictor):
         super().__init__(positions, layers, part)
         self.recent, self.sinks = recent, sinks
 
+    def parts(self, length: int) -> tuple[int, int, int]:
+        """Four sinks, or half of a share where that is less."""
+        if self.ratio is None:
+            recent = tokens(self.recent, length)
+            return max(1, recent), 0, recent
+        total = max(1, tokens(self.ratio, length))
+        return total, min(4, total // 2), 1
+
     def choose(
         self, call: Call, row: int, head: int, candidates: list[int], score: Tensor | None
     ) -> tuple[set[int], float]:

@@ -47,6 +47,9 @@ class Tova(Evictor):
             score[row] = last.mean(dim=0) if self.shared else last
         return score
 
+    def parts(self, length: int) -> tuple[int, int, int]:
+        return max(1, tokens(self.capacity if self.ratio is None else self.ratio, length)), 0, 1
+
     def choose(
         self, call: Call, row: int, head: int, candidates: list[int], score: Tensor | None
     ) -> tuple[set[int], float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zipfile
 from collections.abc import Iterator
 from importlib.resources import files
@@ -252,3 +253,37 @@ def test_every_method_is_described():
     assert set(schema["$defs"]) == {"where", *known()}
     keep = schema["$defs"]["toy_shrink"]["properties"]["with"]["properties"]["keep"]
     assert keep["description"] == "what stays" and keep["default"] == 0.1
+
+
+MEASURED = re.compile(
+    r"Measured on a small model, [^:]+: (\d+ %) of a text's facts found when asked later, (\d+ %) when asked in the "
+    r"prompt \(unpatched (\d+ %) and (\d+ %)\)\."
+)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n for n in packaged() if any(type(u.method).evicts or type(u.method).packs for u in resolve(n).uses)],
+)
+def test_what_compresses_a_cache_says_what_was_lost(name, monkeypatch):
+    """The figures are those of the results, or the recipe says that there are none."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "docs"))
+    import advice
+
+    found = resolve(name)
+    said = MEASURED.search(found.description)
+    if said is None:
+        assert "nothing was measured on these" in found.description
+        return
+    lines = advice._lines("kv_recall-amd-epyc", None)
+    assert (said[3], said[4]) == _pair(lines["dense 100 %"])
+    method = next(u.method.name for u in found.uses if type(u.method).evicts or type(u.method).packs)
+    assert (said[1], said[2]) in {_pair(row) for line, row in lines.items() if line.startswith(method)}
+    if method == "h2o":
+        assert "For answers about a prompt take kvquant." in found.description
+
+
+def _pair(row):
+    return tuple(
+        row[column].replace("%", " %") for column in ("recall, question later", "recall, question read")
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -131,3 +132,43 @@ def test_python_yaml_and_set_say_the_same(write):
         f"{path}:{5 + i} patches[toy_shrink].with.{key}: {reason}"
         for i, (key, reason) in enumerate(zip(BAD, reasons, strict=True))
     ]
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    import numpy as np
+
+    found = resolve("h2o", {"heavy": np.float32(0.1), "recent": np.int64(4), "normalise": np.bool_(True)})
+    method = found.uses[0].method
+    assert (method.heavy, method.recent, method.normalise) == (0.1, 4, True)
+    assert [type(v) for v in (method.heavy, method.recent, method.normalise)] == [float, int, bool]
+    assert found.digest == resolve("h2o", {"heavy": 0.1, "recent": 4, "normalise": True}).digest
+    heads = (
+        resolve("head_gain", {"heads": np.array([[0, 1], [1, 0]]), "gain": np.float64(0.5)}).uses[0].method
+    )
+    assert heads.heads == [[0, 1], [1, 0]] or heads.heads == [(0, 1), (1, 0)]
+    assert type(heads.gain) is float
+    assert resolve("h2o", where={"layers": np.int32(1)}).uses[0].where.layers == 1
+    with pytest.raises(InputError, match="nan"):
+        resolve("h2o", {"heavy": np.float32("nan")})
+
+
+def test_names_that_are_near_are_named() -> None:
+    with pytest.raises(InputError, match="did you mean 'heavy'"):
+        resolve("h2o", {"heav": 1})
+    with pytest.raises(InputError, match=r"did you mean 'llama/long-context'\? Near it too: 'llama/"):
+        resolve("llama/long-contexts")
+    with pytest.raises(InputError, match=r"the nearest of \d+ names: "):
+        resolve("%%%%%%")
+
+
+def test_a_file_of_nonsense_is_answered_shortly(tmp_path: Path) -> None:
+    file = tmp_path / "nonsense.yaml"
+    file.write_text("schema: 1\npatches:\n" + "  - use: nonsense\n" * 5000)
+    with pytest.raises(RecipeError) as caught:
+        resolve(file)
+    assert len(str(caught.value).splitlines()) == 21 and "… and 4,980 more" in str(caught.value)
+    assert len(caught.value.faults) == 5000
+    file.write_text(f"schema: 1\n{'x' * 100_000}: 1\npatches: [h2o]\n")
+    with pytest.raises(RecipeError) as caught:
+        resolve(file)
+    assert len(str(caught.value)) < 2000

@@ -1,5 +1,6 @@
 """Prompts in, results out: reading, running, resuming, sharing out among processes."""
 
-from .request import OptionError, Request, generate
+from .plan import OptionError, Request
+from .request import generate
 
 __all__ = ["OptionError", "Request", "generate"]

@@ -1,11 +1,13 @@
-"""What a patch did during one batch, short enough for every record."""
+"""What a patch did: during one batch, short enough for every record; and in all of them together."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 Counts = dict[str, dict[str, Any]]
+_CALLS = ("fired", "acted")
 
 
 def totals(methods: Sequence[Mapping[str, Any]]) -> Counts:
@@ -33,12 +35,42 @@ def totals(methods: Sequence[Mapping[str, Any]]) -> Counts:
     return found
 
 
-def during(before: Counts, after: Counts) -> Counts:
-    """The totals ``after`` a batch, with calls counted from ``before`` it."""
+def during(before: Counts, after: Counts, rows: int) -> Counts:
+    """The totals ``after`` a batch of ``rows``, with calls counted from ``before`` it.
+
+    Every record of the batch gets them; ``batch`` says how many those are, so that sums count each call once.
+    """
     return {
         name: {
             **entry,
-            **{what: entry[what] - before.get(name, {}).get(what, 0) for what in ("fired", "acted")},
+            **{what: entry[what] - before.get(name, {}).get(what, 0) for what in _CALLS},
+            "batch": rows,
         }
         for name, entry in after.items()
     }
+
+
+def summed(patches: Iterable[Counts]) -> Counts:
+    """``{method: {sites, fired, acted}}`` over the counts of many records."""
+    sites: dict[str, str] = {}
+    sums: dict[tuple[str, str], Fraction] = {}
+    for counts in patches:
+        for name, entry in counts.items():
+            sites[name] = entry["sites"]
+            for what in _CALLS:
+                share = Fraction(entry[what], entry.get("batch", 1))
+                sums[name, what] = sums.get((name, what), Fraction(0)) + share
+    # A record that has been made again alone leaves a part of its old batch behind: hence the rounding.
+    return {
+        name: {"sites": sites[name], **{what: round(sums[name, what]) for what in _CALLS}} for name in sites
+    }
+
+
+def idle(counts: Counts) -> bool:
+    """Whether there is a patch, and all of it changed nothing."""
+    return bool(counts) and not any(entry["acted"] for entry in counts.values())
+
+
+def acted(counts: Counts) -> str:
+    """``"h2o acted on 60 of 72 calls"``, for every method."""
+    return ", ".join(f"{name} acted on {e['acted']:,} of {e['fired']:,} calls" for name, e in counts.items())

@@ -39,6 +39,9 @@ class ImageEngine:
         for option, name, value in (("--size", "height", size), ("--steps", "num_inference_steps", steps)):
             if value is not None and name not in self.takes:
                 raise Unsupported(f"{description.type} takes no {name}, so {option} cannot be used with it")
+        scaled = None if size is None else self._scaled(size)
+        if scaled:
+            raise InputError(f"--size: {scaled}")
         self.known = {name: p for name, p in parameters.IMAGE.items() if name in self.takes}
         self.tokenizers: dict[str, Any] = {}
         self.loaded: Loaded | None = None
@@ -76,6 +79,30 @@ class ImageEngine:
                 continue  # no size, which has its fault already
             if value % self.multiple:
                 faults.add(item.where, f"params.{self._uneven(name, value)}")
+        sides = [
+            item.params.get(n, s) for n, s in zip(("height", "width"), self.size or (None, None), strict=True)
+        ]
+        if {"height", "width"} & set(item.params) and all(isinstance(n, int) and n > 0 for n in sides):
+            scaled = self._scaled((sides[0], sides[1]))
+            if scaled:
+                faults.add(item.where, f"params: {scaled}")
+
+    def _scaled(self, size: tuple[int, int]) -> str | None:
+        """Why a size is not painted as it is, by a pipeline that has no argument to switch that off; None when it is."""
+        from ..hosts.diffusers_rescaling import rescaling_of
+
+        found = rescaling_of(self.description.pipeline_class)
+        if found is None or found.paints is None:
+            return None
+        scale = 2 ** (len(_config(self.description, "vae").get("block_out_channels") or (0, 0, 0, 0)) - 1)
+        painted = found.paints(*size, scale)
+        if painted == tuple(size):
+            return None
+        asked, made = ("x".join(map(str, sides)) for sides in (size, painted))
+        return (
+            f"{self.description.type} {found.said}: of {asked} it would make {made}, and no argument of its call "
+            f"switches that off; give {made}, or no size"
+        )
 
     def _uneven(self, name: str, value: int) -> str:
         low = value // self.multiple * self.multiple

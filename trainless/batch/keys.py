@@ -11,30 +11,14 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from .items import Item
 from .pictures import Picture
+from .settings import Settings
 
-
-@dataclass(frozen=True)
-class Settings:
-    """What a folder of results was made with; another value of any of them is another folder.
-
-    ``recipe`` is the digest of the resolved recipe with its calibrations, or None when unpatched.
-    """
-
-    model: str
-    recipe: str | None
-    dtype: str
-    seed: int
-    max_new_tokens: int | None
-    size: str | None
-    steps: int | None
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+__all__ = ["UNKNOWN", "Job", "Settings", "jobs", "rename"]
 
 
 # Stands in for settings while prompts are being checked: the model's digest takes time, and is not
@@ -55,6 +39,12 @@ class Job:
     tokens: list[int] = field(default_factory=list)
     refusal: tuple[str, str] | None = None  # error type and message, when it cannot be run
     note: str | None = None  # what the reader of its record should know
+
+    @property
+    def label(self) -> str:
+        """What people call it: the id that its line gives, or the number of the line, and which sample it is."""
+        name = str(self.item.id) if self.item.id is not None else self.item.where.rpartition(":")[2]
+        return f"{name} ({self.sample + 1} of {self.item.n})" if self.item.n > 1 else name
 
 
 def jobs(items: Iterable[Item], settings: Settings) -> list[Job]:

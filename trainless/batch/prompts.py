@@ -9,43 +9,59 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError, did_you_mean
+from ..errors import InputError
 from ..models.extras import require
-from .items import FIELDS, Faults, Item, parse
+from .columns import Columns
+from .items import Faults, Item, parse
+from .openai import is_openai
 
 SHOWN = 100  # faults printed at most; the rest is counted
 _AS_JSON = ("messages", "images", "params", "meta")  # columns of a table whose cells hold JSON
 _AS_INTEGER = ("seed", "n")
 
 
-def read_prompts(spec: str, stdin: Any = None) -> tuple[list[Item], Faults]:
+def given_prompts(texts: Sequence[str]) -> tuple[list[Item], Faults]:
+    """Prompts of the command line, numbered from 1."""
+    faults, items = Faults(), []
+    for number, text in enumerate(texts, 1):
+        item = parse({"id": number, "prompt": text}, f"--prompt {number}", Path.cwd(), faults)
+        items += [item] if item is not None else []
+    return items, faults
+
+
+def read_prompts(spec: str, stdin: Any = None, columns: Columns | None = None) -> tuple[list[Item], Faults]:
     """The prompts of ``spec`` in order, and every fault found in them.
 
     InputError when the whole of it cannot be read: no such file, or not UTF-8 at all.
     """
+    columns = columns or Columns()
     faults = Faults()
     folder = Path.cwd()
     if spec == "-":
         data = (stdin or sys.stdin.buffer).read()
-        rows = _sniffed(_decode(data, "<stdin>", faults), "<stdin>", faults)
+        rows = _sniffed(_decode(data, "<stdin>", faults), "<stdin>", faults, columns)
     else:
         path = Path(spec).expanduser()
         if path.is_dir():
-            rows = _dataset(spec, path)
+            rows = _dataset(spec, path, columns)
         elif path.is_file():
             folder = path.parent
-            rows = _file(path, spec, faults)
+            rows = _file(path, spec, faults, columns)
         elif path.suffix or len(path.parts) > 2 or spec.startswith((".", "/", "~")):
             raise InputError(f"prompts {spec!r}: there is no such file or folder")
         else:
-            rows = _dataset(spec, None)
+            rows = _dataset(spec, None, columns)
     items: list[Item] = []
     seen: dict[str, str] = {}
     for where, row in rows:
+        if (columns.prompt or columns.keep) and isinstance(row, Mapping) and not is_openai(row):
+            row = columns.fields(row, where, faults)
+            if row is None:
+                continue
         item = parse(row, where, folder, faults)
         if item is None:
             continue
@@ -69,23 +85,23 @@ def refuse(faults: Faults) -> None:
 Rows = Iterable[tuple[str, Any]]
 
 
-def _file(path: Path, name: str, faults: Faults) -> Rows:
+def _file(path: Path, name: str, faults: Faults, columns: Columns) -> Rows:
     suffix = path.suffix.lower()
     if suffix == ".parquet":
-        return _parquet(path, name)
+        return _parquet(path, name, columns)
     try:
         text = _decode(path.read_bytes(), name, faults)
     except OSError as error:
         raise InputError(f"prompts {name!r} cannot be read ({error.strerror})") from error
     if suffix == ".txt":
-        return _lines(text, name)
+        return _lines(text, name, columns)
     if suffix in {".jsonl", ".ndjson"}:
         return _jsonl(text, name, faults)
     if suffix in {".csv", ".tsv"}:
-        return _csv(text, name, "\t" if suffix == ".tsv" else ",", faults)
+        return _csv(text, name, "\t" if suffix == ".tsv" else ",", faults, columns)
     if suffix == ".json" and text.lstrip()[:1] == "[":
         raise InputError(f"prompts {name!r} is one JSON list; write one object a line, as .jsonl")
-    return _sniffed(text, name, faults)
+    return _sniffed(text, name, faults, columns)
 
 
 def _decode(data: bytes, name: str, faults: Faults) -> str:
@@ -104,11 +120,13 @@ def _split(text: str) -> Iterator[tuple[int, str]]:
             yield number, line
 
 
-def _sniffed(text: str, name: str, faults: Faults) -> Rows:
-    return _jsonl(text, name, faults) if text.lstrip()[:1] == "{" else _lines(text, name)
+def _sniffed(text: str, name: str, faults: Faults, columns: Columns) -> Rows:
+    return _jsonl(text, name, faults) if text.lstrip()[:1] == "{" else _lines(text, name, columns)
 
 
-def _lines(text: str, name: str) -> Rows:
+def _lines(text: str, name: str, columns: Columns) -> Rows:
+    if columns.prompt is not None:
+        raise InputError(f"--prompt-field {columns.prompt}: {name} holds one prompt a line, and no fields")
     for number, line in _split(text):
         yield f"{name}:{number}", {"id": number, "prompt": line}
 
@@ -137,7 +155,7 @@ def _constant(name: str) -> Any:
     raise ValueError(f"{name} is no JSON number")
 
 
-def _csv(text: str, name: str, delimiter: str, faults: Faults) -> Rows:
+def _csv(text: str, name: str, delimiter: str, faults: Faults, columns: Columns) -> Rows:
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     header: list[str] | None = None
     line = 1
@@ -148,7 +166,7 @@ def _csv(text: str, name: str, delimiter: str, faults: Faults) -> Rows:
                 continue
             if header is None:
                 header = [cell.strip() for cell in cells]
-                if not _check_columns(header, where, faults):
+                if not columns.check(header, where, faults):
                     return
             elif len(cells) != len(header):
                 faults.add(where, f"{len(cells)} cells under {len(header)} columns")
@@ -158,16 +176,6 @@ def _csv(text: str, name: str, delimiter: str, faults: Faults) -> Rows:
                     yield where, row
     except csv.Error as error:
         faults.add(f"{name}:{line}", f"this is not CSV ({error})")
-
-
-def _check_columns(names: list[str], where: str, faults: Faults) -> bool:
-    before = len(faults.found)
-    for name in names:
-        if name not in FIELDS:
-            faults.add(where, f"unknown column {name!r}{did_you_mean(name, FIELDS)}")
-    for name in {n for n in names if names.count(n) > 1}:
-        faults.add(where, f"column {name!r} stands twice")
-    return len(faults.found) == before
 
 
 def _cells(cells: dict[str, str], where: str, faults: Faults) -> dict[str, Any] | None:
@@ -186,7 +194,7 @@ def _cells(cells: dict[str, str], where: str, faults: Faults) -> dict[str, Any] 
     return row
 
 
-def _parquet(path: Path, name: str) -> Rows:
+def _parquet(path: Path, name: str, columns: Columns) -> Rows:
     require("pyarrow", f"reading {path.name}")
     import pyarrow.parquet as parquet
 
@@ -194,10 +202,10 @@ def _parquet(path: Path, name: str) -> Rows:
         table = parquet.read_table(path)
     except Exception as error:
         raise InputError(f"prompts {name!r} cannot be read as Parquet ({str(error)[:160]})") from error
-    return _table(table.column_names, table.to_pylist(), name)
+    return _table(table.column_names, table.to_pylist(), name, columns)
 
 
-def _dataset(spec: str, path: Path | None) -> Rows:
+def _dataset(spec: str, path: Path | None, columns: Columns) -> Rows:
     require("datasets", f"reading the prompts {spec!r}")
     import datasets
 
@@ -217,12 +225,12 @@ def _dataset(spec: str, path: Path | None) -> Rows:
                 f"prompts {spec!r} has the splits {', '.join(found)}; save the one that is meant"
             )
         found = found["train"] if "train" in found else next(iter(found.values()))
-    return _table(found.column_names, found, spec)
+    return _table(found.column_names, found, spec, columns)
 
 
-def _table(columns: list[str], rows: Iterable[Any], name: str) -> Rows:
+def _table(names: Sequence[str], rows: Iterable[Any], name: str, columns: Columns) -> Rows:
     faults = Faults()
-    _check_columns(list(columns), name, faults)
+    columns.check(list(names), name, faults)
     refuse(faults)
     for number, cells in enumerate(rows, 1):
         row = {field: value for field, value in cells.items() if value is not None}

@@ -2,95 +2,119 @@
 
 from __future__ import annotations
 
-import dataclasses
-import platform
-import sys
 import time
-from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError, Unsupported
-from ..models import Description, Loaded, describe, load, run_dtype
+import torch
+
+from ..errors import InputError
+from ..models import Description, Loaded, describe, load
+from .closing import conclude
+from .columns import Columns
 from .counts import Counts, totals
 from .engine import Engine
 from .foreign import annotate
 from .interrupt import Interrupt
-from .items import Item
-from .keys import UNKNOWN, Job, Settings, jobs, rename
+from .items import Faults, Item
+from .keys import UNKNOWN, Job, jobs, rename
 from .launch import Launch
-from .lock import Lock, is_live
+from .lock import Lock
+from .plan import (
+    DEFAULT_BATCH,
+    OptionError,
+    Request,
+    check_options,
+    check_request,
+    describe_run,
+    make_engine,
+    make_settings,
+    outline,
+    placing,
+    show_plan,
+)
 from .progress import Progress
-from .prompts import read_prompts, refuse
+from .prompts import given_prompts, read_prompts, refuse
 from .runner import Runner, cut_batches, deal
+from .scratch import Scratch
+from .sheet import MOST, contact_sheet
 from .store import Store
-
-DEFAULT_BATCH = {"text": 8, "vlm": 4, "image": 1}
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """One call of ``trainless generate``. ``what``: recipes and methods, ``sets``: ``name.key=value``."""
-
-    model: str
-    prompts: str
-    out: Path
-    what: tuple[str, ...] = ()
-    sets: tuple[str, ...] = ()
-    max_new_tokens: int | None = None
-    batch_size: int | None = None
-    limit: int | None = None
-    seed: int = 0
-    size: tuple[int, int] | None = None
-    steps: int | None = None
-    retry_errors: bool = False
-    overwrite: bool = False
-    dry_run: bool = False
+from .voice import Plain, Voice
 
 
-class OptionError(InputError):
-    """An option of the command line that this kind of model does not have."""
+@dataclass(frozen=True)
+class _Run:
+    """What has been settled when the work begins."""
+
+    request: Request
+    launch: Launch
+    description: Description
+    engine: Engine
+    recipe: Any
+    device: torch.device
+    dtype: torch.dtype
+    size: int
+    voice: Voice
 
 
-def generate(request: Request, say: Callable[[str], None] = lambda line: print(line, file=sys.stderr)) -> int:
+def generate(request: Request, voice: Voice | None = None) -> int:
     """Run the request; returns the exit code (0, 3 or 130). Errors before the work are raised.
 
-    ``say`` gets messages, one line each. A dry run prints its plan to stdout and writes nothing.
+    ``voice`` gets messages, one line each. A dry run prints its plan to stdout and writes nothing.
     """
+    voice = voice or Plain()
     launch = Launch.from_environment()
-    store = Store(request.out.expanduser(), launch)
+    check_request(request, launch)
+    store = Store(request.out.expanduser(), launch) if request.out is not None else Scratch()
+    voice.state(f"reading what {request.model} is")
     description = describe(request.model)
-    _check_options(request, description)
-    engine = _engine(request, description)
+    check_options(request, description)
+    device, dtype = placing(request, description)
+    engine = make_engine(request, description)
     # From here on, cheap checks come first; reading the weights for their digest comes last.
-    items, faults = read_prompts(request.prompts)
+    voice.state(f"checking {request.source}")
+    items, faults = _items(request)
     work = jobs(items, UNKNOWN)
     engine.prepare(work, faults)
     recipe = _resolve(request)
     refuse(faults)
     store.check(None, request.overwrite)
     if recipe is not None:
+        voice.state(f"checking {recipe.name} on {request.model}")
         _check_fit(description, recipe)
     understood = recipe.understood() if recipe is not None else []
     chosen = {id(item) for item in items[: request.limit]}
     foreign = annotate(
         [job for job in work if id(job.item) in chosen], description, engine.tokenizers.values()
     )
-    for line in [*understood, *engine.notes, *foreign]:
-        if launch.rank == 0:
-            say(line)
-    settings = _settings(request, description, engine, recipe)
+    notes = [*understood, *engine.notes, *foreign] if launch.rank == 0 else []
+    if not request.dry_run:
+        voice.state(f"taking the digest of the weights of {request.model}")
+    settings = make_settings(request, description, engine, recipe, dtype)
     rename(work, jobs(items, settings))
     work = [job for job in work if id(job.item) in chosen]
-    store.check(settings, request.overwrite)
+    about = describe_run(request, description, recipe, len(items))
+    store.check(settings, request.overwrite, about)
     size = request.batch_size or DEFAULT_BATCH[description.kind]
     if request.dry_run:
-        _plan(request, description, store, settings, work, cut_batches(work, engine, size))
+        for line in notes:
+            voice.say(line)
+        folder = store if isinstance(store, Store) else None
+        show_plan(request, description, folder, settings, recipe, work, cut_batches(work, engine, size))
         return 0
+    if launch.rank == 0:
+        notes.append(outline(request, description, engine, work, f"{settings.dtype} on {device}"))
+    run = _Run(request, launch, description, engine, recipe, device, dtype, size, voice)
+    if isinstance(store, Scratch):
+        for line in notes:
+            voice.say(line)
+        interrupt, _ = _work(run, store, work, {})
+        report = _close(run, store, work, interrupt)
+        return interrupt.exit_code if interrupt.signal is not None else 3 if report["errors"] else 0
     store.make()
     lock = Lock(store.folder, launch)
-    about = _about(request, description, recipe, len(items))
     if launch.rank == 0:
         lock.take()
         try:
@@ -99,18 +123,19 @@ def generate(request: Request, say: Callable[[str], None] = lambda line: print(l
             lock.close()
             raise
         lock.publish(past)
+        for line in notes:  # not before the folder is there: an error should not stand below a page of advice
+            voice.say(line)
     else:
         past = lock.join()
     last = False
     try:
-        interrupt, counted = _work(request, launch, store, engine, description, recipe, work, past, size, say)
+        interrupt, counted = _work(run, store, work, past)
+        store.verify()
         if launch.rank == 0 and interrupt.signal is None:
             lock.wait_for_all()
         last = lock.finish()
         if last:
-            report = store.report([job.key for job in work], interrupt.signal is not None)
-            say(_summary(report, store.folder))
-            counted = report["errors"]
+            counted = _close(run, store, work, interrupt)["errors"]
     finally:
         store.close()
         lock.close(last)
@@ -119,34 +144,29 @@ def generate(request: Request, say: Callable[[str], None] = lambda line: print(l
     return 3 if counted and not launch.several else 0
 
 
-def _work(
-    request: Request,
-    launch: Launch,
-    store: Store,
-    engine: Engine,
-    description: Description,
-    recipe: Any,
-    work: list[Job],
-    past: dict[str, int],
-    size: int,
-    say: Callable[[str], None],
-) -> tuple[Interrupt, int]:
+def _work(run: _Run, store: Store | Scratch, work: list[Job], past: dict[str, int]) -> tuple[Interrupt, int]:
     """This rank's share; returns the interrupt, and how many errors there are so far."""
+    engine, launch, voice = run.engine, run.launch, run.voice
     records = store.records(past)
-    done = {key for key, record in records.items() if record["status"] == "ok" or not request.retry_errors}
-    share = deal(cut_batches(work, engine, size), done, launch.rank, launch.world)
-    refused = [job for job in work if job.refusal and job.key not in done] if launch.rank == 0 else []
+    first = launch.rank == 0
+    for place in store.damaged if first else ():
+        voice.fault(f"{place}: this line is damaged, and what it held counts as not done; take the line out")
+    if store.gone and first:
+        voice.fault(f"{store.gone} pictures are gone from {store.folder}; they are made again")
+    retry = run.request.retry_errors
+    done = {key for key, record in records.items() if record["status"] == "ok" or not retry}
+    share = deal(cut_batches(work, engine, run.size), done, launch.rank, launch.world)
+    refused = [job for job in work if job.refusal and job.key not in done] if first else []
     total = sum(map(len, share)) + len(refused)
-    if launch.rank == 0 and len(records):
+    if first and len(records):
         have = sum(job.key in done for job in work)
-        say(f"resuming: {have} of {len(work)} results are already in {store.folder}")
+        voice.say(f"resuming: {have} of {len(work)} results are already in {store.folder}")
     counts: Callable[[], Counts] = dict
     interrupt = Interrupt()
     if share:
-        loaded = load(description)
-        counts = _patch(loaded, recipe)
+        loaded, counts = _load(run)
         engine.start(loaded)
-    progress = Progress(total, shown=launch.rank == 0)
+    progress = Progress(total, shown=first and not voice.quiet)
     runner = Runner(engine, store, progress, counts)
     with interrupt:
         runner.refuse(refused)
@@ -155,109 +175,60 @@ def _work(
     return interrupt, progress.errors
 
 
-# ---------------------------------------------------------------- before the work
+def _load(run: _Run) -> tuple[Loaded, Callable[[], Counts]]:
+    """The loaded and patched model, and the reader of the patch's running totals."""
+    started, first = time.perf_counter(), run.launch.rank == 0
+    if first:
+        run.voice.say(f"loading {run.description.spec}")
+    loaded = load(run.description, run.dtype, run.device)
+    if first:
+        run.voice.detail(f"loaded in {time.perf_counter() - started:.1f} s")
+    if run.recipe is None:
+        return loaded, dict
+    from ..patching import patch
+
+    handle = patch(loaded.model, run.recipe)
+    if first:
+        for line in str(handle.report()).splitlines():
+            run.voice.detail(line)
+    return loaded, lambda: totals(handle.report().to_dict()["methods"])
 
 
-def _check_options(request: Request, description: Description) -> None:
-    if description.kind == "image" and request.max_new_tokens is not None:
-        raise OptionError(f"--max-new-tokens: {description.spec} makes images, which have no tokens")
-    if description.kind != "image":
-        for name, value in (("--size", request.size), ("--steps", request.steps)):
-            if value is not None:
-                raise OptionError(f"{name}: {description.spec} is no image pipeline")
+def _close(run: _Run, store: Store | Scratch, work: list[Job], interrupt: Interrupt) -> dict[str, Any]:
+    """Write the report and the sheet, and say how it ended; returns the report."""
+    report = store.report([job.key for job in work], interrupt.signal is not None)
+    records = store.records()
+    sheet = _sheet(store, records, work) if run.engine.media and isinstance(store, Store) else None
+    conclude(run.voice, report, records, work, store.folder, sheet, bool(run.request.given))
+    return report
 
 
-def _engine(request: Request, description: Description) -> Engine:
-    if description.kind == "text":
-        from .text import TextEngine
-
-        return TextEngine(description, request.max_new_tokens, request.size, request.steps)
-    if description.kind == "image":
-        from .images import ImageEngine
-
-        return ImageEngine(description, request.max_new_tokens, request.size, request.steps)
-    if description.kind == "vlm":
-        from .vision import VisionEngine
-
-        return VisionEngine(description, request.max_new_tokens, request.size, request.steps)
-    raise Unsupported(
-        f"{description.spec} is an encoder ({description.type}): it writes no text and makes no image"
-    )
-
-
-def _settings(request: Request, description: Description, engine: Engine, recipe: Any) -> Settings:
-    return Settings(
-        model=description.fingerprint,
-        recipe=recipe.digest if recipe is not None else None,
-        dtype=str(run_dtype(description)).removeprefix("torch."),
-        seed=request.seed,
-        max_new_tokens=getattr(engine, "new_tokens", None),
-        size="x".join(map(str, request.size)) if request.size else None,
-        steps=request.steps,
-    )
-
-
-def _about(request: Request, description: Description, recipe: Any, prompts: int) -> dict[str, Any]:
-    return {
-        "model": {
-            "spec": description.spec,
-            "kind": description.kind,
-            "type": description.type,
-            "fingerprint": description.fingerprint,
-        },
-        "recipe": recipe.resolved() if recipe is not None else None,
-        "recipe_digest": recipe.digest if recipe is not None else None,
-        "prompts": {"source": request.prompts, "count": prompts},
-        "versions": _versions(),
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in ("trainless", "torch", "transformers", "diffusers", "tokenizers"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def _plan(
-    request: Request,
-    description: Description,
-    store: Store,
-    settings: Settings,
-    work: Sequence[Job],
-    batches: Sequence[Sequence[Job]],
-) -> None:
-    if store.folder.is_dir() and is_live(store.folder):
-        raise InputError(f"{store.folder} is being written by another run")
-    there = {} if request.overwrite else store.records()
-    done = [
-        j for j in work if j.key in there and (there[j.key]["status"] == "ok" or not request.retry_errors)
+def _sheet(store: Store, records: dict[str, dict[str, Any]], work: list[Job]) -> Path | None:
+    entries = [
+        (f"{job.label}: {job.item.prompt}", store.folder / str(record["file"]))
+        for job in work
+        if (record := records.get(job.key)) and record.get("file")
     ]
-    refused = [job for job in work if job.refusal]
-    lines = {
-        "model": f"{description.spec} ({description.kind}, {description.type}), {settings.dtype}",
-        "recipe": settings.recipe or "none",
-        "prompts": f"{len({id(job.item) for job in work})} prompts, {len(work)} samples",
-        "done already": len(done),
-        "batches": f"{len(batches)} of up to {max(map(len, batches), default=0)}",
-        "prompt tokens": sum(job.length for job in work),
-        "too long": f"{len(refused)}, which will be error records" if refused else 0,
-        "results in": store.folder,
-    }
-    for name, value in lines.items():
-        print(f"{name + ':':<15}{value}")
-    for job in refused[:10]:
-        assert job.refusal is not None
-        print(f"  {job.item.where}: {job.refusal[1]}")
+    return store.save_sheet(contact_sheet(entries[:MOST])) if entries else None
 
 
-def _summary(report: dict[str, Any], folder: Path) -> str:
-    missing = f", {report['missing']} missing" if report["missing"] else ""
-    return f"{report['ok']} ok, {report['errors']} errors{missing} of {report['total']}; results in {folder}"
+# ---------------------------------------------------------------- prompts
+
+
+def _items(request: Request) -> tuple[list[Item], Faults]:
+    """The prompts that a request means, and what is wrong with them."""
+    if request.given:
+        return given_prompts(request.given)
+    columns = Columns(request.prompt_field, request.keep_columns)
+    items, faults = read_prompts(str(request.prompts), None, columns)
+    if request.pixels is not None:
+        items = [_allowing(item, request.pixels) for item in items]
+    return items, faults
+
+
+def _allowing(item: Item, pixels: int) -> Item:
+    images = tuple(replace(picture, pixels=pixels) for picture in item.images)
+    return replace(item, images=images)
 
 
 # ---------------------------------------------------------------- patching
@@ -281,16 +252,6 @@ def _check_fit(description: Description, recipe: Any) -> None:
 
     _, bindings = bind(skeleton(description), recipe)
     check(bindings)
-
-
-def _patch(loaded: Loaded, recipe: Any) -> Callable[[], Counts]:
-    """Apply the recipe; returns the reader of its running totals."""
-    if recipe is None:
-        return dict
-    from ..patching import patch
-
-    handle = patch(loaded.model, recipe)
-    return lambda: totals(handle.report().to_dict()["methods"])
 
 
 __all__ = ["Item", "OptionError", "Request", "generate"]

@@ -15,6 +15,7 @@ from .engine import Engine, Output
 from .interrupt import Interrupt
 from .keys import Job
 from .progress import Progress
+from .scratch import Scratch
 from .store import Store
 
 
@@ -41,7 +42,9 @@ def deal(batches: Sequence[list[Job]], done: set[str], rank: int, world: int) ->
 class Runner:
     """Runs batches and writes records. ``counts`` reads the patch's running totals by method (or {})."""
 
-    def __init__(self, engine: Engine, store: Store, progress: Progress, counts: Callable[[], Counts]):
+    def __init__(
+        self, engine: Engine, store: Store | Scratch, progress: Progress, counts: Callable[[], Counts]
+    ):
         self.engine, self.store, self.progress, self.counts = engine, store, progress, counts
         self.ceiling: int | None = None  # the least cost that has run out of memory
 
@@ -81,7 +84,9 @@ class Runner:
                 _free_memory()
                 if retry:
                     continue
-            self._write(batch, outputs, time.perf_counter() - started, during(before, self.counts()))
+            self._write(
+                batch, outputs, time.perf_counter() - started, during(before, self.counts(), len(batch))
+            )
 
     def _write(self, batch: list[Job], outputs: list[Output], seconds: float, patch: dict[str, Any]) -> None:
         records = []

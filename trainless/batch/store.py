@@ -1,7 +1,8 @@
 """The folder of results: run.json, append-only parts, media, report.json. A kill at any moment loses nothing.
 
 Only files that run.json lists are ever read, repaired or deleted; a folder without a run.json of ours
-is refused unless it is empty.
+is refused unless it is empty. What others delete while a run writes is noticed: a run ends well only when all
+that it made is there.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,12 @@ from ..errors import InputError
 from .keys import Settings
 from .launch import Launch
 from .lock import NAME as LOCK
+from .settings import differences
+from .tally import tally
 
-RUN, REPORT, MEDIA = "run.json", "report.json", "media"
+RUN, REPORT, MEDIA, SHEET = "run.json", "report.json", "media", "sheet.png"
 FORMAT = 1
 _MEDIA_FILE = re.compile(r"[0-9a-f]{32}\.png|\.[0-9a-f]{32}\.png\.tmp")
-_WORDS = {"max_new_tokens": "--max-new-tokens", "size": "--size", "steps": "--steps", "seed": "--seed"}
 
 
 def part_name(rank: int, world: int) -> str:
@@ -34,14 +35,19 @@ class Store:
 
     def __init__(self, folder: Path, launch: Launch):
         self.folder, self.launch = folder, launch
+        self.damaged: list[str] = []  # file:line of what ``records`` could not read when it was called last
+        self.gone = 0  # records whose picture it did not find
         self._part: int | None = None
+        self._written: set[str] = set()  # keys that this process has written
 
     # ------------------------------------------------------------ before a run
 
-    def check(self, settings: Settings | None, overwrite: bool) -> dict[str, Any] | None:
+    def check(
+        self, settings: Settings | None, overwrite: bool, about: Mapping[str, Any] | None = None
+    ) -> dict[str, Any] | None:
         """The run.json that is there, or None. InputError when the folder is not ours to write to.
 
-        settings: None when they are not known yet. Changes nothing.
+        settings: None when they are not known yet; about: what else run.json says, for words. Changes nothing.
         """
         if self.folder.exists() and not self.folder.is_dir():
             raise InputError(f"-o {self.folder}: this is a file; give a folder")
@@ -57,12 +63,17 @@ class Store:
             return None
         run = self._run()
         if settings is not None and not overwrite:
-            self._same(run.get("settings", {}), settings)
+            wrong = differences(run, {**(about or {}), "settings": settings.to_dict()})
+            if wrong:
+                raise InputError(
+                    f"-o {self.folder} was made with other settings: {'; '.join(wrong)}. "
+                    "Use another folder, or --overwrite to delete its results"
+                )
         return run
 
     def prepare(self, settings: Settings, about: Mapping[str, Any], overwrite: bool) -> dict[str, int]:
         """Rank 0, under the lock: make the folder ready; returns how many bytes of each part are past."""
-        run = self.check(settings, overwrite)
+        run = self.check(settings, overwrite, about)
         if run is not None and overwrite:
             self._delete(run)
             run = None
@@ -80,6 +91,7 @@ class Store:
                 "settings": settings.to_dict(),
                 "parts": parts,
                 "media": MEDIA + "/<key>.png",
+                "sheet": SHEET,
                 "report": REPORT,
             },
         )
@@ -100,25 +112,32 @@ class Store:
     def records(self, sizes: Mapping[str, int] | None = None) -> dict[str, dict[str, Any]]:
         """The last record of every key, in the first ``sizes`` bytes of each part (all: None).
 
-        Torn and damaged lines are passed over: what they held counts as not done.
+        Damaged lines, and records of pictures that are gone, count as not done; ``damaged`` and ``gone`` say so.
         """
         names = sizes if sizes is not None else self._run()["parts"] if (self.folder / RUN).is_file() else []
         found: dict[str, dict[str, Any]] = {}
+        self.damaged, self.gone = [], 0
         for name in names:
             path = self.folder / name
             if not path.is_file():
                 continue
-            for key, record in _last(path, sizes[name] if sizes is not None else path.stat().st_size).items():
+            last, damaged = _last(path, sizes[name] if sizes is not None else path.stat().st_size)
+            self.damaged += [f"{path}:{number}" for number in damaged]
+            for key, record in last.items():
                 # Parts have no order among them: of an error and the success of its retry, the latter.
                 if key not in found or record["status"] == "ok":
                     found[key] = record
+        for key, record in list(found.items()):
+            if record.get("file") and not (self.folder / str(record["file"])).is_file():
+                self.gone += 1
+                del found[key]
         return found
 
     def append(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Write records to this rank's part, down to the disk; a kill leaves at most a torn last line."""
+        path = self.folder / part_name(self.launch.rank, self.launch.world)
         try:
             if self._part is None:
-                path = self.folder / part_name(self.launch.rank, self.launch.world)
                 self._part = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
             data = b"".join(json.dumps(r, ensure_ascii=False).encode() + b"\n" for r in records)
             while data:
@@ -128,40 +147,58 @@ class Store:
             raise InputError(
                 f"{self.folder} cannot be written ({error.strerror}); what is there is safe, run again to go on"
             ) from error
+        self._written |= {str(r["key"]) for r in records if "key" in r}
+        # What is written to a deleted file goes nowhere, and no system call says so.
+        if not _is_at(self._part, path):
+            raise InputError(
+                f"{path} was deleted or replaced while this run was writing to it, and the {len(self._written)} "
+                "results of this run in it are lost; run again to make them"
+            )
 
     def save_image(self, key: str, image: Any) -> str:
         """Write a PNG under a temporary name, then give it its own; returns its name inside the folder."""
         folder = self.folder / MEDIA
-        folder.mkdir(exist_ok=True)
         temporary, name = folder / f".{key}.png.tmp", f"{MEDIA}/{key}.png"
-        with temporary.open("wb") as file:
-            image.save(file, format="PNG")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.folder / name)
+        try:
+            folder.mkdir(exist_ok=True)
+            _save(image, temporary)
+            temporary.replace(self.folder / name)
+        except OSError as error:
+            raise InputError(
+                f"{folder} cannot be written ({error.strerror}); what is there is safe, run again to go on"
+            ) from error
         return name
 
     # ------------------------------------------------------------ after a run
 
     def report(self, keys: Iterable[str], interrupted: bool) -> dict[str, Any]:
         """Count the results of ``keys`` over all parts, and write report.json."""
-        records, wanted = self.records(), list(keys)
-        present = [records[key] for key in wanted if key in records]
-        errors = [r for r in present if r["status"] == "error"]
-        report = {
-            "total": len(wanted),
-            "ok": len(present) - len(errors),
-            "errors": len(errors),
-            "missing": len(wanted) - len(present),
-            "interrupted": interrupted,
-            "error_types": dict(Counter(r["error"]["type"] for r in errors)),
-            "tokens_in": sum(r["tokens_in"] or 0 for r in present),
-            "tokens_out": sum(r["tokens_out"] or 0 for r in present),
-            "seconds": round(sum(r["seconds"] or 0.0 for r in present), 3),
-            "other_records": len(records) - len(present),
-        }
+        report = tally(self.records(), keys, interrupted)
+        report["damaged"] = self.damaged
         self._write(REPORT, report)
         return report
+
+    def verify(self) -> None:
+        """InputError unless all that this process has written is there, down to the pictures."""
+        if not self._written:
+            return
+        there = self.records() if (self.folder / RUN).is_file() else {}
+        lost = len(self._written - there.keys())
+        if lost:
+            raise InputError(
+                f"{lost} of the {len(self._written)} results that this run has made are not in {self.folder} any "
+                "more: files of it were deleted while it ran. Run again to make them"
+            )
+
+    def save_sheet(self, image: Any) -> Path:
+        """Write the sheet of all pictures."""
+        temporary, path = self.folder / f".{RUN}.sheet.tmp", self.folder / SHEET
+        try:
+            _save(image, temporary)
+            temporary.replace(path)
+        except OSError as error:
+            raise InputError(f"-o {self.folder} cannot be written ({error.strerror})") from error
+        return path
 
     def close(self) -> None:
         if self._part is not None:
@@ -185,20 +222,8 @@ class Store:
             raise InputError(f"-o {self.folder}: its {RUN} is of another kind or version; use another folder")
         return dict(run)
 
-    def _same(self, was: Mapping[str, Any], now: Settings) -> None:
-        wrong = [
-            f"{_WORDS.get(name, name)} was {was.get(name)!r}, is {value!r}"
-            for name, value in now.to_dict().items()
-            if was.get(name) != value
-        ]
-        if wrong:
-            raise InputError(
-                f"-o {self.folder} was made with other settings: {'; '.join(wrong)}. "
-                "Use another folder, or --overwrite to delete its results"
-            )
-
     def _delete(self, run: Mapping[str, Any]) -> None:
-        for name in [*run["parts"], REPORT]:
+        for name in [*run["parts"], REPORT, *([SHEET] if run.get("sheet") == SHEET else [])]:
             (self.folder / name).unlink(missing_ok=True)
         media = self.folder / MEDIA
         if media.is_dir() and not media.is_symlink():
@@ -234,18 +259,39 @@ def _record(line: bytes) -> dict[str, Any] | None:
     return record if whole else None
 
 
-def _last(path: Path, size: int) -> dict[str, dict[str, Any]]:
-    """The last record of every key in the first ``size`` bytes of a part."""
+def _last(path: Path, size: int) -> tuple[dict[str, dict[str, Any]], list[int]]:
+    """The last record of every key in the first ``size`` bytes of a part, and the numbers of damaged lines."""
     found: dict[str, dict[str, Any]] = {}
+    damaged: list[int] = []
     with path.open("rb") as file:
-        for line in file:
+        for number, line in enumerate(file, 1):
             size -= len(line)
             if size < 0:
                 break
             record = _record(line)
             if record is not None:
                 found[record["key"]] = record
-    return found
+            elif line.strip() and line.endswith(
+                b"\n"
+            ):  # what is torn off at the end is cut when a run begins
+                damaged.append(number)
+    return found, damaged
+
+
+def _is_at(file: int, path: Path) -> bool:
+    """Whether an open file is the one at ``path``."""
+    try:
+        return os.path.samestat(os.fstat(file), path.stat())
+    except OSError:
+        return False
+
+
+def _save(image: Any, path: Path) -> None:
+    """A PNG, down to the disk."""
+    with path.open("wb") as file:
+        image.save(file, format="PNG")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _repair(path: Path) -> int:

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from ..errors import Unsupported
+from ..errors import InputError, Unsupported
 from ..models import Description, Loaded
+from . import chat as chats
 from . import params as parameters
 from .engine import Output
 from .items import Faults, Item
@@ -32,8 +33,15 @@ class TextEngine:
 
     media = False
 
-    def __init__(self, description: Description, max_new_tokens: int | None, size: Any, steps: int | None):
-        self.description = description
+    def __init__(
+        self,
+        description: Description,
+        max_new_tokens: int | None,
+        size: Any,
+        steps: int | None,
+        chat: chats.Chat = chats.RAW,
+    ):
+        self.description, self.chat = description, chat
         self.new_tokens = max_new_tokens or DEFAULT_NEW_TOKENS
         self.loaded: Loaded | None = None
         self.notes: list[str] = []
@@ -48,7 +56,17 @@ class TextEngine:
 
     # ------------------------------------------------------------ before weights
 
+    @property
+    def template(self) -> Any:
+        """The chat template, or None."""
+        return getattr(self.tokenizer, "chat_template", None)
+
     def prepare(self, jobs: Sequence[Job], faults: Faults) -> None:
+        if self.chat.plain and not self.template:
+            raise InputError(
+                f"--chat: {self.description.spec} has no chat template; leave --chat and --system out, and prompts "
+                "are sent as they are"
+            )
         done: dict[int, tuple[list[int], tuple[str, str] | None]] = {}
         for job in jobs:
             item = job.item
@@ -59,6 +77,8 @@ class TextEngine:
                     done[id(item)] = (tokens, self._too_long(item, len(tokens)))
             job.tokens, job.refusal = done[id(item)]
             job.length = len(job.tokens)
+        items = {id(job.item): job.item for job in jobs}.values()
+        self.notes += chats.note(items, self.description.spec, self.template, self.chat)
 
     def _usable(self, item: Item, faults: Faults) -> bool:
         before = len(faults.found)
@@ -72,22 +92,23 @@ class TextEngine:
                 p["type"] != "text" for p in message["content"]
             ):
                 faults.add(item.where, f"{name} takes no image parts in messages")
-        if item.messages is not None and not getattr(self.tokenizer, "chat_template", None):
+        if item.messages is not None and not self.template:
             faults.add(item.where, f"{self.description.spec} has no chat template: give prompt, not messages")
         return len(faults.found) == before
 
     def _tokens(self, item: Item, faults: Faults) -> list[int]:
-        tokenizer = self.tokenizer
+        tokenizer, messages = self.tokenizer, self.chat.messages(item)
         try:
-            if item.messages is None:
+            if messages is None:
                 tokens = tokenizer(item.prompt, verbose=False)["input_ids"]
             else:
                 text = tokenizer.apply_chat_template(
-                    flat(item.messages), add_generation_prompt=True, tokenize=False
+                    flat(messages), add_generation_prompt=True, tokenize=False
                 )
                 tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         except Exception as error:  # chat templates raise what they like
-            faults.add(item.where, f"the chat template refuses these messages ({str(error)[:160]})")
+            what = "these messages" if item.messages is not None else "this prompt"
+            faults.add(item.where, f"the chat template refuses {what} ({str(error)[:160]})")
             return []
         if not tokens or not (item.prompt or item.messages):
             faults.add(item.where, "the prompt is empty")

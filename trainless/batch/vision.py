@@ -18,9 +18,10 @@ from ..errors import InputError, Unsupported
 from ..models.describe import first_line
 from ..models.extras import require
 from . import params as parameters
+from .chat import RAW, Chat
 from .items import Faults, Item
 from .keys import Job
-from .pictures import Picture
+from .pictures import Picture, TooLargeError
 from .text import TextEngine, flat
 
 # What processors make for training only.
@@ -33,7 +34,7 @@ class ImagePrompts:
     Raises Unsupported for a processor that reads no images.
     """
 
-    def __init__(self, processor: Any, spec: str, placeholder: int | None):
+    def __init__(self, processor: Any, spec: str, placeholder: int | None, chat: Chat = RAW):
         require("PIL", f"reading images for {spec}")
         if not hasattr(processor, "image_processor"):
             raise Unsupported(
@@ -41,6 +42,7 @@ class ImagePrompts:
                 "processor files of the checkpoint (preprocessor_config.json and others)"
             )
         self.processor, self.spec, self.placeholder = processor, spec, placeholder
+        self.chat = chat
         self.tokenizer = processor.tokenizer
         marker = getattr(processor, "image_token", None)
         self.marker = str(marker) if marker is not None else None
@@ -64,18 +66,24 @@ class ImagePrompts:
             if picture not in self._broken:
                 self._broken[picture] = _broken(picture)
             if self._broken[picture]:
-                faults.add(item.where, f"image {picture.name!r} cannot be decoded ({self._broken[picture]})")
+                faults.add(item.where, f"image {picture.name!r} {self._broken[picture]}")
 
     def tokens(self, item: Item, faults: Faults) -> list[int]:
         """The tokens of a checked item; empty when a fault was added."""
         try:
             text = self._sent[id(item)] = self._text(item)
         except Exception as error:  # chat templates raise what they like
-            faults.add(item.where, f"the chat template refuses these messages ({str(error)[:160]})")
+            what = "these messages" if item.messages is not None else "this prompt"
+            faults.add(item.where, f"the chat template refuses {what} ({str(error)[:160]})")
             return []
         wrong = self._out_of_step(item, text)
         # Some processors put the images in themselves when a prompt has no placeholder at all; only they know.
-        silent = bool(wrong) and item.messages is None and self.marker is not None and self.marker not in text
+        silent = (
+            bool(wrong)
+            and self._messages(item) is None
+            and self.marker is not None
+            and self.marker not in text
+        )
         if wrong and not silent:
             faults.add(item.where, wrong)
             return []
@@ -96,7 +104,7 @@ class ImagePrompts:
         """(without images, begins with its own first token): what a call of the processor has for all rows."""
         bos = self.tokenizer.bos_token
         # Templates often write the first token themselves, and it must not be written once more.
-        begun = item.messages is not None and bos is not None and self._sent[id(item)].startswith(bos)
+        begun = self._messages(item) is not None and bos is not None and self._sent[id(item)].startswith(bos)
         return not item.images, begun
 
     def tensors(self, items: Sequence[Item]) -> dict[str, Any]:
@@ -118,15 +126,19 @@ class ImagePrompts:
         found.setdefault("attention_mask", torch.ones_like(found["input_ids"]))
         return found
 
+    def _messages(self, item: Item) -> list[dict[str, Any]] | None:
+        return self.chat.messages(item, self.marker)
+
     def _text(self, item: Item) -> str:
         """What is sent to the processor: the prompt as it is, or the messages through the chat template."""
-        if item.messages is None:
+        sent = self._messages(item)
+        if sent is None:
             return str(item.prompt)
-        texts = [part["text"] for m in item.messages for part in _parts(m) if part["type"] == "text"]
+        texts = [part["text"] for m in sent for part in _parts(m) if part["type"] == "text"]
         said: Exception | None = None
         # Templates of these models want lists of parts; some of text models know only strings, and would
         # print a list as Python does.
-        for messages in ([{**m, "content": _parts(m)} for m in item.messages], _strings(item.messages)):
+        for messages in ([{**m, "content": _parts(m)} for m in sent], _strings(sent)):
             try:
                 text = self._render(messages) if messages is not None else ""
             except Exception as error:
@@ -152,7 +164,7 @@ class ImagePrompts:
             return ""
         images = f"{len(item.images)} image" + "s" * (len(item.images) != 1)
         places = f"{count} placeholder" + "s" * (count != 1)
-        if item.messages is not None:
+        if item.messages is not None or self.chat.plain:
             return f"the messages have {images}, and become a prompt with {places} {self.marker!r} for them"
         if count > len(item.images):
             return (
@@ -170,12 +182,16 @@ class VisionEngine(TextEngine):
     def prepare(self, jobs: Sequence[Job], faults: Faults) -> None:
         description = self.description
         placeholder = getattr(description.config, "image_token_id", None)
-        self.prompts = ImagePrompts(description.processor, description.spec, placeholder)
+        self.prompts = ImagePrompts(description.processor, description.spec, placeholder, self.chat)
         super().prepare(jobs, faults)
 
     @property
     def tokenizer(self) -> Any:
         return self.prompts.tokenizer
+
+    @property
+    def template(self) -> Any:
+        return self.prompts.template
 
     def _usable(self, item: Item, faults: Faults) -> bool:
         before, name = len(faults.found), self.description.spec
@@ -217,11 +233,13 @@ def moved(given: dict[str, Any], device: torch.device, dtype: torch.dtype) -> di
 
 
 def _broken(picture: Picture) -> str | None:
-    """Why an image cannot be decoded, or None."""
+    """What is wrong with an image, or None."""
     try:
         picture.open()
+    except TooLargeError as error:
+        return str(error)
     except Exception as error:  # Pillow raises a dozen kinds, and so do its plugins
-        return first_line(error)
+        return f"cannot be decoded ({first_line(error)})"
     return None
 
 

@@ -9,7 +9,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from ..batch.counts import Counts, acted, idle
 from ..errors import InputError
+from ..models.extras import installed
 from ..report import size
 from ..tables import table, wrapped
 from ..verification import Verification
@@ -53,7 +55,10 @@ class Row:
 
 @dataclass(frozen=True)
 class BenchResult:
-    """The answer of ``bench``. withheld: why there are no rows, when ``verify`` found the patch wanting."""
+    """The answer of ``bench``. withheld: why there are no rows, when ``verify`` found the patch wanting.
+
+    counts: of every method, the calls of one patched run, and on how many of them it acted.
+    """
 
     model: str
     recipe: str
@@ -61,6 +66,12 @@ class BenchResult:
     verification: Verification
     rows: tuple[Row, ...] = ()
     notes: tuple[str, ...] = field(default=())
+    counts: Counts = field(default_factory=dict)
+
+    @property
+    def idle(self) -> bool:
+        """Whether the patch changed nothing, so that both sides are the unpatched model."""
+        return idle(self.counts)
 
     @property
     def withheld(self) -> str | None:
@@ -77,6 +88,8 @@ class BenchResult:
             **self.about,
             "withheld": self.withheld,
             "verification": self.verification.to_dict(),
+            "counts": self.counts,
+            "idle": self.idle,
             "rows": [row.to_dict() for row in self.rows],
             "notes": list(self.notes),
         }
@@ -87,6 +100,15 @@ class BenchResult:
             return "\n".join(
                 [head, wrapped(f"Numbers withheld: {self.withheld}.", 0, 2), str(self.verification)]
             )
+        said = [wrapped(acted(self.counts), 2, 4)] if self.counts else []
+        if self.idle:
+            claim = (
+                "The patch changed nothing in this run, so that there is nothing to compare: both sides are the "
+                "unpatched model. Give more --tokens, or other values with --set."
+            )
+            return "\n".join(
+                [head, *said, wrapped(claim, 2, 2), *(wrapped(note, 2, 4) for note in self.notes)]
+            )
         rows = [["", "unpatched", "patched", "ratio", "range of ratios"]]
         for row in self.rows:
             ratio = "" if row.ratio is None else f"{row.ratio:.3f}"
@@ -94,14 +116,16 @@ class BenchResult:
             before = "" if row.unpatched is None else shown(row.unpatched, row.unit)
             rows.append([row.name, before, shown(row.patched, row.unit), ratio, spread])
         notes = [wrapped(note, 2, 4) for note in self.notes]
-        return "\n".join([head, table(rows, indent=2, right=(1, 2, 3, 4)), *notes])
+        still = [name for name, entry in self.counts.items() if not entry["acted"]]
+        notes += [wrapped(f"{', '.join(still)} changed nothing in this run", 2, 4)] if still else []
+        return "\n".join([head, table(rows, indent=2, right=(1, 2, 3, 4)), *said, *notes])
 
     def save(self, folder: Path) -> list[Path]:
-        """Write bench.json and, when there is anything to plot, bench.png; the folder is checked before."""
+        """Write bench.json and, when there is anything to plot and matplotlib is there, bench.png."""
         folder.mkdir(parents=True, exist_ok=True)
         data, picture = folder / "bench.json", folder / "bench.png"
         data.write_text(json.dumps(self.to_dict(), indent=2, default=str) + "\n", encoding="utf-8")
-        if self.withheld:
+        if self.withheld or self.idle or not installed("matplotlib"):
             picture.unlink(missing_ok=True)  # of an earlier run, and not true any more
             return [data]
         from .plot import plot

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import datetime
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from ..batch.counts import Counts, totals
 from ..binding import bind, check
 from ..errors import InputError
 from ..hosts import Component
@@ -19,7 +20,7 @@ from ..hosts.probes import Draw
 from ..hosts.transformers_probe import decodes, vocabulary
 from ..patching import patch, patched, patches_on
 from ..probing import probes_for, quietly
-from ..recipes import Recipe, resolve
+from ..recipes import resolve
 from .measure import Variant, alternate, memory_method, peak_of
 from .result import BenchResult, Row
 from .subjects import Calls, Text, packaged_text, token_ids
@@ -36,9 +37,10 @@ def bench(
     text: str | None = None,
     tokenizer: Any = None,
     repeats: int = REPEATS,
+    where: Mapping[str, Any] | None = None,
     **parameters: Any,
 ) -> BenchResult:
-    """Unpatched against ``patch(model, what, **parameters)``, alternating in one run; the model ends unpatched.
+    """Unpatched against ``patch(model, what, where=where, **parameters)``, alternating; the model ends unpatched.
 
     A decoder is run on ``text`` (default: a packaged story; without a tokenizer random tokens): a prefill of
     ``tokens``, then ``new_tokens`` cached steps. Encoders, encoder-decoders and denoisers are run on the
@@ -49,7 +51,7 @@ def bench(
     """
     if patches_on(model):
         raise InputError("the model is patched already; remove the patches, and bench compares with none")
-    recipe = what if isinstance(what, Recipe) else resolve(what, parameters)
+    recipe = resolve(what, parameters, where=where)
     parts, bindings = bind(model, recipe)
     check(bindings)
     sites = [site for binding in bindings for site, _ in binding.contributions]
@@ -74,13 +76,16 @@ def bench(
         first, second = alternate(variants, subject.run, repeats)
         rows = subject.rows(first, second)
         memory, said = _memory(variants, subject)
-        answers = []
+        answers: list[Any] = []
+        counts: Counts = {}
         for variant in variants:
-            with variant():
+            with variant() as applied:
                 answers.append(subject.predictions())
+                # One run of this patch alone: what it did, beside what it cost and changed.
+                counts = totals(applied.report().to_dict()["methods"]) if applied is not None else counts
         rows += [*memory, *subject.compared(*answers)]
     return BenchResult(
-        name, recipe.name, {**about, "memory": said}, verification, tuple(rows), (*notes, said)
+        name, recipe.name, {**about, "memory": said}, verification, tuple(rows), (*notes, said), counts
     )
 
 

@@ -9,13 +9,12 @@ import sys
 
 import typer
 
-from . import doctor, explain, generate, methods, recipes
+from . import doctor, explain, generate, methods, recipes, recommend
 from .shared import guarded
 
 app = typer.Typer(
     name="trainless",
     help="Patch pretrained models at load time, with no training.",
-    add_completion=False,
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -40,7 +39,12 @@ def _root(
     """Patch pretrained models at load time, with no training."""
 
 
-for _name, _module in (("generate", generate), ("methods", methods), ("explain", explain)):
+for _name, _module in (
+    ("generate", generate),
+    ("recommend", recommend),
+    ("methods", methods),
+    ("explain", explain),
+):
     app.command(_name)(guarded(_module.command))
 app.add_typer(recipes.app, name="recipes")
 for _name in ("calibrate", "bench"):

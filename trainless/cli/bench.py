@@ -6,9 +6,9 @@ from pathlib import Path
 
 import typer
 
-from .shared import BAD_INPUT, DONE, Patches, Recipes, Sets, chosen, say
+from .shared import BAD_INPUT, DONE, Json, Patches, Recipes, Sets, Wheres, as_json, chosen, say
 
-Out = typer.Option(None, "-o", metavar="DIR", help="Write bench.json and bench.png there.")
+Out = typer.Option(None, "-o", metavar="DIR", help="Write bench.json there, and bench.png.")
 Text = typer.Option(None, "--text", metavar="FILE", help="Language models: compare on this text.")
 
 
@@ -17,6 +17,8 @@ def command(
     recipe: list[str] = Recipes,
     patch: list[str] = Patches,
     set_: list[str] = Sets,
+    where: list[str] = Wheres,
+    json: bool = Json,
     out: Path = Out,
     tokens: int = typer.Option(
         1024, "--tokens", metavar="N", min=2, help="Language models: tokens of the prefill."
@@ -30,7 +32,7 @@ def command(
 
     Exit 1, without numbers, when the patch does not pass verify.
     """
-    what = chosen(recipe, patch, set_)
+    what = chosen(recipe, patch, set_, where)
     if what is None:
         raise typer.BadParameter("name what to compare with", param_hint="--patch or --recipe")
     from ..bench import bench
@@ -38,11 +40,12 @@ def command(
     from ..errors import InputError
     from ..explain import explain
     from ..models import describe, load, skeleton
-    from ..models.extras import require
+    from ..models.extras import installed
 
     if out is not None:
-        require("matplotlib", "the plot of `bench -o`")
         check_folder(out)
+        if not installed("matplotlib"):
+            say("no plot: matplotlib is not installed (pip install 'trainless[plots]')")
     try:
         prose = None if text is None else text.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -59,7 +62,7 @@ def command(
     loaded = load(description)
     tokenizer = loaded.tokenizer if description.kind in ("text", "vlm") else None
     found = bench(loaded.model, what, tokens=tokens, new_tokens=new_tokens, text=prose, tokenizer=tokenizer)
-    print(found)
+    print(as_json(found) if json else found)
     if out is not None:
         for path in found.save(out):
             say(f"wrote {path}")

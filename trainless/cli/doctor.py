@@ -6,25 +6,55 @@ import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
+from .shared import Json, as_json
+
 _PACKAGES = ("trainless", "torch", "transformers", "safetensors", "huggingface-hub")
+_COLUMNS = {
+    "versions": ("package", "version"),
+    "devices": ("device", "about"),
+    "kernels": ("operation", "runs", "reason"),
+    "extras": ("extra", "package", "state", "purpose"),
+    "demo models": ("model", "state"),
+    "plug-ins": ("method", "package", "state"),
+}
 
 
-def command() -> int:
+def command(json: bool = Json) -> int:
     """Versions, devices, which kernels will run and why, and which extras are there."""
     from ..tables import table
 
-    print("versions")
-    rows = [["python", platform.python_version()], *([name, _version(name)] for name in _PACKAGES)]
-    print(table(rows, indent=2))
-    print("devices")
-    print(table(_devices(), indent=2))
-    print("kernels")
-    print(table(_kernels(), indent=2))
-    print("extras")
-    print(table(_extras(), indent=2))
-    print("demo models")
-    print(table(_demos(), indent=2))
+    versions = [["python", platform.python_version()], *([name, _version(name)] for name in _PACKAGES)]
+    found = {
+        "versions": versions,
+        "devices": _devices(),
+        "kernels": _kernels(),
+        "extras": _extras(),
+        "demo models": _demos(),
+        "plug-ins": _plugins(),
+    }
+    if json:
+        entries = {
+            name: [dict(zip(_COLUMNS[name], row, strict=True)) for row in rows]
+            for name, rows in found.items()
+        }
+        print(as_json(entries))
+        return 0
+    for name, rows in found.items():
+        if rows:
+            print(name)
+            print(table(rows, indent=2))
     return 0
+
+
+def _plugins() -> list[list[str]]:
+    """Methods that other packages bring, and those that cannot be used."""
+    from ..patchers import broken, known
+
+    own = __name__.partition(".")[0] + "."
+    rows = [
+        [name, cls.__module__, "ready"] for name, cls in known().items() if not cls.__module__.startswith(own)
+    ]
+    return rows + [[p.name, p.package, f"cannot be used: {p.reason}"] for p in broken()]
 
 
 def _version(name: str) -> str:

@@ -10,9 +10,11 @@ from torch import nn
 
 from ..errors import InputError, Unsupported
 from ..seams import Site
-from .base import Host
+from .base import Host, unwrapped
 
-__all__ = ["Component", "Host", "components", "find_sites", "module_sites", "unmatched"]
+__all__ = [
+    "Component", "Host", "components", "exchanged", "find_sites", "module_sites", "size_notes", "unmatched",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ def components(model: Any) -> list[Component]:
     Raises InputError for something that is neither, Unsupported for a module of an unknown library.
     """
     if isinstance(model, nn.Module):
+        model = unwrapped(model)
         return [Component("", model, host_of(model), frozenset())]
     if "diffusers" in sys.modules:
         from diffusers import DiffusionPipeline
@@ -40,6 +43,7 @@ def components(model: Any) -> list[Component]:
             return _pipeline(model)
     inner = getattr(model, "model", None)
     if isinstance(inner, nn.Module):  # a transformers pipeline
+        inner = unwrapped(inner)
         return [Component("", inner, host_of(inner), frozenset())]
     raise InputError(
         f"cannot patch a {type(model).__name__}: give a loaded torch module or a pipeline"
@@ -80,6 +84,27 @@ def _pipeline(pipeline: Any) -> list[Component]:
             Component(f"{name}.", encoder, TransformersHost(), frozenset({"text_encoder"}), main=False)
         )
     return found
+
+
+def exchanged(model: Any, parts: list[Component]) -> list[str]:
+    """The attributes of a pipeline that are no longer the modules which ``parts`` are."""
+    names = []
+    for part in parts:
+        name = part.prefix.removesuffix(".")
+        if name and "." not in name and not isinstance(model, nn.Module):
+            now = getattr(model, name, None)
+            if getattr(now, "_orig_mod", now) is not part.module:
+                names.append(name)
+    return names
+
+
+def size_notes(parts: list[Component]) -> list[str]:
+    """What is to be said about the sizes that these components are really given."""
+    found = [getattr(part.host, "size_notes", None) for part in parts]
+    notes = [
+        note for say, part in zip(found, parts, strict=True) if say is not None for note in say(part.module)
+    ]
+    return list(dict.fromkeys(notes))
 
 
 def find_sites(parts: list[Component]) -> list[Site]:

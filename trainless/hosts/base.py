@@ -6,6 +6,7 @@ that patches come off in any order. Between the two, patches only add and remove
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -22,16 +23,18 @@ ATTRIBUTE = "_trainless"  # where a module keeps its Runtime, a model its Statio
 
 
 class Lease:
-    """A patch's token at its sites: whether it is applied and not paused. Holds nothing else.
+    """A patch's token at its sites: whether it is on the model (applied) and not paused (active).
 
     Cache layers keep leases to know whether their patch still wants them to evict; a copied cache
-    shares the lease with the original, so copying does not copy the patch.
+    shares the lease with the original, so copying does not copy the patch. ``terms`` is the method with all
+    its parameters, by which a cache that comes back from disk finds the patch that it belongs to.
     """
 
-    __slots__ = ("_local", "active", "name")
+    __slots__ = ("_local", "active", "applied", "name", "terms")
 
-    def __init__(self, name: str):
-        self.name = name
+    def __init__(self, name: str, terms: str = ""):
+        self.name, self.terms = name, terms
+        self.applied = False
         self.active = False
         self._local = threading.local()
 
@@ -46,6 +49,9 @@ class Lease:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Lease:
         return self
+
+    def __reduce__(self) -> Any:
+        return Lease, (self.name, self.terms)  # on disk a cache has no patch
 
     def __repr__(self) -> str:
         return f"Lease({self.name!r}, {'active' if self.active else 'inactive'})"
@@ -62,6 +68,7 @@ class Tally:
     tokens_seen: int = 0  # of the sequence served last
     tokens_kept: int = 0
     bytes_kept: int = 0
+    bytes_stock: int = 0  # what an unpatched cache would hold for the tokens seen
 
 
 class CallInThread(threading.local):
@@ -184,6 +191,17 @@ class Host(Protocol):
 
     def family(self, model: nn.Module) -> str:
         """What the model calls itself: model_type or class name."""
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module itself where ``torch.compile(module)`` stands: its edits belong to what is compiled.
+
+    The wrapper hands every attribute that is read or set on to the module inside, so nothing can be put on it.
+    """
+    dynamo = sys.modules.get("torch._dynamo")
+    while dynamo is not None and isinstance(module, dynamo.OptimizedModule):
+        module = module._orig_mod
+    return module
 
 
 def runtime_of(module: nn.Module) -> Runtime | None:

@@ -2,14 +2,16 @@
 
 Two hooks stand at each patched attention module and two at the denoiser; no module, processor or forward
 is replaced, so LoRA, IP-Adapters, fused projections, offloading and quantisation come and go as they like.
-How a call is caught is in ``diffusers_calls``, what is known about its tokens in ``diffusers_geometry``,
-what a pipeline adds in ``diffusers_pipelines``.
+How a call is caught is in ``diffusers_calls``, what its tokens are is declared per class in ``denoisers`` and read
+from each call in ``diffusers_geometry``; what a pipeline adds is in ``diffusers_pipelines``.
 """
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 from diffusers import ModelMixin
@@ -20,19 +22,17 @@ from torch import nn
 from ..journal import AttributeEdit, HookEdit, Journal
 from ..seams import Site
 from .base import ATTRIBUTE, Runtime
-from .diffusers_calls import AttentionHooks, refusal
-from .diffusers_geometry import CONTEXT, Context, UNetLevels, forward_names, patch_of
-from .diffusers_pipelines import denoiser_of, denoisers_of, latent_size, pipeline_facts, text_encoders_of
+from .denoisers import Layout, layout_of
+from .denoisers.words import ROLES, holds_no_image, undeclared
+from .diffusers_calls import AttentionHooks, foreign_order, refusal
+from .diffusers_geometry import CONTEXT, Context
+from .diffusers_pipelines import denoiser_of, denoisers_of, text_encoders_of
+from .diffusers_rescaling import ASKED, Asked, declared
+from .diffusers_sizes import size_facts
 
 __all__ = ["DiffusersHost", "denoiser_of", "denoisers_of", "text_encoders_of"]
 
 KINDS = (Attention, MochiAttention, AttentionModuleMixin)
-VAE_SCALE = 8  # pixels per latent pixel where no pipeline says: that of every Stable Diffusion and FLUX VAE
-# Attention over frames, or over a prompt before it meets the image: not over image tokens.
-OVER_FRAMES = {"temp_attentions", "motion_modules", "temporal_transformer_blocks", "transformer_in"}
-OVER_TEXT = {"context_refiner", "token_refiner", "txt_refiner", "text_refiner"}
-# Processors that put the image before the text; all others put the text first.
-IMAGE_FIRST = ("JointAttn", "FusedJointAttn", "PAGJoint", "PAGCFGJoint", "SD3IPAdapter", "HunyuanVideo")
 
 
 class DiffusersHost:
@@ -56,28 +56,35 @@ class DiffusersHost:
     def sites(self, model: nn.Module, prefix: str = "", parts: frozenset[str] = frozenset()) -> list[Site]:
         """Every attention module, numbered per part and role in module order.
 
-        Facts of a site: denoiser (the model), local (the site's name inside it), family, level and levels
-        (of a UNet), patch (latent pixels per token as (rows, columns), None in a UNet), text_order, video,
-        trained_latent (rows, columns) or None, vae_scale (pixels per latent pixel).
+        Facts of a site: denoiser (the model), local (the site's name inside it), family, layout (what is declared
+        about its class), holds (what the site's tokens are), no_images (why no method can know image tokens there,
+        None where it can), level and levels (of a UNet), patch (latent pixels per token as (rows, columns), None in a
+        UNet and where nothing is declared), sizes (see ``Sizes``), trained_latent (rows, columns) or None, vae_scale
+        (for showing).
         """
         owners = _denoisers(model)
         common = {name: self._model_facts(owner) for name, owner in owners.items()}
-        levels = {name: UNetLevels(owner) for name, owner in owners.items()}
+        levels = {name: _levels(common[name]["layout"], owner) for name, owner in owners.items()}
         found: list[tuple[str, nn.Module, str, frozenset[str], dict[str, Any]]] = []
         for name, module in model.named_modules():
             owner = next((o for o in owners if not o or name.startswith(f"{o}.")), None)
             if owner is None or not _is_attention(module):
                 continue
             local = name[len(owner) + 1 :] if owner else name
+            layout: Layout | None = common[owner]["layout"]
+            holds = _holds(layout, owners[owner], local, module)
+            level = levels[owner](local)
             facts = {
                 **common[owner],
                 "local": local,
-                "level": levels[owner].of(local) if common[owner]["patch"] is None else 0,
-                "levels": levels[owner].deepest + 1,
-                "text_order": _text_order(module),
+                "holds": holds,
+                "no_images": _no_images(layout, common[owner]["family"], holds, level, module),
+                "level": level,
+                "levels": getattr(levels[owner], "deepest", 0) + 1,
             }
             part = "vae" if _is_vae(owners[owner]) else "denoiser"
-            found.append((name, module, _role(local, module), parts | {part}, facts))
+            role = _role(local, module) if holds is None else ROLES[holds]
+            found.append((name, module, role, parts | {part}, facts))
         totals = Counter((role, group) for _, _, role, group, _ in found)
         running: Counter[tuple[str, frozenset[str]]] = Counter()
         sites = []
@@ -87,25 +94,22 @@ class DiffusersHost:
                 Site(
                     name=prefix + name, module=module, host=self.name, role=role, parts=group,
                     layer=running[role, group], layers=totals[role, group], heads=heads, kv_heads=kv_heads,
-                    head_dim=width, facts=facts, refusal=_refused(name, module),
+                    head_dim=width, facts=facts, refusal=refusal(module),
                 )
             )  # fmt: skip
             running[role, group] += 1
         return sites
 
     def _model_facts(self, model: nn.Module) -> dict[str, Any]:
-        names, config = forward_names(model), getattr(model, "config", None)
-        size = getattr(config, "patch_size", None)
-        video = "num_frames" in names or getattr(config, "patch_size_t", None) is not None
-        video = video or "3D" in type(model).__name__ or (isinstance(size, (list, tuple)) and len(size) > 2)
+        layout = layout_of(model)
+        patch = None if layout is None or layout.patch is None else layout.patch(model)
         return {
             "denoiser": model,
             "family": type(model).__name__,
-            "patch": patch_of(model, names),
-            "video": video and "sample" not in names,  # a video UNet attends to one frame at a time
-            "trained_latent": latent_size(getattr(config, "sample_size", None)),
-            "vae_scale": VAE_SCALE,
-        } | (pipeline_facts(self.pipeline) if self.pipeline is not None else {})
+            "layout": layout,
+            "patch": patch,
+            **size_facts(self.pipeline, model, patch),
+        }
 
     def install(self, runtime: Runtime) -> None:
         module, name = runtime.site.module, runtime.site.name
@@ -121,6 +125,21 @@ class DiffusersHost:
             context = Context(owner, runtimes)
             journal.add(AttributeEdit(owner, CONTEXT, context, f"{where}.{CONTEXT}"))
             _hook(journal, owner, context, where)
+            if self.pipeline is not None:
+                self._watch_sizes(owner, journal, where)
+
+    def _watch_sizes(self, owner: nn.Module, journal: Journal, where: str) -> None:
+        asked = Asked(self.pipeline, self._model_facts(owner)["sizes"])
+        journal.add(AttributeEdit(owner, ASKED, asked, f"{where}.{ASKED}"))
+        register = functools.partial(owner.register_forward_pre_hook, asked.before, with_kwargs=True)
+        journal.add(HookEdit(owner, register, f"pre-hook on {where}"))
+
+    def size_notes(self, model: nn.Module) -> list[str]:
+        """What the pipeline does with the sizes that it is asked for, where that is not what was asked."""
+        found = [vars(owner).get(ASKED) for owner in _denoisers(model).values()]
+        seen = [note for asked in found if asked is not None for note in asked.notes()]
+        said = None if self.pipeline is None or any(found) else declared(self.pipeline)
+        return seen if said is None else [said]
 
     def forget_runs(self, model: nn.Module) -> None:
         """Take the next call of every denoiser inside ``model`` for the first of a run."""
@@ -163,32 +182,46 @@ def _is_attention(module: nn.Module) -> bool:
     return isinstance(module, KINDS) and hasattr(module, "processor")
 
 
+def _holds(layout: Layout | None, model: nn.Module, local: str, module: nn.Module) -> str | None:
+    """What the tokens of the attention layer called ``local`` are, as declared; None where nothing is."""
+    if layout is None:
+        return None
+    if callable(layout.sites):
+        return layout.sites(model, local, module)
+    return next((holds for glob, holds in layout.sites.items() if fnmatchcase(local, glob)), None)
+
+
+def _levels(layout: Layout | None, model: nn.Module) -> Callable[[str], int | None]:
+    """The level of a layer by its name; 0 everywhere in a transformer."""
+    return (lambda name: 0) if layout is None or layout.levels is None else layout.levels(model)
+
+
+def _no_images(
+    layout: Layout | None, family: str, holds: str | None, level: int | None, module: nn.Module
+) -> str | None:
+    """Why image tokens cannot be told at a site, or None."""
+    if layout is None:
+        return undeclared(family)
+    if layout.read is None:
+        return layout.why
+    if holds is not None and (said := holds_no_image(holds)):
+        return said
+    if holds is None or level is None:
+        return f"it is not among the attention layers that are declared for {layout.family}"
+    return foreign_order(layout, module)
+
+
 def _role(name: str, module: nn.Module) -> str:
-    """self, cross or joint (image and text in one sequence)."""
+    """self, cross or joint (image and text in one sequence), in a class about which nothing is declared."""
     path = name.split(".")
     added = getattr(module, "added_kv_proj_dim", None) is not None
     if isinstance(module, Attention) and added:
-        # Text has projections of its own here; its keys stand beside the image's unless they are alone.
         return "cross" if module.only_cross_attention else "joint"
     if getattr(module, "is_cross_attention", False) or path[-1] in ("cross_attn", "cross_attention"):
         return "cross"
     if added or any(part.startswith("single_") for part in path):
         return "joint"
     return "self"
-
-
-def _refused(name: str, module: nn.Module) -> str | None:
-    path = set(name.split("."))
-    if path & OVER_FRAMES:
-        return "its tokens are frames, not image tokens"
-    if path & OVER_TEXT:
-        return "its tokens are text only, before text meets the image"
-    return refusal(module)
-
-
-def _text_order(module: nn.Module) -> str:
-    kind = type(getattr(module, "processor", None)).__name__
-    return "image first" if kind.startswith(IMAGE_FIRST) else "text first"
 
 
 def _head_counts(module: nn.Module) -> tuple[int | None, int | None, int | None]:

@@ -22,9 +22,12 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 from ..attention import attend
 from ..errors import Unsupported
-from ..seams import AttentionCall
+from ..seams import AttentionCall, Site
 from .base import Runtime
+from .denoisers import Layout
+from .denoisers.table import ELSEWHERE, qualified
 from .diffusers_geometry import CONTEXT, describe
+from .gate import module_frame
 
 SDPA = torch.nn.functional.scaled_dot_product_attention
 # Backends of diffusers' dispatcher that end in torch's own operator.
@@ -67,7 +70,11 @@ def refusal(module: nn.Module) -> str | None:
     processor = getattr(module, "processor", None)
     if processor is None:
         return "it has no processor"
-    said = _source_says(processor.__class__)
+    kind = processor.__class__
+    elsewhere = ELSEWHERE.get(qualified(kind))
+    if elsewhere is not None:
+        return f"{kind.__name__} {elsewhere}"
+    said = _source_says(kind)
     if said is not None:
         return said
     if getattr(processor, "_parallel_config", None) is not None:
@@ -82,6 +89,15 @@ def refusal(module: nn.Module) -> str | None:
     return None
 
 
+def foreign_order(layout: Layout | None, module: nn.Module) -> str | None:
+    """Why the declared order of text and image is not sure here: the processor decides on it, and is a stranger."""
+    kind = type(getattr(module, "processor", None))
+    home = next((c.__module__ for c in kind.__mro__ if "__call__" in vars(c)), "")
+    if layout is None or not layout.streams or home.startswith("diffusers."):
+        return None
+    return f"in which order {kind.__name__} puts text and image is not known; use the processor of diffusers"
+
+
 # ---------------------------------------------------------------- catching the call
 
 
@@ -91,7 +107,10 @@ class Interception(TorchFunctionMode):
     def __init__(self, runtime: Runtime, module: nn.Module):
         super().__init__()
         self.runtime, self.module = runtime, module
-        self.home = _module_frame()
+        layout = runtime.site.facts.get("layout")
+        self.several = layout is not None and layout.several  # each of its calls goes through the plan
+        self.home = module_frame()
+        self.others: int | None = None  # tokens beside its own that the module was given
         self.keys: int | None = None  # number of keys in the module's own call, once it was made
         self.computed = False
         self.closed = False
@@ -135,13 +154,18 @@ class Interception(TorchFunctionMode):
         ) -> Tensor:
             return SDPA(query, key, value, mask, dropout_p, causal, scale=scale, enable_gqa=enable_gqa)
 
-        if not self.alive() or (self.keys is not None and self._is_beside(key)):
+        if not self.alive() or (self.keys is not None and not self.several and self._is_beside(key)):
             return stock(query, key, value, attn_mask, is_causal, scale)
         name = self.runtime.site.name
         if query.dim() != 4 or (is_causal and query.shape[2] != key.shape[2]):
             raise Unsupported(
                 f"{name}: {_processor_name(self.module)} calls attention with queries {tuple(query.shape)}"
                 f"{', causal' if is_causal else ''}; only (batch, heads, tokens, width) can be patched"
+            )
+        if self.others == key.shape[2] != query.shape[2]:
+            raise Unsupported(
+                f"{name} was taken for self-attention, since nothing is declared about this class, and attends to the "
+                f"{self.others} tokens that it was given beside its own; leave it out with `where: {{modules}}`"
             )
         self.keys = key.shape[2]
         call = self._call(query, key, value, attn_mask, dropout_p, is_causal, scale)
@@ -180,28 +204,27 @@ class Interception(TorchFunctionMode):
         known = describe(
             site, context.geometry if context is not None else None, query.shape[2], key.shape[2]
         )
+        if foreign := foreign_order(site.facts.get("layout"), self.module):
+            known = {"facts": {**known["facts"], "no_images": foreign}}
         if mask is not None and mask.dim() < 4:
             mask = mask[(None,) * (4 - mask.dim())]
         return AttentionCall(
             query=query, key=key, value=value, mask=mask, causal=causal, dropout=dropout, site=site,
-            scaling=query.shape[-1] ** -0.5 if scale is None else scale,
-            text_first=site.facts.get("text_order") != "image first", **known,
+            scaling=query.shape[-1] ** -0.5 if scale is None else scale, **known,
         )  # fmt: skip
+
+
+def _others(site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    """Tokens that a module is given beside its own, where only its looks said that it is self-attention."""
+    if site.facts.get("holds") is not None or site.role != "self":
+        return None
+    own = args[0] if args else kwargs.get("hidden_states")
+    beside = args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states")
+    return beside.shape[1] if isinstance(beside, Tensor) and beside is not own and beside.dim() == 3 else None
 
 
 def _processor_name(module: nn.Module) -> str:
     return type(getattr(module, "processor", None)).__name__
-
-
-_MODULE_FILE = nn.Module.__call__.__code__.co_filename
-
-
-def _module_frame() -> FrameType | None:
-    """The innermost frame of ``nn.Module.__call__`` on the stack: it lives as long as the module's call."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code.co_filename != _MODULE_FILE:
-        frame = frame.f_back
-    return frame
 
 
 def _modes() -> list[Interception]:
@@ -238,6 +261,7 @@ class AttentionHooks:
         if reason is not None:
             raise Unsupported(f"{self.runtime.site.name}: {reason}")
         mode = Interception(self.runtime, module)
+        mode.others = _others(self.runtime.site, args, kwargs)
         mode.__enter__()
         modes.append(mode)
 

@@ -23,6 +23,7 @@ from ..attention import attend
 from ..errors import Unsupported
 from ..journal import MARKER, AttributeEdit, HookEdit, Journal
 from ..kernels.visibility import bias_times
+from ..kv import CompressingLayer
 from ..seams import AttentionCall, Contribution, Site
 from . import transformers_images as images
 from . import transformers_inputs as inputs
@@ -102,13 +103,15 @@ def _routed(
     here = runtime.call
     facts = here.facts
     entering, here.residual = here.residual, None
-    if runtime.plan.inert or facts.get("cross"):
+    # Also while its patch is paused: only here is it known which of its slots hold a token.
+    held = isinstance(facts.get("layer"), CompressingLayer)
+    if (runtime.plan.inert and not held) or facts.get("cross"):
         runtime.passed()
         return _user_function(module)(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
     constant = runtime.plan.constant
-    if constant is not None and _only_scaled(kwargs):
+    if constant is not None and not held and _only_scaled(kwargs):
         # Decoding makes thousands of these calls a second, so nothing is built for them.
         runtime.passed()
         runtime.acted("stock")
@@ -131,7 +134,7 @@ def _routed(
         ):
             if name in passed and passed[name] is not None:
                 passed[name] = now
-        given = call.query, call.key, call.value
+        given: tuple[Tensor, ...] = (call.query, call.key, call.value)
         if order is not None:
             times = call.query.shape[1] // call.key.shape[1]
             given = call.query[:, order.argsort()], *(t.repeat(1, times, 1, 1) for t in given[1:])

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import (
     Cache,
-    DummyLayer,
     EncoderDecoderCache,
     LinearAttentionCacheLayerMixin,
     StaticLayer,
@@ -26,10 +25,11 @@ from ..kv import (
     beside_recurrence,
     stateful,
 )
+from ..seams import AttentionPlan, Entry
 from .base import Lease, Runtime
 from .transformers_contract import GENERATE, problem
 from .transformers_layers import PLAIN, depths_of, index_of
-from .transformers_version import cache_in, layers_of
+from .transformers_version import DummyLayer, cache_in, layers_of
 
 
 def before(runtime: Runtime, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -62,6 +62,8 @@ def _note_layer(runtime: Runtime, module: nn.Module, args: tuple[Any, ...], kwar
         facts["total"] = int(cache.get_seq_length())  # the layer that it reads has these already
         return
     facts["past"] = int(layer.get_seq_length())
+    if isinstance(layer, CompressingLayer):
+        layer.expect(cache)
     if runtime.plan.lookahead and facts["past"] == 0 and getattr(layer, "record_past", False):
         raise Unsupported(
             f"{runtime.plan.lookahead[0].method}: its statistics look at the whole prompt, and the first call of "
@@ -90,6 +92,8 @@ def _ours(runtime: Runtime, layer: Any, index: int) -> Any:
     """The layer that this plan needs in place of ``layer``; refuses what holds tokens already."""
     plan = runtime.plan
     first = plan.quantiser or plan.evictor
+    if isinstance(layer, StatefulMixin | CompressingLayer):
+        _must_remember(plan, layer, index)
     if first is None:
         if isinstance(layer, StatefulMixin | CompressingLayer):
             return layer
@@ -102,17 +106,20 @@ def _ours(runtime: Runtime, layer: Any, index: int) -> Any:
             _must_be_empty(plan.entries[0].method, layer, index)
         return stateful(layer)
     if isinstance(layer, CompressingLayer):
-        mine = {e.owner for e in plan.of["kv"]}
+        mine: set[Any] = {e.owner for e in plan.of["kv"]}
         if mine <= layer.leases:
             return layer
         if layer.seen:
+            evictor, packer = _owner(plan.evictor), _owner(plan.quantiser)
+            if layer.rebind(evictor, packer, plan.evict, plan.quantise):
+                return layer
             names = " and ".join(sorted({lease.name for lease in layer.leases}))
             stranger = next(e.method for e in plan.of["kv"] if e.owner not in layer.leases)
             raise Unsupported(
                 f"{stranger}: this cache was filled under another patch ({names}); start a new cache"
             )
         return _compressing(runtime, layer)
-    kind = type(layer).__mro__[2] if isinstance(layer, StatefulMixin) else type(layer)
+    kind = type(layer).__bases__[1] if isinstance(layer, StatefulMixin) else type(layer)
     if kind not in PLAIN:
         raise Unsupported(
             f"{first.method}: cache layer {index} is a {kind.__name__}, and only a plain dynamic layer can "
@@ -126,17 +133,41 @@ def _ours(runtime: Runtime, layer: Any, index: int) -> Any:
 def _compressing(runtime: Runtime, layer: Any) -> CompressingLayer:
     """An empty layer in place of ``layer`` that follows the rules of the plan."""
     plan = runtime.plan
-    evictor = plan.evictor.owner if plan.evictor is not None else None
-    assert evictor is None or isinstance(evictor, Lease)
+    evictor, packer = _owner(plan.evictor), _owner(plan.quantiser)
     made: CompressingLayer
-    if plan.quantiser is None or plan.quantise is None:
+    if packer is None or plan.quantise is None:
         assert plan.evict is not None and evictor is not None
         made = CompressingLayer(plan.evict, evictor)
     else:
-        assert isinstance(plan.quantiser.owner, Lease)
         cls = PackedLayer if runtime.site.facts.get("keys", "same") == "same" else ExpandedLayer
-        made = cls(plan.quantise, plan.quantiser.owner, plan.evict, evictor)
+        made = cls(plan.quantise, packer, plan.evict, evictor)
     return beside_recurrence(made, layer) if isinstance(layer, LinearAttentionCacheLayerMixin) else made
+
+
+def _owner(entry: Entry | None) -> Lease | None:
+    owner = entry.owner if entry is not None else None
+    assert owner is None or isinstance(owner, Lease)
+    return owner
+
+
+def _must_remember(plan: AttentionPlan, layer: Any, index: int) -> None:
+    """A method that goes on from what it remembers of a sequence was there from its first token on."""
+    if not int(layer.get_seq_length()):
+        return
+    for entry in plan.active:
+        if not entry.contribution.stateful:
+            continue
+        state, lease = layer.states.get(entry.method), _owner(entry)
+        if state is None:
+            _must_be_empty(entry.method, layer, index)
+        elif state.owner is not lease:
+            assert lease is not None
+            if state.owner is None or state.owner.applied or state.owner.terms != lease.terms:
+                raise Unsupported(
+                    f"{entry.method}: this cache was filled under another patch ({entry.method} with other parameters); "
+                    "start a new cache"
+                )
+            state.owner = lease
 
 
 def _must_be_empty(method: str, layer: Any, index: int) -> None:
@@ -144,7 +175,8 @@ def _must_be_empty(method: str, layer: Any, index: int) -> None:
     if seen:
         raise InputError(
             f"{method}: cache layer {index} already holds {seen} tokens that the patch never saw; "
-            "start with an empty cache after patching"
+            "start with an empty cache after patching (a prefix-tuning adapter fills it before every call, so use one of "
+            "another kind: prompt tuning or LoRA)"
         )
 
 

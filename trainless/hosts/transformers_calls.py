@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DummyLayer, StaticLayer
+from transformers.cache_utils import StaticLayer
 
 from ..errors import InputError, Unsupported
 from ..kernels.visibility import visibility
@@ -17,6 +17,7 @@ from ..seams import AttentionCall
 from .base import Runtime
 from .transformers_inputs import Noted, noted
 from .transformers_sites import HARMLESS, UNDERSTOOD
+from .transformers_version import DummyLayer
 
 PACKED = {"cu_seq_lens_q", "cu_seq_lens_k"}
 
@@ -112,7 +113,7 @@ def _layer(module: nn.Module, runtime: Runtime, query: Tensor, key: Tensor, valu
     if isinstance(layer, DummyLayer):
         _follow(runtime, layer, lq, lk)
         return layer
-    if not plan.needs_layer:
+    if not (plan.needs_layer or isinstance(layer, CompressingLayer)):
         return layer
     turn = facts["turn"] = facts.get("turn", 0) + 1
     if turn > 1:

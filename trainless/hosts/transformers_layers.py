@@ -13,13 +13,13 @@ from typing import Any
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import (
-    DummyLayer,
     DynamicIndexedLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
-    LinearAttentionAndSlidingWindowAttentionLayer,
 )
+
+from .transformers_version import DummyLayer, WindowBesideRecurrence
 
 # Layers that can be replaced by ones that evict or pack; the second also holds the state of a recurrence.
 PLAIN = (DynamicLayer, LinearAttentionAndFullAttentionLayer)
@@ -65,7 +65,7 @@ class Held:
         """Why nothing can be remembered of a sequence here, key by key."""
         known = (
             *PLAIN, DummyLayer, DynamicSlidingWindowLayer, DynamicIndexedLayer,
-            LinearAttentionAndSlidingWindowAttentionLayer,
+            WindowBesideRecurrence,
         )  # fmt: skip
         for kind in self.kinds:
             if kind not in known:

@@ -151,8 +151,8 @@ def _cache_shape(
 ) -> tuple[int, int, int] | None:
     """(heads, width of a key, width of a value) in the cache, as far as the module says."""
     if family.keys == "latent":
-        sizes = getattr(module, "kv_lora_rank", None), getattr(module, "qk_rope_head_dim", None)
-        return (1, *sizes) if all(isinstance(n, int) for n in sizes) else None
+        rank, turned = getattr(module, "kv_lora_rank", None), getattr(module, "qk_rope_head_dim", None)
+        return (1, rank, turned) if isinstance(rank, int) and isinstance(turned, int) else None
     if kv_heads is None or width is None:
         return None
     key, value = (_projected(module, name, kv_heads) for name in ("k_proj", "v_proj"))

@@ -16,7 +16,8 @@ Everything that is no documented interface stands here, so that a new version is
 ``transformers_contract`` tries each of these on a tiny model where the version is none of ``TESTED``.
 
 Differences: up to 5.23 caches are called ``past_key_values`` (Mamba's: ``cache_params``), from 5.24 on ``cache``;
-from 5.24 on layers know no dtype, and assisted decoding asks ``is_croppable`` after the prompt.
+from 5.24 on layers know no dtype, and assisted decoding asks ``is_croppable`` after the prompt. Some classes of cache
+layers are newer than the oldest version; they are imported from here.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from transformers import __version__ as version
+from transformers import cache_utils
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -36,6 +38,15 @@ CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 CACHE_NAME = (
     "cache" if "cache" in {f.name for f in dataclasses.fields(BaseModelOutputWithPast)} else CACHE_NAMES[1]
 )
+
+
+def _kind(name: str) -> type:
+    """The class of cache layers called so; where this version has none, a class of which there is no layer."""
+    return getattr(cache_utils, name, None) or type(name, (), {})
+
+
+DummyLayer = _kind("DummyLayer")  # of an attention that reads the keys of another one; not in 5.17
+WindowBesideRecurrence = _kind("LinearAttentionAndSlidingWindowAttentionLayer")
 
 
 def untested() -> bool:

@@ -30,7 +30,7 @@ def one_row(dense: Any, batch: int) -> Any:
     if isinstance(dense, Tensor):
         return dense[batch : batch + 1]
     if isinstance(dense, Pairs):
-        return Pairs(dense.predicate, one_row(dense.under, batch), dense.offset)
+        return dense.one_row(batch)
     return BlockMaskRow(dense, batch)
 
 
@@ -40,17 +40,33 @@ def hidden_apart(piece: Tensor) -> Tensor:
 
 
 class Pairs:
-    """A predicate over (query, key) numbers, on top of a mask without structure if there is one."""
+    """A predicate over (query, key) numbers, on top of a mask without structure if there is one.
 
-    def __init__(self, predicate: Callable[[Tensor, Tensor], Tensor], under: Any, offset: int):
-        self.predicate, self.under, self.offset = predicate, under, offset
-        self.shape = getattr(under, "shape", (1, 1))
+    batch: 1, or the rows of the batch, where the predicate gives (batch, 1, rows, keys).
+    """
+
+    def __init__(
+        self, predicate: Callable[[Tensor, Tensor], Tensor], under: Any, offset: int, batch: int = 1
+    ):
+        self.predicate, self.under, self.offset, self.batch = predicate, under, offset, batch
+        shape = getattr(under, "shape", (1, 1))
+        self.shape = (max(batch, shape[0]), *shape[1:])
 
     def at(self, rows: Tensor, lo: int, hi: int) -> Tensor:
         keys = torch.arange(lo, hi, device=rows.device)
-        seen = self.predicate((rows + self.offset)[:, None], keys[None, :]).expand(len(rows), len(keys))
-        seen = seen[None, None]
+        seen = self.predicate((rows + self.offset)[:, None], keys[None, :])
+        seen = seen.expand(self.batch, 1, len(rows), len(keys))
         return seen if self.under is None else seen & evaluate(self.under, rows, lo, hi, rows.device)
+
+    def one_row(self, number: int) -> Pairs:
+        """The part that belongs to one row of the batch."""
+        predicate, own = self.predicate, self.batch > 1
+
+        def row(q: Tensor, k: Tensor) -> Tensor:
+            seen = predicate(q, k)
+            return seen[number : number + 1] if own else seen
+
+        return Pairs(row, one_row(self.under, number), self.offset)
 
 
 class Picked:

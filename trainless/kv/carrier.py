@@ -72,6 +72,10 @@ class StatefulMixin(Carrier):
     before: dict[str, dict[str, Tensor]] | None = None  # the states before the rows that crop() may take back
     added = 0  # how many rows those are
 
+    def __reduce__(self) -> Any:
+        # The class of an instance is made when needed, so a cache on disk names the stock one and is given it anew.
+        return _empty, (type(self).__bases__[1],), vars(self)
+
     def activate_past_recording(self) -> None:
         """From now on remember the states before each call until crop() confirms or rejects its tokens."""
         inherited = getattr(super(), "activate_past_recording", None)
@@ -148,11 +152,15 @@ _stateful: dict[type, type] = {}
 
 def stateful(layer: Any) -> Any:
     """A layer of the same class and contents as ``layer``, which also carries states."""
-    cls = type(layer)
-    if cls not in _stateful:
-        # _layer_type registers subclasses globally in transformers; ours must stay out of that table.
-        _stateful[cls] = type(f"Stateful{cls.__name__}", (StatefulMixin, cls), {"_layer_type": None})
-    made: Any = object.__new__(_stateful[cls])
+    made = _empty(type(layer))
     vars(made).update(vars(layer))
     made.states = {}
     return made
+
+
+def _empty(cls: type) -> Any:
+    """An instance without contents of the class that carries states and is otherwise like ``cls``."""
+    if cls not in _stateful:
+        # _layer_type registers subclasses globally in transformers; ours must stay out of that table.
+        _stateful[cls] = type(f"Stateful{cls.__name__}", (StatefulMixin, cls), {"_layer_type": None})
+    return object.__new__(_stateful[cls])

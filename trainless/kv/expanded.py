@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..hosts.base import Lease
 from ..kernels.quant_kv import dequantise
+from .columns import real_columns
 from .packed import PackedLayer
 
 
@@ -42,7 +43,7 @@ class ExpandedLayer(PackedLayer):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         key, value = super().update(key_states, value_states, *args, **kwargs)
-        if self.active and self.store.runs:
+        if self.served and self.store.runs:
             key, value = self._slots() if self.drops else self._columns()
         self.handed = (key, value)
         return key, value
@@ -67,10 +68,11 @@ class ExpandedLayer(PackedLayer):
         positions = self.positions
         assert positions is not None
         columns = positions
-        if self.layout is not None:
-            # The n-th real token of a row stands in the column of its n-th True.
-            real = (~self.layout).int().argsort(dim=1, stable=True)[:, None]
-            real = real.expand(-1, positions.shape[1], -1)
+        if self.pads:
+            # The n-th real token of a row stands in the n-th of its columns that are no padding.
+            rows = [real_columns(pads, self.seen, positions.device) for pads in self.pads]
+            real = torch.stack([torch.nn.functional.pad(row, (0, self.seen - len(row))) for row in rows])
+            real = real[:, None].expand(-1, positions.shape[1], -1)
             columns = real.gather(2, positions.clamp_min(0)).masked_fill(positions < 0, -1)
         added = self.seen - self.past
         own = torch.arange(self.past, self.seen, device=columns.device).expand(*columns.shape[:2], added)

@@ -15,6 +15,8 @@ from ..errors import Unsupported
 from ..hosts.base import Lease
 from ..kernels.quant_kv import RAW, Segment, channel_root, dequantise, raw
 from ..seams import Evict, Quantise, tokens_of
+from .columns import placed
+from .held import with_new
 from .layer import CompressingLayer
 from .store import Store
 
@@ -24,7 +26,7 @@ SLACK = 32  # empty slots that eviction may leave before the rest is moved toget
 class PackedLayer(CompressingLayer):
     """A cache layer that packs, and evicts if a rule for that is given as well.
 
-    Each rule has a lease of its own. While neither is active the layer hands out all it holds, as numbers.
+    Each rule has a lease of its own. To an attention other than the engine's it hands out all it holds, as numbers.
     """
 
     def __init__(
@@ -37,7 +39,6 @@ class PackedLayer(CompressingLayer):
         super()._clear()
         self.store = Store()
         self.tail: Tensor | None = None  # (B, Hkv, W): positions of the tokens that wait
-        self.layout: Tensor | None = None  # (B, seen): which of all tokens fed are not padding, if any are
         self.high: Tensor | None = (
             None  # (B, Hkv, W), while packing: which waiting tokens go to the high tier
         )
@@ -65,18 +66,14 @@ class PackedLayer(CompressingLayer):
         return {self.lease, self.packer}
 
     @property
-    def active(self) -> bool:
-        return self.lease.active or self.packer.active
-
-    @property
     def evicted(self) -> bool:
-        """Whether slots are no longer columns, in what the attention is given."""
-        return self.tail is not None and self.active
+        """Whether slots are no longer columns."""
+        return self.tail is not None
 
     @property
     def packed(self) -> bool:
         """Whether the attention is given the tail only, and finds the rest in ``segments``."""
-        return bool(self.store.runs) and self.active
+        return bool(self.store.runs)
 
     @property
     def segments(self) -> list[Segment]:
@@ -110,55 +107,16 @@ class PackedLayer(CompressingLayer):
             return None, causal or rows > 1
         if rows == 1:
             return exists[:, :, None], False
-        return self._with_new(exists[:, :, :-rows], mask, rows), False
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        if self.active or self.tail is None or self.counts == self.ages:
-            return self.seen + query_length, 0
-        held = max(self.counts)
-        return held + query_length, self.seen - held
+        return with_new(exists[:, :, :-rows], mask, rows, self.seen), False
 
     # ------------------------------------------------------------------ a call
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        self.past, self.seen = self.seen, self.seen + key_states.shape[-2]
-        self._append(key_states, value_states)
-        if self.active:
-            return self.keys, self.values
-        self.note(None)
-        return (self.keys, self.values) if self.tail is None else self._all()
 
     def note(self, real: Tensor | None) -> None:
         if self.tail is None:
             super().note(real)
-            return
-        added = self.seen - self.past
-        if real is None and self.layout is None and len(set(self.ages)) == 1:  # most decode steps
-            age = self.ages[0]
-            if added == 1:
-                self.tail[:, :, -1] = age
-            else:
-                self.tail[:, :, -added:] = torch.arange(age, age + added, device=self.tail.device)
-            self.ages = [age + added] * len(self.ages)
-            self.counts = [c + added for c in self.counts]
-            return
-        if real is not None or self.layout is not None:
-            before = self.layout if self.layout is not None else self._ones(self.past)
-            self.layout = torch.cat([before, self._ones(added) if real is None else real], 1)
-        if real is None:
-            new = torch.arange(added, device=self.tail.device).expand(self._batch(), added)
-            grown = [added] * self._batch()
         else:
-            new = torch.where(real, real.long().cumsum(1) - 1, -1)
-            grown = real.sum(1).tolist()
-        ages = torch.tensor(self.ages, device=new.device)[:, None]
-        self.tail[:, :, -added:] = torch.where(new >= 0, new + ages, -1)[:, None]
-        self.ages = [a + g for a, g in zip(self.ages, grown, strict=True)]
-        self.counts = [c + g for c, g in zip(self.counts, grown, strict=True)]
+            self._note_given(real)
+            self._note_last(self.tail, real)
 
     @property
     def due(self) -> bool:
@@ -174,6 +132,16 @@ class PackedLayer(CompressingLayer):
     def _oldest(waits: Tensor, numbers: list[list[int]]) -> Tensor:
         number = torch.tensor(numbers, device=waits.device)[..., None]
         return waits & (waits.long().cumsum(2) <= number)
+
+    def rebind(self, evictor: Lease | None, packer: Lease | None, policy: Evict | None, rule: Any) -> bool:
+        if packer is None or rule != self.rule or not self._comes_back(self.packer, packer):
+            return False
+        if evictor is not None and (policy != self.policy or not self._comes_back(self.lease, evictor)):
+            return False
+        if evictor is None and self.lease.terms:
+            return False  # another rule dropped tokens here
+        self.packer, self.lease = packer, evictor or self.lease
+        return True
 
     def settle(self) -> set[Lease]:
         """Evict, then pack, now that the call is over."""
@@ -202,18 +170,13 @@ class PackedLayer(CompressingLayer):
         super().activate_past_recording()
 
     def crop(self, tokens_to_remove: int) -> None:
-        count = abs(tokens_to_remove)
-        if count and self.is_initialized and count > self.keys.shape[2]:
+        count = -tokens_to_remove
+        if self.is_initialized and self.keys.shape[2] < count <= self.seen:
             raise Unsupported(
                 f"crop({tokens_to_remove}): only the {self.keys.shape[2]} newest tokens are not packed yet; call "
                 "cache.activate_past_recording() before the forward whose tokens you may crop"
             )
-        if self.lease.active:
-            super().crop(tokens_to_remove)
-        elif count and self.is_initialized:
-            if not self.record_past:
-                super().crop(tokens_to_remove)  # says what to do
-            self._drop_last(count)
+        super().crop(tokens_to_remove)
         if self.is_initialized and self.seen:
             self._tidy()
             if self.packer.active:
@@ -231,7 +194,8 @@ class PackedLayer(CompressingLayer):
     def _numbers(self) -> list[list[int]]:
         """How many tokens each row and head are to pack now."""
         hkv = self.keys.shape[1]
-        if not self.lease.active and self.layout is None and self.real is None:
+        whole = self.counts == self.ages and not any(self.pads) and self.real is None
+        if whole and not self.lease.active:
             # Nobody evicts and nothing is padding: all that stands in the tail waits.
             waiting = [[self.keys.shape[2]] * hkv] * self._batch()
         else:
@@ -259,7 +223,6 @@ class PackedLayer(CompressingLayer):
             self.high = None
             return False
         if self.tail is None:
-            self.layout = self.real
             self._locate([self.seen] * self._batch() if self.real is None else self.real.sum(1).tolist())
         assert self.tail is not None
         chosen = self._oldest(self.tail >= 0, numbers)
@@ -322,6 +285,8 @@ class PackedLayer(CompressingLayer):
             self.keys, self.values = key, value
         if self.tail is not None:
             self.tail = torch.cat([self.tail, self.tail.new_full((*self.tail.shape[:2], added), -1)], 2)
+        if self.scores is not None:
+            self.scores = torch.nn.functional.pad(self.scores, (0, added))
 
     def _can_write(self, key: Tensor) -> bool:
         return False
@@ -366,7 +331,7 @@ class PackedLayer(CompressingLayer):
         self._follow(torch.cat([index, self._keep_tail(keep[:, :, packed:]) + packed], 2))
 
     def _tensors(self, change: Any) -> None:
-        for name in ("real", "scores", "pending", "tail", "layout"):
+        for name in ("real", "scores", "pending", "tail"):
             tensor = getattr(self, name)
             if tensor is not None:
                 setattr(self, name, change(tensor, 0))
@@ -377,47 +342,12 @@ class PackedLayer(CompressingLayer):
         super()._rows(rows, change)
         self.store.reorder(rows)
 
-    def _drop_last(self, count: int) -> None:
-        super()._drop_last(count)
-        self.layout = None if self.layout is None else self.layout[:, :-count]
+    # ------------------------------------------------------------------ without the engine
 
-    # ------------------------------------------------------------------ without a patch
-
-    def _all(self) -> tuple[Tensor, Tensor]:
-        """Keys and values as numbers, in the columns that the model's own mask is about."""
+    def _laid_out(self, offset: int) -> tuple[Tensor, Tensor]:
         positions = self.positions
-        assert positions is not None
+        if positions is None:
+            return self.keys, self.values
         both = [dequantise(s, 0, s.slots, self.keys.dtype) for s in self.segments if s.slots]
-        key, value = torch.cat([k for k, _ in both], 2), torch.cat([v for _, v in both], 2)
-        if self.counts == self.ages:
-            width, columns = self.seen, positions
-            if self.layout is not None:
-                # The n-th real token of a row stands in the column of its n-th True.
-                real = (
-                    (~self.layout)
-                    .int()
-                    .argsort(dim=1, stable=True)[:, None]
-                    .expand(-1, positions.shape[1], -1)
-                )
-                columns = real.gather(2, positions.clamp_min(0)).masked_fill(positions < 0, -1)
-        elif len(set(self.counts)) > 1:
-            raise Unsupported(
-                "the rows of this padded batch kept different numbers of tokens, and the patch that masks the "
-                "difference is paused or removed: resume it, or start a new cache"
-            )
-        else:
-            width = max(self.counts)
-            order = positions.argsort(dim=2, stable=True)
-            empty = positions.shape[2] - width
-            rank = torch.empty_like(order).scatter_(
-                2, order, torch.arange(order.shape[2], device=order.device).expand_as(order)
-            )
-            columns = rank - empty
-        # Empty slots go into one column too many, which is cut off again.
-        columns = columns.masked_fill(columns < 0, width)[..., None]
-        b, hkv = positions.shape[:2]
-        full = [
-            t.new_zeros(b, hkv, width + 1, t.shape[3]).scatter_(2, columns.expand(*t.shape), t)[:, :, :width]
-            for t in (key, value)
-        ]
-        return full[0], full[1]
+        full = torch.cat([k for k, _ in both], 2), torch.cat([v for _, v in both], 2)
+        return placed(self, positions, full, offset)

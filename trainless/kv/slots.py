@@ -16,9 +16,10 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from ..seams import State
+from . import columns
 from .carrier import Carrier
 
-NUMBERS = ("lengths", "budgets", "recents", "firsts", "counts", "ages")
+NUMBERS = ("lengths", "budgets", "recents", "firsts", "counts", "ages", "pads", "given")
 
 
 class Slots(Carrier, DynamicLayer):
@@ -53,6 +54,14 @@ class Slots(Carrier, DynamicLayer):
         self.ages: list[int] = []  # real tokens seen, per row
         self.keep: Tensor | None = None  # (B, S): what a method chose to keep after the call under way
         self.done = False  # whether a prefill has been through the rule
+        self.ordered = True  # whether slots are in the order of their positions
+        self.pads: list[list[tuple[int, int]]] = []  # runs of padding per row, once positions are known
+        self.given: list[list[tuple[int, int]]] = []  # runs of positions per row that are never to go
+        self.deferred = False  # whether the last call was a chunk, after which nothing was decided
+        self.idle = 0  # tokens that came since a rule was last active
+        self.missed: set[Any] = set()  # leases that were not active when the first tokens came
+        self.strayed = False  # whether tokens came that the engine did not attend to
+        self.reported: tuple[int, int] | None = None  # (tokens seen, first column) of the mask asked for last
 
     @property
     def evicted(self) -> bool:
@@ -71,14 +80,25 @@ class Slots(Carrier, DynamicLayer):
             return 0
         return sum(t.untyped_storage().nbytes() for t in (self.keys, self.values))
 
+    @property
+    def stock_nbytes(self) -> int:
+        """Bytes that an unpatched layer would hold for the tokens that this one has seen."""
+        if not isinstance(self.keys, Tensor) or not isinstance(self.values, Tensor):
+            return 0
+        pair = (self.keys, self.values)
+        per_token = sum(t.shape[0] * t.shape[1] * t.shape[3] * t.element_size() for t in pair)
+        return self.seen * per_token
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._rows(beam_idx.tolist(), lambda t, axis: t.index_select(axis, beam_idx.to(t.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        rows = [i for i in range(self._batch()) for _ in range(repeats)]
+        rows = [i for i in range(self._batch()) for _ in range(repeats)] if self.seen else []
         self._rows(rows, lambda t, axis: t.repeat_interleave(repeats, axis))
 
     def batch_select_indices(self, indices: Tensor) -> None:
+        if self.seen == 0:
+            return
         rows = torch.arange(self._batch())[indices.cpu()].tolist()
         chosen = torch.tensor(rows, dtype=torch.long)
         self._rows(rows, lambda t, axis: t.index_select(axis, chosen.to(t.device)))
@@ -112,6 +132,8 @@ class Slots(Carrier, DynamicLayer):
         if self.positions is not None:
             fresh = self.positions.new_full((*self.positions.shape[:2], added), -1)
             self.positions = torch.cat([self.positions, fresh], 2)
+        if self.scores is not None:
+            self.scores = torch.nn.functional.pad(self.scores, (0, added))
 
     def _can_write(self, key: Tensor) -> bool:
         return (
@@ -130,6 +152,7 @@ class Slots(Carrier, DynamicLayer):
                 self._widen()
             self._find_free()
         assert self.free is not None
+        self.ordered = False
         slot = self.free[..., None]
         self.keys.scatter_(2, slot[..., None].expand(*slot.shape, key.shape[-1]), key)
         self.values.scatter_(2, slot[..., None].expand(*slot.shape, value.shape[-1]), value)
@@ -158,9 +181,33 @@ class Slots(Carrier, DynamicLayer):
             if real is not None:
                 positions = torch.where(real[:, :1, None], positions, -1)
             self.positions.scatter_(2, slot, positions)
-        grown = [1] * self._batch() if real is None else real[:, 0].long().tolist()
+        self._grow(real)
+
+    def _note_last(self, positions: Tensor, real: Tensor | None) -> None:
+        """Give the tokens just added their places in ``positions``, whose last columns they are."""
+        added = self.seen - self.past
+        if real is None and len(set(self.ages)) == 1:  # most decode steps
+            age = self.ages[0]
+            new = torch.arange(age, age + added, device=positions.device) if added > 1 else age
+            positions[:, :, -added:] = new
+        else:
+            ages = torch.tensor(self.ages, device=positions.device)[:, None]
+            if real is None:
+                new = torch.arange(added, device=positions.device) + ages
+            else:
+                new = torch.where(real, real.long().cumsum(1) - 1 + ages, -1)
+            positions[:, :, -added:] = new[:, None]
+        self._grow(real)
+
+    def _grow(self, real: Tensor | None) -> None:
+        """Count the tokens just added; ``real`` (B, added): which are no padding, None for all."""
+        grown = [self.seen - self.past] * self._batch() if real is None else real.sum(1).tolist()
         self.ages = [a + g for a, g in zip(self.ages, grown, strict=True)]
         self.counts = [c + g for c, g in zip(self.counts, grown, strict=True)]
+        if real is not None:
+            before = self.pads or [[] for _ in range(self._batch())]
+            new = columns.runs(real, self.past)
+            self.pads = [columns.joined(a, b) for a, b in zip(before, new, strict=True)]
 
     def _widen(self) -> None:
         """One more slot for every row and head."""
@@ -187,7 +234,7 @@ class Slots(Carrier, DynamicLayer):
             return
         width = max(self.counts)
         order = self.positions.argsort(dim=2, stable=True)
-        if self.free is not None or order.shape[2] != width:
+        if not self.ordered or order.shape[2] != width:
             self._take(order[:, :, order.shape[2] - width :])
         self.free = None
 
@@ -201,9 +248,13 @@ class Slots(Carrier, DynamicLayer):
         if self.scores is not None:
             self.scores = torch.gather(self.scores, 2, index)
         self._states_gather(index)
+        self.ordered = True
 
     def _drop_last(self, count: int) -> None:
-        assert self.free is None
+        """Take back the newest ``count`` columns."""
+        if not self.ordered:
+            self._drop_newest(count)
+            return
         added = self.pending.shape[2] if self.pending is not None else count
         self.keys, self.values = self.keys[:, :, :-count].clone(), self.values[:, :, :-count].clone()
         self._states_crop(count)
@@ -218,7 +269,31 @@ class Slots(Carrier, DynamicLayer):
             self.positions = self.positions[:, :, :-count]
             self.ages = [a - g for a, g in zip(self.ages, gone, strict=True)]
             self.counts = [c - g for c, g in zip(self.counts, gone, strict=True)]
+        self._shorten(count)
+
+    def _drop_newest(self, count: int) -> None:
+        """The same where slots are in no order: by position. Nothing has been dropped since they came."""
+        assert self.positions is not None
+        pads = self.pads or [[]] * self._batch()
+        padding = [
+            sum(b - max(a, self.seen - count) for a, b in row if b > self.seen - count) for row in pads
+        ]
+        self.ages = [a - count + p for a, p in zip(self.ages, padding, strict=True)]
+        self.counts = [c - count + p for c, p in zip(self.counts, padding, strict=True)]
+        self.positions = self.positions.masked_fill(self.positions >= self._rowwise(self.ages), -1)
+        self.free = None
+        self._compact()
+        self._shorten(count)
+
+    def _shorten(self, count: int) -> None:
         self.seen -= count
+        self.idle = max(0, self.idle - count)
+        self.pads = [columns.cut(row, self.seen) for row in self.pads]
+        if self.positions is not None:
+            self.given = [columns.cut(row, age) for row, age in zip(self.given, self.ages, strict=False)]
+        elif self.given:
+            real = [self.seen] * self._batch() if self.real is None else self.real.sum(1).tolist()
+            self.given = [columns.cut(row, age) for row, age in zip(self.given, real, strict=True)]
 
     def _tensors(self, change: Callable[[Tensor, int], Tensor]) -> None:
         for name in ("real", "positions", "scores", "pending", "free"):
@@ -232,7 +307,7 @@ class Slots(Carrier, DynamicLayer):
             return
         self.keys, self.values = change(self.keys, 0), change(self.values, 0)
         self._tensors(change)
-        for name in ("lengths", "budgets", "recents", "firsts", "counts", "ages"):
+        for name in NUMBERS:
             held = getattr(self, name)
             if held:
                 setattr(self, name, [held[i] for i in rows])
@@ -243,6 +318,7 @@ class Slots(Carrier, DynamicLayer):
         real = self.real if self.real is not None else self._ones(length)
         positions = torch.where(real, real.long().cumsum(1) - 1, -1)
         self.positions = positions[:, None].expand(-1, hkv, -1).contiguous()
+        self.pads = [] if self.real is None else columns.runs(self.real)
         self.real = None
         self.counts, self.ages = list(stored), list(stored)
 

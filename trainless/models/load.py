@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import struct
@@ -17,6 +18,7 @@ import torch
 
 from ..errors import InputError, TrainlessError
 from . import gguf
+from .complete import IncompleteError, complete
 from .describe import ENCODER, VLM, Description, describe, first_line, reading
 from .extras import require
 
@@ -52,6 +54,33 @@ def default_device() -> torch.device:
     return torch.device("cpu")
 
 
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """The type of that name; InputError for one that no model is run in."""
+    if name not in DTYPES:
+        raise InputError(f"dtype {name!r} is none that models are run in; known: {', '.join(DTYPES)}")
+    found: torch.dtype = getattr(torch, name)
+    return found
+
+
+def device_named(name: str | None) -> torch.device:
+    """The device of that name, such as cpu, cuda or cuda:1; without a number it is this process's own.
+
+    None: ``default_device()``. InputError for a device that torch does not find here.
+    """
+    if name is None:
+        return default_device()
+    here = ["cpu"]
+    if torch.accelerator.is_available():
+        own = str(default_device().type)
+        here += [own, *(f"{own}:{i}" for i in range(torch.accelerator.device_count()))]
+    if name not in here:
+        raise InputError(f"device {name!r} is none that torch can use here; there is: {', '.join(here)}")
+    return default_device() if name != "cpu" and ":" not in name else torch.device(name)
+
+
 def run_dtype(description: Description, device: torch.device | None = None) -> torch.dtype:
     """float32 on the CPU, the checkpoint's own type on an accelerator."""
     device = device or default_device()
@@ -71,19 +100,18 @@ def load(
     """Load the weights of ``spec`` in evaluation mode; by default on this process's device, in ``run_dtype``."""
     description = describe(spec) if isinstance(spec, str) else spec
     device = torch.device(device) if device is not None else default_device()
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or run_dtype(description, device)
-    place, keywords = description.source.origin
-    if description.source.gguf:
-        keywords = keywords | gguf.dense()
+    dtype = dtype_named(dtype) if isinstance(dtype, str) else dtype or run_dtype(description, device)
+    keywords: dict[str, Any] = gguf.dense() if description.source.gguf else {}
     try:
-        with quiet(description), reading(description.source):
+        with (
+            quiet(description),
+            reading(description.source),
+            complete(description.spec, description.is_pipeline),
+        ):
             if description.is_pipeline:
                 model = _pipeline(description, dtype).to(device)
             else:
-                model = auto_class(description).from_pretrained(
-                    place, config=description.config, dtype=dtype, trust_remote_code=False, **keywords
-                )
-                model = model.to(device).eval()
+                model = _model(description, dtype, keywords).to(device).eval()
             if description.source.gguf:
                 _ = description.tokenizer  # now, while the parsed header is at hand
     except (TrainlessError, torch.OutOfMemoryError):
@@ -93,6 +121,20 @@ def load(
     finally:
         gguf.forget()
     return Loaded(description, model, device, dtype)
+
+
+def _model(description: Description, dtype: torch.dtype, keywords: dict[str, Any]) -> Any:
+    place, own = description.source.origin
+    keywords = {**own, **keywords, "config": description.config, "dtype": dtype, "trust_remote_code": False}
+    auto = auto_class(description)
+    try:
+        return auto.from_pretrained(place, **keywords)
+    except IncompleteError as error:
+        # Encoders that were trained to fill in words have no pooling layer; their class builds one unless told not to.
+        optional = "add_pooling_layer" in inspect.signature(error.model_class).parameters
+        if description.kind != ENCODER or not optional:
+            raise
+        return auto.from_pretrained(place, **keywords, add_pooling_layer=False)
 
 
 def skeleton(description: Description) -> Any:

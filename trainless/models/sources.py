@@ -8,7 +8,9 @@ from __future__ import annotations
 import importlib.util
 import re
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from pathlib import Path
+from typing import Any
 
 from ..errors import InputError, did_you_mean
 from .extras import require
@@ -42,25 +44,27 @@ DEMOS: dict[str, FromPyPI | InTheBox] = {
     "shapes-vlm": InTheBox(("PIL",)),
 }
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?")
-# What a description needs; weights come later, and only for the model that is really run.
-_SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*/*.json", "*/*.model", "*/*.txt"]
+_SAYS_WHAT_IT_IS = ("config.json", "model_index.json")
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model's files are. ``gguf``: a file name in ``folder``; ``commit``: set for a hub id."""
+    """Where a model's files are. ``gguf``: a file name in ``folder``; ``commit``: set for a hub id; ``offline``:
+    the hub could not be asked, and everything must come from its cache on this machine."""
 
     spec: str
     folder: Path
     gguf: str | None = None
     repo: str | None = None
     commit: str | None = None
+    offline: bool = False
 
     @property
-    def origin(self) -> tuple[str, dict[str, str]]:
+    def origin(self) -> tuple[str, dict[str, Any]]:
         """First argument and keywords that ``from_pretrained`` takes for this source."""
         if self.repo:
-            return self.repo, {"revision": self.commit} if self.commit else {}
+            local = {"local_files_only": True} if self.offline else {}
+            return self.repo, {**local, **({"revision": self.commit} if self.commit else {})}
         return str(self.folder), {"gguf_file": self.gguf} if self.gguf else {}
 
 
@@ -78,7 +82,7 @@ def locate(spec: str) -> Source:
         return Source(spec, path)
     if _HUB_ID.fullmatch(spec) and not spec.lower().endswith(".gguf"):
         return _hub(spec)
-    raise InputError(f"model {spec!r}: there is no such folder or file, and it is no hub id")
+    raise InputError(f"model {spec!r}: there is no such folder or file, and it is no hub id{_near(spec)}")
 
 
 def _readable(purpose: str) -> None:
@@ -112,16 +116,25 @@ def _from_pypi(spec: str, demo: FromPyPI) -> Source:
 
 
 def _hub(spec: str) -> Source:
-    from huggingface_hub import snapshot_download
+    from .hub import small_files
 
-    repo, _, revision = spec.partition("@")
-    try:
-        folder = Path(snapshot_download(repo, revision=revision or None, allow_patterns=_SMALL_FILES))
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(
-            f"model {spec!r} is no local folder or file, and could not be had from the hub "
-            f"({type(error).__name__}: {reason[:160]}); check the name, or download it and give its folder"
-        ) from error
+    folder, online = small_files(spec, _near(spec))
     # A snapshot lies in a folder named after its commit.
-    return Source(spec, folder, repo=repo, commit=folder.name)
+    return Source(spec, folder, repo=spec.partition("@")[0], commit=folder.name, offline=not online)
+
+
+def _near(spec: str) -> str:
+    """``"; did you mean …?"``: demo models and models beside the place that was named, the likeliest first."""
+    path = Path(spec).expanduser()
+    places = {f"demo:{name}": name for name in DEMOS}
+    try:
+        beside = sorted(path.parent.iterdir()) if path.parent.is_dir() else []
+        for entry in beside[:1000]:
+            if entry.suffix.lower() == ".gguf" or any((entry / f).is_file() for f in _SAYS_WHAT_IT_IS):
+                places[str(entry)] = entry.name
+    except OSError:  # a folder that may not be read has nothing to offer
+        pass
+    wanted = path.name.lower()
+    likely = {place: SequenceMatcher(None, wanted, name.lower()).ratio() for place, name in places.items()}
+    found = sorted((place for place in likely if likely[place] >= 0.6), key=lambda place: -likely[place])
+    return f"; did you mean {' or '.join(found[:3])}?" if found else ""

@@ -18,8 +18,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..errors import InputError
-from ..seams import Site, parameter_of
+from ..errors import InputError, Unsupported
+from ..seams import Site, parameter_of, why_not_plain
 
 CONFIG = "config.json"
 SHOWN = 3  # names that a message gives as examples
@@ -127,6 +127,18 @@ def shape_at(site: Site, name: str) -> Shape | None:
     """Shape of a site's parameter, adapters or not; None where the model has no such parameter."""
     found = parameter_of(site.module, name)
     return None if found is None else tuple(getattr(*found).shape)
+
+
+def check_plain(sites: Sequence[Site], layers: Sequence[str], method: str) -> None:
+    """Unsupported, by name, unless every one of ``layers`` that a site has holds ordinary tensors."""
+    for site in sites:
+        for name in (f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")):
+            reason = why_not_plain(site.module, name)
+            if reason is not None:
+                raise Unsupported(
+                    f"{method}: {site.name}.{name} cannot be replaced: {reason}; load the model unquantised and "
+                    "unwrapped"
+                )
 
 
 def check_keys(source: Distilled, expected: Mapping[str, Shape | None], method: str) -> None:

@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..seams import AttentionCall, Contribution, Evict, Probes, Site, State, Statistics
+from .base import option
 
 
-def evicting(rule: Evict, site: Site) -> list[Contribution]:
+def ratio_option() -> Any:
+    """The parameter ``ratio``, the same for every evicting method."""
+    help = "share of the row's own prompt that stays, all parts together; 1.0: everything, for good"
+    return option(None, help=help, origin="ours")
+
+
+def protect_option() -> Any:
+    """The parameter ``protect``, the same for every evicting method that goes on after the prompt."""
+    help = '"prompt": only what was generated may go, and the budgets are for that'
+    return option("none", help=help, origin="ours")
+
+
+def evicting(rule: Evict, site: Site, ratio: float | None = None) -> list[Contribution]:
     """The kv contribution of ``rule``, and the position contribution when keys are to be rolled.
 
-    A rule that keeps, in whole tokens, at least as much as the model has positions can never evict: it is
-    inert and its scores are not computed.
+    A rule that keeps, in whole tokens, at least as much as the model has positions can never evict, and one of
+    which a ``ratio`` of 1 was asked must not: it is inert and its scores are not computed.
     """
     limit = site.facts.get("max_positions")
-    inert = limit is not None and rule.fixed >= limit
+    inert = ratio == 1.0 or (limit is not None and rule.fixed >= limit)
     if rule.last:
         found = [
-            Contribution("kv", policy=rule, inert=inert, needs={"probe_mass"}, probes=last_rows(rule.last))
+            Contribution("kv", policy=rule, inert=inert, needs={"probe_mass"}, probes=scoring_rows(rule))
         ]
     else:
         found = [Contribution("kv", policy=rule, inert=inert)]
@@ -30,6 +45,22 @@ def evicting(rule: Evict, site: Site) -> list[Contribution]:
 def _shifts(call: AttentionCall, stats: Statistics, state: State) -> object:
     shifts = getattr(call.layer, "shifts", None)
     return shifts() if shifts is not None else None
+
+
+def scoring_rows(rule: Evict) -> Probes:
+    """The rows by which ``rule`` scores: the last ones, of a prompt fewer where its budget is small."""
+    if not isinstance(rule.capacity, float) or rule.last == 1:
+        return last_rows(rule.last)
+
+    def chosen(call: AttentionCall, state: State) -> Tensor:
+        lq, device = call.query.shape[2], call.query.device
+        if call.real is None:
+            return torch.arange(lq - min(lq, rule.parts(lq).last), lq, device=device)
+        left = call.real.long().flip(1).cumsum(1).flip(1)
+        counts = [rule.parts(n).last for n in call.real.sum(1).tolist()]
+        return call.real & (left <= torch.tensor(counts, device=device)[:, None])
+
+    return chosen
 
 
 def last_rows(count: int) -> Probes:

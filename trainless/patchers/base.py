@@ -10,7 +10,9 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import pkgutil
-from collections.abc import Sequence
+import typing
+import warnings
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 from ..errors import InputError, did_you_mean
@@ -44,9 +46,11 @@ class Method:
     ``calibration_of`` (name of the measurement that makes its calibration file, ANY_MEASUREMENT, or
     None); ``calibration_sets`` (parameters that such a file holds as tensors of the same name; they
     cannot be given beside it); ``calibration_settings`` (parameters that the file records as the
-    settings of its measurement, in groups: used unless the user gives one of the group); ``site_kind`` ("attention", or
+    settings of its measurement, in groups: used unless the user gives one of the group); ``instead`` (parameters
+    that stand in the place of others: neither is given beside the other); ``site_kind`` ("attention", or
     "module" to be offered every module); ``evicts`` (whether it drops cache entries); ``packs`` (whether it
-    stores cache entries at a lower precision).
+    stores cache entries at a lower precision); ``by_size`` (whether what it does depends on the size of the image, so
+    that a pipeline which paints another one than asked has to be said).
     """
 
     name: ClassVar[str] = ""
@@ -60,9 +64,11 @@ class Method:
     calibration_of: ClassVar[str | None] = None
     calibration_sets: ClassVar[tuple[str, ...]] = ()
     calibration_settings: ClassVar[tuple[tuple[str, ...], ...]] = ()
+    instead: ClassVar[dict[str, tuple[str, ...]]] = {}
     site_kind: ClassVar[str] = "attention"
     evicts: ClassVar[bool] = False
     packs: ClassVar[bool] = False
+    by_size: ClassVar[bool] = False
 
     def calibrated(self, tensors: dict[str, Any], facts: dict[str, Any]) -> Method:
         """These parameters with what a calibration file holds for ``calibration_sets``; settings are in already."""
@@ -89,17 +95,30 @@ class Method:
         raise InputError(f"{self.name} defines no contribution")
 
 
+@dataclasses.dataclass(frozen=True)
+class BrokenPlugin:
+    """An entry point whose method cannot be used, and why; everything else goes on without it."""
+
+    name: str
+    package: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"the plug-in {self.name!r} of the package {self.package} cannot be used ({self.reason})"
+
+
 _registry: dict[str, type[Method]] = {}
+_broken: list[BrokenPlugin] = []
 _scanned = False
 
 
 def register(cls: type[Method]) -> type[Method]:
-    """Class decorator: make a method known under its name and aliases."""
+    """Class decorator: make a method known under its name and aliases; InputError, and nothing, for one taken."""
     for name in (cls.name, *cls.aliases):
         other = _registry.get(name)
-        if other is not None and other.__qualname__ != cls.__qualname__:
+        if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
             raise InputError(f"method name {name!r} is taken by {other.__module__}.{other.__qualname__}")
-        _registry[name] = cls
+    _registry.update(dict.fromkeys((cls.name, *cls.aliases), cls))
     return cls
 
 
@@ -114,8 +133,43 @@ def _scan() -> None:
             importlib.import_module(f"{__package__}.{info.name}")
     from importlib.metadata import entry_points
 
-    for point in entry_points(group=ENTRY_POINTS):
-        register(point.load())
+    for point in sorted(entry_points(group=ENTRY_POINTS), key=lambda p: (p.name, p.value)):
+        _plug_in(point)
+
+
+def _plug_in(point: Any) -> None:
+    """Register the method of one entry point; one that fails is noted, and leaves nothing behind."""
+    before = dict(_registry)
+    try:
+        register(_method(point.load()))
+    except (Exception, SystemExit) as error:
+        _registry.clear()
+        _registry.update(before)
+        lines = str(error).strip().splitlines() or ["no message"]
+        kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
+        package = getattr(point.dist, "name", None) or point.value.partition(":")[0]
+        broken = BrokenPlugin(point.name, package, kind + lines[0])
+        _broken.append(broken)
+        warnings.warn(f"{broken}; correct or uninstall it", stacklevel=2)
+
+
+def _method(found: Any) -> type[Method]:
+    """What an entry point brought, when it is a method whose parameters can be read."""
+    if not (isinstance(found, type) and issubclass(found, Method)):
+        raise InputError(f"{found!r} is not a subclass of trainless.patchers.Method")
+    if "__dataclass_fields__" not in vars(found):
+        raise InputError(f"{found.__name__} is not a dataclass: decorate it with @dataclass(frozen=True)")
+    names = (found.name, *found.aliases)
+    if not all(isinstance(name, str) and name for name in names):
+        raise InputError(f"{found.__name__} has no name")
+    typing.get_type_hints(found)  # an annotation that does not exist would end every listing
+    return found
+
+
+def broken() -> list[BrokenPlugin]:
+    """The plug-ins that cannot be used."""
+    _scan()
+    return list(_broken)
 
 
 def known(aliases: bool = False) -> dict[str, type[Method]]:
@@ -128,8 +182,16 @@ def get(name: str) -> type[Method]:
     """The method called ``name``, or InputError with the nearest name."""
     _scan()
     if not isinstance(name, str) or name not in _registry:
-        raise InputError(f"unknown method {name!r}{did_you_mean(str(name), _registry)}")
+        raise InputError(unknown(str(name), _registry))
     return _registry[name]
+
+
+def unknown(name: str, names: Iterable[str]) -> str:
+    """Why there is no method ``name``: its plug-in cannot be used, or the nearest of ``names``."""
+    for plugin in broken():
+        if plugin.name == name:
+            return f"{plugin}; correct or uninstall it"
+    return f"unknown method {name!r}{did_you_mean(name, names)}"
 
 
 def parameters_of(cls: type[Method]) -> dict[str, dataclasses.Field[Any]]:

@@ -1,8 +1,9 @@
 """CLEAR: in an image transformer each image token attends to a disc around it, and to the text.
 
 What     Image token i sees image token j where (y_i - y_j)² + (x_i - x_j)² < r², strictly, on the layer's own
-         grid, cut off at the borders; every token sees the text, and text sees everything. Softmax, scale,
-         rotation and projections stay. ``pool`` = f adds one key and value for each f × f patch of image
+         grid, cut off at the borders; every token sees the text, and text sees everything, and so it is with all
+         that stands beside the generated image: reference images, registers, padding that is attended to.
+         Softmax, scale, rotation and projections stay. ``pool`` = f adds one key and value for each f × f patch of image
          keys and values (a weighted sum, 1/f² each without weights), which image tokens see and text does not.
 Source   "CLEAR: Conv-Like Linearization Revs Pre-Trained Diffusion Transformers Up", its code and weights.
 Seams    pattern: the disc, as a window on the call's grid. keys: the pooled patches. weights: the distilled
@@ -21,7 +22,7 @@ What it does not do. A radius of 8 needs its distilled weights, and gives repeti
 unless it is pooled as well. Nobody has published a quality figure for any radius without weights. On our small
 demo models, trained densely on grids of 16, every radius that cuts off much of the grid costs agreement with
 the prompt (docs/measured.md), so compare your own images, dense first steps on and off, before you rely on it.
-A second image beside the generated one (Kontext, in-context control) has no place on its grid and is refused.
+An image of several layers on one grid each, and tokens that do not lie row by row, are refused.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ from torch import Tensor
 from ..errors import InputError, Unsupported
 from ..kernels import Window2d
 from ..layers import check_layers, layer_numbers
-from ..seams import AttentionCall, Contribution, ExtraKeys, Site, State, Statistics
-from ._distilled import Distilled, check_keys, distilled, shape_at
+from ..seams import AttentionCall, Contribution, ExtraKeys, Pairs, Site, State, Statistics
+from ._distilled import Distilled, check_keys, check_plain, distilled, shape_at
 from .base import Method, option, register
 
 LEAST = 16  # the smallest radius that is not refused without weights
@@ -55,7 +56,7 @@ class Clear(Method):
 
     Raises InputError for a radius under 16 without weights (unless ``force``), for weights that do not fit
     the model key by key, and for layers that do not exist; at a call Unsupported where the image's grid is
-    not known or is not alone, InputError where ``pool`` does not divide it.
+    not known, InputError where ``pool`` does not divide it.
     """
 
     name: ClassVar[str] = "clear"
@@ -64,6 +65,7 @@ class Clear(Method):
     parts: ClassVar[frozenset[str]] = frozenset({"denoiser"})
     roles: ClassVar[frozenset[str]] = frozenset({"self", "joint"})
     hosts: ClassVar[frozenset[str]] = frozenset({"diffusers"})
+    by_size: ClassVar[bool] = True
     identity: ClassVar[dict[str, Any]] = {"radius": 1 << 20, "weights": None, "pool": None}
 
     radius: int = option(16, help="image tokens nearer than this are seen", origin="published", low=1)
@@ -90,9 +92,8 @@ class Clear(Method):
                 check_layers(given, "dense_layers")
 
     def refuses(self, site: Site) -> str | None:
-        if site.facts.get("video"):
-            return "a video's tokens do not lie on a grid of rows and columns"
-        return None
+        reason = site.facts.get("no_images")
+        return None if reason is None else str(reason)
 
     # ------------------------------------------------------------------ which layers
 
@@ -105,6 +106,7 @@ class Clear(Method):
                     f"which is {sites[0].name!r}"
                 )
         if self.weights is not None:
+            check_plain(sites, PROJECTIONS, self.name)
             source = distilled(self.weights, self.name)
             if self.pool is None and any(key.endswith(POOLING) for key in source.shapes):
                 raise InputError(
@@ -124,9 +126,11 @@ class Clear(Method):
     def contribute(self, site: Site) -> list[Contribution]:
         asks = frozenset({"step"}) if self.dense_steps else frozenset()
 
-        def pattern(call: AttentionCall, statistics: Statistics, state: State) -> Window2d | None:
-            window = self._window(call)
-            return None if window is None or window.everything else window
+        def pattern(call: AttentionCall, statistics: Statistics, state: State) -> Window2d | Pairs | None:
+            found = self._image(call)
+            if found is None or Window2d(found.grid, self.radius).everything:
+                return None
+            return _disc(call, found, self.radius)
 
         found = [Contribution("pattern", pattern, asks=asks)]
         source = None if self.weights is None else distilled(self.weights, self.name)
@@ -134,16 +138,16 @@ class Clear(Method):
             weight = _pooling(source, site, self.pool)
 
             def pooled(call: AttentionCall, statistics: Statistics, state: State) -> ExtraKeys | None:
-                window = self._window(call)
-                return None if window is None else _patches(call, window, weight)
+                found = self._image(call)
+                return None if found is None else _patches(call, found, weight)
 
             found.append(Contribution("keys", pooled, asks=asks))
         if source is not None:
             found.append(Contribution("weights", tensors=source.under(_keys(site))))
         return found
 
-    def _window(self, call: AttentionCall) -> Window2d | None:
-        """The disc on this call's grid; None in a dense step."""
+    def _image(self, call: AttentionCall) -> OnGrid | None:
+        """The image that this call restricts; None in a dense step, and where it holds nothing of the image."""
         where = call.site.name if call.site is not None else "this attention"
         if self.dense_steps:
             step = call.facts.get("step")
@@ -154,19 +158,60 @@ class Clear(Method):
                 )
             if step < self.dense_steps:
                 return None
-        image = call.facts.get("image_tokens")
+        image = call.image
         if image is None:
             raise Unsupported(
-                f"clear: which of the {call.key.shape[2]} tokens at {where} are the image's is not known from the "
-                "denoiser's inputs; leave the layer out with dense_layers"
+                f"clear: which of the {call.key.shape[2]} tokens at {where} are the image's is not known: "
+                f"{call.facts.get('no_images', 'nobody says so')}; leave the layer out with dense_layers, or remove the "
+                "patch"
             )
-        if call.grid is None or call.grid[0] * call.grid[1] != image:
+        if not image.tokens:
+            return None
+        if image.grid is None or image.grids > 1:
+            many = (
+                f"lie on {image.grids} grids, one for each layer of the image"
+                if image.grids > 1
+                else "do not lie row by row"
+            )
             raise Unsupported(
-                f"clear: the {image} image tokens at {where} are not one grid of rows and columns: another image "
-                "stands beside the generated one (Kontext, in-context control), or tokens were merged; remove "
-                "the patch for such calls"
+                f"clear: the {image.tokens} image tokens at {where} {many}, so there is no disc around each; remove the "
+                "patch for such calls"
             )
-        return Window2d(call.grid, self.radius, text=call.text, text_first=call.text_first)
+        return OnGrid(image.grid, image.first, image.row)
+
+
+@dataclass(frozen=True, eq=False)
+class OnGrid:
+    """An image in a call: its grid, its first key and its first query; (B,) where rows of the batch differ."""
+
+    grid: tuple[int, int]
+    first: int | Tensor
+    row: int | Tensor
+
+    @property
+    def tokens(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+
+def _disc(call: AttentionCall, image: OnGrid, radius: int) -> Window2d | Pairs:
+    """The disc: as a window where all else stands on one side of the image, as a predicate elsewhere."""
+    lq, lk = call.query.shape[2], call.key.shape[2]
+    first, row, beside = image.first, image.row, lk - image.tokens
+    if isinstance(first, int) and lq == lk and first in (0, beside):
+        return Window2d(image.grid, radius, text=beside, text_first=bool(first))
+    window = Window2d(image.grid, radius)
+
+    def visible(q: Tensor, k: Tensor) -> Tensor:
+        # Rows are numbered as if the last of them stood at the last key.
+        q_place, k_place = q - (lk - lq) - _column(row, q), k - _column(first, k)
+        return window.visible(q_place, k_place)
+
+    return Pairs(visible, batch=len(first) if isinstance(first, Tensor) else 1)
+
+
+def _column(number: int | Tensor, like: Tensor) -> int | Tensor:
+    """``number`` to subtract from places (rows, columns); (B, 1, 1, 1) where it differs from row to row."""
+    return number.to(like.device).view(-1, 1, 1, 1) if isinstance(number, Tensor) else number
 
 
 # ---------------------------------------------------------------- pooled patches
@@ -179,19 +224,25 @@ def _pooling(source: Distilled | None, site: Site, pool: int) -> Tensor:
     return source[f"{_local(site)}.{POOLING}"].reshape(pool, pool)
 
 
-def _patches(call: AttentionCall, window: Window2d, weight: Tensor) -> ExtraKeys:
+def _patches(call: AttentionCall, image: OnGrid, weight: Tensor) -> ExtraKeys:
     """A key and a value for each patch of the image, seen by the image's rows alone."""
-    (rows, columns), side = window.grid, weight.shape[0]
+    (rows, columns), side = image.grid, weight.shape[0]
     if rows % side or columns % side:
         raise InputError(
             f"pool={side}: patches of {side} × {side} do not tile this grid of {rows} × {columns} tokens; "
             "choose a size that they divide, or another pool"
         )
-    first, stop = window.image
+    first, row = image.first, image.row
+    if isinstance(first, Tensor) or isinstance(row, Tensor):
+        raise Unsupported(
+            "clear: the image begins at another token in each row of this batch, where patches cannot be pooled; use "
+            "prompts of one length, or no pool"
+        )
     factors = weight.to(call.statistics_dtype).tolist()
 
     def pooled(tokens: Tensor) -> Tensor:
-        patches = tokens[:, :, first:stop].unflatten(2, (rows // side, side, columns // side, side))
+        own = tokens[:, :, first : first + image.tokens]
+        patches = own.unflatten(2, (rows // side, side, columns // side, side))
         total: Tensor | None = None
         for y, x in ((y, x) for y in range(side) for x in range(side)):
             part = patches[:, :, :, y, :, x].to(call.statistics_dtype) * factors[y][x]
@@ -199,7 +250,7 @@ def _patches(call: AttentionCall, window: Window2d, weight: Tensor) -> ExtraKeys
         assert total is not None
         return total.flatten(2, 3).to(tokens.dtype)
 
-    return ExtraKeys(pooled(call.key), pooled(call.value), rows=window.image)
+    return ExtraKeys(pooled(call.key), pooled(call.value), rows=(row, row + image.tokens))
 
 
 # ---------------------------------------------------------------- names

@@ -5,9 +5,10 @@ What     Every logit of image self-attention is multiplied by sqrt(ln N / ln T):
          larger images are attended to too diffusely, and smaller ones too sharply.
 Source   "Training-free Diffusion Model Adaptation for Variable-Sized Text-to-Image Synthesis".
 Seams    scale: one number for each call, so the model's own kernel does the work.
-Exact    bitwise the identity where N = T. T follows the layer: a UNet's level, a transformer's patches. In
-         joint attention the live text length counts in both, so the trained size is the identity for any
-         prompt.
+Exact    bitwise the identity where N = T. T follows the layer: a UNet's level, a transformer's patches. What
+         stands beside the generated image (text, registers, reference images, keys cached from them, padding
+         that is attended to) counts in both, so the trained size is the identity for any prompt and reference.
+         Rows that see nothing of the image are left alone.
 Costs    nothing: the factor goes into the scaling that attention applies anyway.
 Differs  The paper has UNets only; text in the counts, and N as the keys that a row can see under a mask or
          a local pattern, are ours. Both counts are taken to be at least 2, since ln 1 = 0.
@@ -16,13 +17,14 @@ Differs  The paper has UNets only; text in the counts, and N as the keys that a 
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..errors import InputError, Unsupported
+from ..errors import InputError, TrainlessError, Unsupported
 from ..seams import AttentionCall, Contribution, Site, State, Statistics
 from .base import Method, option, register
 
@@ -37,7 +39,9 @@ class Entropy(Method):
     """Scale the self-attention logits of a denoiser with the size of the image.
 
     ``trained``: pixels, a side or (height, width); None takes the size that the pipeline makes by default,
-    or ``sample_size`` of the model's config. Raises InputError when neither says one.
+    or ``sample_size`` of the config of a denoiser alone, where that is what it means. Raises InputError when
+    neither says one, Unsupported where pixels cannot be counted: in a denoiser alone whose class goes with
+    several autoencoders, or where the pipeline's own code makes another size than is declared for its class.
     """
 
     name: ClassVar[str] = "entropy"
@@ -48,6 +52,7 @@ class Entropy(Method):
     parts: ClassVar[frozenset[str]] = frozenset({"denoiser"})
     roles: ClassVar[frozenset[str]] = frozenset({"self", "joint"})
     hosts: ClassVar[frozenset[str]] = frozenset({"diffusers"})
+    by_size: ClassVar[bool] = True
 
     trained: int | tuple[int, int] | None = option(
         None,
@@ -59,9 +64,8 @@ class Entropy(Method):
             _size(self.trained)
 
     def refuses(self, site: Site) -> str | None:
-        if site.facts.get("video"):
-            return "a video's tokens depend on its frames too, and how many were trained on is not known"
-        return None
+        reason = site.facts.get("no_images")
+        return None if reason is None else str(reason)
 
     def contribute(self, site: Site) -> list[Contribution]:
         latent = self._latent(site)
@@ -72,23 +76,15 @@ class Entropy(Method):
         return [Contribution("scale", scale)]
 
     def _latent(self, site: Site) -> tuple[int, int]:
-        """The trained size in latent pixels, (rows, columns)."""
-        if self.trained is None:
-            latent = site.facts.get("trained_latent")
-            if latent is None:
-                family = site.facts.get("family", site.name)
-                raise InputError(
-                    f"entropy: {family} does not say at what size it was trained; "
-                    "give trained= in pixels, such as trained=1024 or trained=(768, 1344)"
-                )
-            return (int(latent[0]), int(latent[1]))
-        pixels = int(site.facts.get("vae_scale", 8))
-        height, width = _size(self.trained)
-        if min(height, width) < pixels:
-            raise InputError(
-                f"trained={self.trained!r}: give pixels; a latent pixel of the model is {pixels} of them wide"
-            )
-        return height // pixels, width // pixels
+        """The trained size in latents, (rows, columns), as the host has checked it."""
+        sizes = site.facts.get("sizes")
+        if sizes is None:
+            raise Unsupported(f"entropy: how pixels are counted at {site.name} is not known")
+        try:
+            found = sizes.trained() if self.trained is None else sizes.latents(_size(self.trained))
+        except TrainlessError as error:
+            raise type(error)(f"entropy: {error}") from None
+        return int(found[0]), int(found[1])
 
 
 def factor(call: AttentionCall, latent: tuple[int, int]) -> float | Tensor | None:
@@ -96,25 +92,32 @@ def factor(call: AttentionCall, latent: tuple[int, int]) -> float | Tensor | Non
 
     A number, or where masks or patterns make N differ a tensor broadcastable to (B, H, Lq, 1).
     """
-    grid_at = call.facts.get("grid_at")
-    image = call.facts.get("image_tokens")
-    if grid_at is None or image is None:
-        where = call.site.name if call.site is not None else "this attention"
+    image = call.image
+    where = call.site.name if call.site is not None else "this attention"
+    if image is None:
         raise Unsupported(
-            f"entropy: which of the {call.key.shape[2]} tokens at {where} are the image's is not known "
-            "from the denoiser's inputs; leave the layer out with `where: {modules}`, or remove the patch"
+            f"entropy: which of the {call.key.shape[2]} tokens at {where} are the image's is not known: "
+            f"{call.facts.get('no_images', 'nobody says so')}; leave the layer out with `where: {{modules}}`, or "
+            "remove the patch"
         )
-    rows, columns = grid_at(latent)
-    now: int | Tensor = image + call.text
-    trained: int | Tensor = rows * columns + call.text
+    if call.facts.get("scaled"):
+        raise Unsupported(f"entropy: {where}: {call.facts['scaled']}, or remove the patch")
+    if not image.tokens:
+        return None
+    keys = call.key.shape[2]
+    at_trained = math.prod(image.at(latent)) * image.grids
+    now: int | Tensor = keys
+    trained: int | Tensor = keys - image.tokens + at_trained
     if call.mask is not None:
         seen = _seen(call)
+        own = image.mask(keys, seen.device)
+        shown = (seen & own).sum(-1, keepdim=True)
         now = seen.sum(-1, keepdim=True)
-        text = seen[..., : call.text] if call.text_first else seen[..., image:]
-        trained = rows * columns + text.sum(-1, keepdim=True)
-    visible = call.facts.get("visible_keys")  # set by a pattern that hides keys without a mask
+        # A row that sees nothing of the image has the same keys at any size.
+        trained = now - shown + at_trained * (shown > 0)
+    visible = call.facts.get("visible_keys")  # set by a pattern that hides keys, with the mask counted in
     if visible is not None:
-        now = visible if call.mask is None else torch.minimum(_tensor(visible, call), _tensor(now, call))
+        now = visible
     if isinstance(now, Tensor) or isinstance(trained, Tensor):
         ln_now, ln_trained = (_tensor(n, call).clamp(min=2).log() for n in (now, trained))
         return torch.sqrt(ln_now / ln_trained)
@@ -141,6 +144,10 @@ def _tensor(count: Any, call: AttentionCall) -> Tensor:
 def _size(trained: Any) -> tuple[int, int]:
     """``trained`` as (height, width) in pixels; InputError when it is neither a side nor a pair."""
     pair = trained if isinstance(trained, (list, tuple)) else (trained, trained)
-    if len(pair) != 2 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in pair):
+    try:
+        sides = [operator.index(n) for n in pair if not isinstance(n, bool)]  # numpy's integers, too
+    except TypeError:
+        sides = []
+    if len(sides) != 2 or len(pair) != 2 or min(sides) < 1:
         raise InputError(f"trained={trained!r}: give a side in pixels, such as 1024, or (height, width)")
-    return int(pair[0]), int(pair[1])
+    return sides[0], sides[1]

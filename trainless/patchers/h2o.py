@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from ..errors import InputError
-from ..seams import Budget, Contribution, Evict, Site, check_budget
-from ._eviction import evicting
+from ..seams import Budget, Contribution, Evict, Site, check_budget, check_ratio
+from ._eviction import evicting, protect_option, ratio_option
 from .base import Method, option, register
 
 
@@ -32,14 +32,16 @@ class H2O(Method):
     """Keep ``heavy`` most attended and ``recent`` last tokens per key/value head.
 
     Budgets: an int is tokens, a float in (0, 1] a fraction of the row's own prompt, pads not counted,
-    frozen at its first prefill. Raises InputError when nothing at all would be kept.
+    frozen at its first prefill. ``ratio`` in their place is the share of the prompt that stays, half of it by
+    either rule. Raises InputError when nothing at all would be kept.
     """
 
     name: ClassVar[str] = "h2o"
     summary: ClassVar[str] = "keep the cache entries that received most attention, and recent ones"
     source: ClassVar[str] = "H2O: Heavy-Hitter Oracle for Efficient Generative Inference"
     parts: ClassVar[frozenset[str]] = frozenset({"text"})
-    identity: ClassVar[dict[str, Any]] = {"recent": 1 << 30}
+    identity: ClassVar[dict[str, Any]] = {"recent": 1 << 30, "ratio": None}
+    instead: ClassVar[dict[str, tuple[str, ...]]] = {"ratio": ("heavy", "recent")}
     evicts: ClassVar[bool] = True
 
     heavy: Budget = option(0.1, help="most attended tokens to keep", origin="published")
@@ -55,17 +57,23 @@ class H2O(Method):
         help='"real": keys keep their positions; "rolled": kept tokens look contiguous',
         origin="published",
     )
+    ratio: float | None = ratio_option()
+    protect: Literal["none", "prompt"] = protect_option()
 
     def check(self) -> None:
+        check_ratio(self.ratio)
         check_budget("heavy", self.heavy)
         check_budget("recent", self.recent)
         if self.heavy == 0 and self.recent == 0:
             raise InputError("heavy=0 and recent=0 keep nothing; keep at least one token")
 
     def contribute(self, site: Site) -> Sequence[Contribution]:
-        scored = self.heavy != 0
+        recent, heavy, ratio = self.recent, self.heavy, self.ratio
+        if ratio is not None:
+            recent, heavy = ratio / 2, 0
+        scored = ratio is not None or heavy != 0
         rule = Evict(
-            recent=self.recent, heavy=self.heavy, score="column_mass" if scored else None,
-            gqa=self.gqa, normalise=self.normalise, rolled=self.positions == "rolled",
+            recent=recent, heavy=heavy, capacity=ratio, score="column_mass" if scored else None, gqa=self.gqa,
+            normalise=self.normalise, rolled=self.positions == "rolled", protect=self.protect == "prompt",
         )  # fmt: skip
-        return evicting(rule, site)
+        return evicting(rule, site, ratio)

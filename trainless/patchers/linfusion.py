@@ -34,7 +34,7 @@ from ..errors import InputError, Unsupported
 from ..kernels import Visibility, linear_attention, visibility
 from ..kernels.linear import choose
 from ..seams import AttentionCall, Contribution, Formed, Site, State, Statistics
-from ._distilled import Distilled, Shape, check_keys, distilled, shape_at
+from ._distilled import Distilled, Shape, check_keys, check_plain, distilled, shape_at
 from .base import Method, option, register
 
 EPS = 1e-4  # published: added to the divisor
@@ -90,6 +90,8 @@ class LinFusion(Method):
     )
 
     def refuses(self, site: Site) -> str | None:
+        if site.facts.get("no_images"):
+            return str(site.facts["no_images"])
         if site.facts.get("patch") is not None:
             return "not a UNet's self-attention, for which alone weights were distilled"
         if "attn1" not in site.name.split(".")[-1]:
@@ -103,6 +105,8 @@ class LinFusion(Method):
     def validate(self, sites: Sequence[Site]) -> None:
         source = self._published()
         listed, present = _listed(source), {_name(site): site for site in sites}
+        layers = dict.fromkeys(name.rpartition(".")[0] for name in PROJECTIONS)
+        check_plain([site for site in sites if _name(site) in listed], list(layers), self.name)
         expected: dict[str, Shape | None] = {}
         for entry in listed.values():
             site = present.get(entry.module)

@@ -12,8 +12,9 @@ Costs    the window's rows against the keys once, after the stock prefill; the c
          later turn meets what an earlier one thought worth keeping.
 Differs  The code repeats keys over the query heads before caching them, so its cache grows with the group; here
          a group shares the mean of its scores and one kept set. Kept tokens stay in the order of the text, where
-         the code orders them by score. A prompt shorter than the window is kept whole, and a capacity given
-         as a fraction is never less than the window; a number of tokens below it is refused.
+         the code orders them by score. Where the capacity is a fraction, as by default, the window is at most half
+         of it, and a shorter window both chooses and stays; a number of tokens below the window is refused.
+         The code keeps 2048 tokens, so that it leaves ordinary prompts alone; half of the prompt here.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from ..errors import InputError
-from ..seams import Budget, Contribution, Evict, Site, check_budget
-from ._eviction import evicting
+from ..seams import Budget, Contribution, Evict, Site, check_budget, check_ratio
+from ._eviction import evicting, ratio_option
 from .base import Method, option, register
 
 
@@ -33,7 +34,8 @@ from .base import Method, option, register
 class SnapKV(Method):
     """Keep ``capacity`` tokens of the prompt: the last ``window``, and those that they attend to most.
 
-    capacity: an int is tokens, a float in (0, 1] a fraction of the row's own prompt, pads not counted.
+    capacity: an int is tokens, a float in (0, 1] a fraction of the row's own prompt, pads not counted; ``ratio`` is
+    that fraction by another name. There is no ``protect``: only the prompt is compressed.
     pool: how many neighbours share a score, odd; 1 for none. Raises InputError for a capacity in tokens that
     does not hold the window.
     """
@@ -42,17 +44,18 @@ class SnapKV(Method):
     summary: ClassVar[str] = "compress the prompt once, keeping what its last tokens attend to"
     source: ClassVar[str] = "SnapKV: LLM Knows What You are Looking for Before Generation"
     parts: ClassVar[frozenset[str]] = frozenset({"text"})
-    identity: ClassVar[dict[str, Any]] = {"capacity": 1 << 30}
+    identity: ClassVar[dict[str, Any]] = {"capacity": 1 << 30, "ratio": None}
+    instead: ClassVar[dict[str, tuple[str, ...]]] = {"ratio": ("capacity",)}
     evicts: ClassVar[bool] = True
 
-    capacity: Budget = option(
-        2048, help="tokens of the prompt to keep, the window included", origin="published"
-    )
+    capacity: Budget = option(0.5, help="tokens of the prompt to keep, the window included", origin="ours")
     window: int = option(32, help="last rows of the prompt that choose; they stay", origin="published", low=1)
     pool: int = option(5, help="neighbours that share a score; odd, 1 for none", origin="published", low=1)
     pooling: Literal["avg", "max"] = option("avg", help="how neighbours share a score", origin="published")
+    ratio: float | None = ratio_option()
 
     def check(self) -> None:
+        check_ratio(self.ratio)
         check_budget("capacity", self.capacity)
         if self.pool % 2 == 0:
             raise InputError(f"pool={self.pool}: an odd number has a middle; use {self.pool + 1}")
@@ -63,8 +66,9 @@ class SnapKV(Method):
             )
 
     def contribute(self, site: Site) -> Sequence[Contribution]:
+        capacity = self.capacity if self.ratio is None else self.ratio
         rule = Evict(
-            recent=self.window, capacity=self.capacity, score="probe_mass", last=self.window, gqa="mean",
+            recent=self.window, capacity=capacity, score="probe_mass", last=self.window, gqa="mean",
             pool=self.pool, pooling=self.pooling, once=True,
         )  # fmt: skip
-        return evicting(rule, site)
+        return evicting(rule, site, self.ratio)

@@ -17,11 +17,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from ..errors import InputError
-from ..seams import Budget, Contribution, Evict, Site, check_budget
-from ._eviction import evicting
+from ..seams import Budget, Contribution, Evict, Site, check_budget, check_ratio
+from ._eviction import evicting, protect_option, ratio_option
 from .base import Method, option, register
 
 
@@ -31,26 +31,34 @@ class Tova(Method):
     """Keep the ``capacity`` tokens that the newest one attends to most.
 
     capacity: an int is tokens, a float in (0, 1] a fraction of the row's own prompt, pads not counted, frozen
-    at its first prefill. Raises InputError when nothing at all would be kept.
+    at its first prefill; ``ratio`` is that fraction by another name. Raises InputError when nothing at all would be kept.
     """
 
     name: ClassVar[str] = "tova"
     summary: ClassVar[str] = "keep the cache entries that the newest token attends to most"
     source: ClassVar[str] = "Transformers are Multi-State RNNs (TOVA)"
     parts: ClassVar[frozenset[str]] = frozenset({"text"})
-    identity: ClassVar[dict[str, Any]] = {"capacity": 1 << 30}
+    identity: ClassVar[dict[str, Any]] = {"capacity": 1 << 30, "ratio": None}
+    instead: ClassVar[dict[str, tuple[str, ...]]] = {"ratio": ("capacity",)}
     evicts: ClassVar[bool] = True
 
-    capacity: Budget = option(512, help="tokens to keep, in all", origin="ours")
+    capacity: Budget = option(0.5, help="tokens to keep, in all", origin="ours")
     shared: bool = option(
         True, help="one kept set per layer, scored by the mean over its heads", origin="published"
     )
 
+    ratio: float | None = ratio_option()
+    protect: Literal["none", "prompt"] = protect_option()
+
     def check(self) -> None:
+        check_ratio(self.ratio)
         check_budget("capacity", self.capacity)
         if self.capacity == 0:
             raise InputError("capacity=0 keeps nothing; keep at least one token")
 
     def contribute(self, site: Site) -> Sequence[Contribution]:
-        rule = Evict(capacity=self.capacity, score="probe_mass", last=1, gqa="mean", shared=self.shared)
-        return evicting(rule, site)
+        rule = Evict(
+            capacity=self.capacity if self.ratio is None else self.ratio, score="probe_mass", last=1, gqa="mean",
+            shared=self.shared, protect=self.protect == "prompt",
+        )  # fmt: skip
+        return evicting(rule, site, self.ratio)

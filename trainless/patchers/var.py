@@ -156,9 +156,18 @@ class Var(Method):
                 self._found.append(True)
             state.set("sinks", found[:, None], keys=2)
             state.set("visual", seen)
-        sinks, visual = state.get("sinks"), state.get("visual")
+            state.set("pictured", images[:, 0].any(1))
+        sinks, visual, pictured = state.get("sinks"), state.get("visual"), state.get("pictured")
+        # Only calls of several tokens bring images; a decode step looks at nothing more.
+        if not call.fresh and call.shape[3] > 1:
+            late = images[:, 0].any(1)
+            if bool((late if pictured is None else late & ~pictured).any()):
+                self._say(
+                    "the first image of a sequence came in a later turn. Sinks are found when the prompt is read, so "
+                    "nothing is changed in this sequence; put the image into the first prompt, or start a new cache"
+                )
         if sinks is None or visual is None:
-            return None  # the first image came in a later turn
+            return None
         if not self._found and not call.fresh:
             if bool(visual.any()):  # of a prompt that an earlier patch has read
                 self._found.append(True)

@@ -195,19 +195,23 @@ class ZipVL(Method):
             settled = torch.full((b, hkv, lk), SETTLED, dtype=torch.uint8, device=call.query.device)
             state.set("waiting", settled, keys=2, fill=NEW)
             state.set("counts", torch.zeros(b, dtype=torch.long))
+            state.set("told", torch.tensor(_own(call)))
             state.set("long", torch.tensor(self._long(call)))
             return None if important is None else important[:, 0]
         waiting, counts = state.get("waiting"), state.get("counts")
         assert waiting is not None and counts is not None
         due = self._due(call, state)
         keep = None
-        counts = counts + torch.tensor(_own(call), device=counts.device)
+        counts = self._waiting(call, state)
+        state.set("told", torch.tensor(call.layer.real_seen()))
         if any(due):
             assert stats.probe_mass is not None and stats.probe_rows is not None
             now = torch.tensor(due, device=waiting.device)[:, None]
             arrived, there = waiting[:, 0], stats.probe_rows > 0
             chunk = (arrived != SETTLED) & there & now
             number = torch.arange(arrived.shape[1], device=waiting.device).expand(b, -1)
+            if call.layer.positions is not None:
+                number = call.layer.positions[:, 0]  # slots may stand in any order
             newest = number.masked_fill(~((arrived == NEW) & there), -1).amax(1, keepdim=True)
             stays = most(stats.probe_mass.sum(1), stats.probe_rows, chunk, self.tau) | (number == newest)
             keep = ~chunk | stays
@@ -222,14 +226,18 @@ class ZipVL(Method):
 
     def _due(self, call: AttentionCall, state: State) -> list[bool]:
         """For each row of the batch, whether this call completes a chunk."""
-        counts, long = state.get("counts"), state.get("long")
-        if counts is None or long is None:
+        long = state.get("long")
+        if long is None:
             return [False] * call.shape[0]
-        arriving = _own(call)
-        return [
-            ok and before + now >= self.interval
-            for before, now, ok in zip(counts.tolist(), arriving, long.tolist(), strict=True)
-        ]
+        waiting = self._waiting(call, state).tolist()
+        return [ok and count >= self.interval for count, ok in zip(waiting, long.tolist(), strict=True)]
+
+    @staticmethod
+    def _waiting(call: AttentionCall, state: State) -> Tensor:
+        """For each row, the tokens that belong to no chunk yet: this call's, and those that came in a pause, too."""
+        counts, told = state.get("counts"), state.get("told")
+        assert counts is not None and told is not None
+        return counts + torch.tensor(call.layer.real_seen()) - told
 
 
 def _own(call: AttentionCall) -> list[int]:

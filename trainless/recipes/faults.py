@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import CalibrationError, InputError, RecipeError
+from ..errors import CalibrationError, InputError, RecipeError, listed
 from .text import At, Source
+
+LONGEST = 200  # characters of a key that a message shows
 
 
 def key_text(at: At) -> str:
@@ -48,6 +50,7 @@ class Faults:
             return  # the reader has said what is wrong here
         line = source.line(at) if line is None else line
         key = key_text(at) if key is None else key
+        key = key if len(key) <= LONGEST else f"{key[: LONGEST - 3]}..."
         if source.is_file:
             text = f"{source.label}:{line} {key or 'document'}: {reason}"
         else:
@@ -66,5 +69,5 @@ class Faults:
         if any(f.in_file for f in self.found):
             raise RecipeError(texts)
         if all(f.calibration for f in self.found):
-            raise CalibrationError("\n".join(texts))
-        raise InputError("\n".join(texts))
+            raise CalibrationError(listed(texts))
+        raise InputError(listed(texts))

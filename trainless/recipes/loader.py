@@ -2,37 +2,48 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, did_you_mean
-from ..patchers import get, known
+from ..patchers import broken, get, known
 from . import packaged
 from .draft import Draft, Given, find, separate
 from .faults import Faults
+from .folder import RECIPE_FILE
 from .recipe import Recipe
 from .structure import Fits, Parsed, Structure, intersect
 from .text import LIMIT_BYTES, Source, parse, read_source
 
-RECIPE_FILE = "recipe.yaml"  # what Patch.save writes into its folder
 SUFFIXES = (".yaml", ".yml")
+WHERE = "where."  # begins the key of a --set that narrows a patch
+LAYER = re.compile(r"-?\d{1,9}")
 MOST_FILES = 100  # read for one recipe; bases that name two bases each would double at every level
 
 What = str | Path | Recipe | Mapping[str, Any] | Sequence[Any]
 
 
-def resolve(what: What, parameters: Mapping[str, Any] | None = None, sets: Sequence[str] = ()) -> Recipe:
+def resolve(
+    what: What,
+    parameters: Mapping[str, Any] | None = None,
+    sets: Sequence[str] = (),
+    where: Mapping[str, Any] | None = None,
+) -> Recipe:
     """The recipe that ``what`` means, checked completely; raises before anything is touched.
 
     what: a method's name or alias, a packaged recipe's name, a path (a YAML file, or a folder that
     ``Patch.save`` wrote), a recipe as a mapping, ``{use, with, where, id}``, a Recipe, or a list of
     these. parameters: for a single method name only. sets: ``"name.key=value"`` strings, where name is
-    a method in use or the id of a patch, and value is a YAML scalar or flow list.
+    a method in use or the id of a patch, and value is a YAML scalar or flow list; ``name.where.key=value``
+    narrows that patch. where: ``{layers, part, modules}`` of the only patch that ``what`` holds.
 
     Raises InputError for arguments and mappings, RecipeError (``file:line key: reason``) for files,
     CalibrationError for a missing calibration file; each with every fault that was found.
     """
+    if isinstance(what, Recipe) and not (parameters or sets or where):
+        return what
     faults = Faults()
     loader = _Loader(faults)
     parts = loader.parts(what, parameters)
@@ -43,6 +54,8 @@ def resolve(what: What, parameters: Mapping[str, Any] | None = None, sets: Seque
     description = parts[0].description if len(parts) == 1 else ""
     # Without a sound recipe it is not known what is in use, so faults of --set wait for it.
     overrides = [] if faults else [_override(text, drafts, faults) for text in sets]
+    if where is not None and not faults:
+        _narrow(where, drafts)
     uses = [draft.build(faults) for draft in drafts]
     faults.raise_all()
     return Recipe(
@@ -80,12 +93,38 @@ def _override(text: str, drafts: list[Draft], faults: Faults) -> tuple[str, str]
         faults.add(source, (), draft, key=label)
         return None
     before = len(faults.found)
+    if key.startswith(WHERE):
+        draft.where[key.removeprefix(WHERE)] = Given(_where_value(right), source, (), label)
+        return draft.id, key
     value = parse(
         right, source, lambda at, line, reason: faults.add(source, (), f"{right!r} {reason}", key=label)
     )
     if len(faults.found) == before:
         draft.given[key] = Given(value, source, (), label)
     return draft.id, key
+
+
+def _where_value(text: str) -> Any:
+    """A layer's number, a list, or the text itself: a slice such as ``2:`` means something else in YAML."""
+    text = text.strip()
+    if text.startswith("["):
+        return [_where_value(item.strip("\"' ")) for item in text.strip("[]").split(",") if item.strip()]
+    return int(text) if LAYER.fullmatch(text) else text
+
+
+def _narrow(where: Mapping[str, Any], drafts: list[Draft]) -> None:
+    """Put a ``where`` that was given beside the recipe into its only patch."""
+    if not isinstance(where, Mapping):
+        raise InputError(
+            f"where={where!r}: must be a mapping of layers, part or modules, such as {{'layers': '2:'}}"
+        )
+    if len(drafts) != 1:
+        ids = ", ".join(d.id for d in drafts)
+        raise InputError(
+            f"where goes with a single method, and there are {len(drafts)} here ({ids}); write it in each patch"
+        )
+    source = Source("argument")
+    drafts[0].where |= {k: Given(v, source, (k,), f"{drafts[0].id}.where.{k}") for k, v in where.items()}
 
 
 class _Loader:
@@ -142,6 +181,8 @@ class _Loader:
         path = Path(name)
         if path.exists() or path.suffix in SUFFIXES or name.startswith(("./", "../", "/")):
             return self.path(path)
+        if any(plugin.name == name for plugin in broken()):
+            get(name)
         names = [*known(aliases=True), *packaged.packaged()]
         raise InputError(f"{name!r} is neither a method nor a recipe{did_you_mean(name, names)}")
 

@@ -97,7 +97,9 @@ class Recipe:
         lines = []
         for id_, name in self.overrides:
             use = uses[id_]
-            if name == "calibration":
+            if name.startswith("where."):
+                lines.append(f"{id_}.{name} = {use.where.given()[name.removeprefix('where.')]}")
+            elif name == "calibration":
                 lines.append(f"{id_}.{name} = {use.calibration}")
             else:
                 lines.append(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import InputError, did_you_mean, nearest
-from ..patchers import Method, get, known
+from ..patchers import Method, get, known, unknown
 from .draft import Draft, Given
 from .faults import Faults
 from .text import At, Source
@@ -215,12 +215,8 @@ class Structure:
         try:
             return get(use)
         except InputError:
-            self.fault((*at, "use"), unknown_method(use), key)
+            self.fault((*at, "use"), unknown(use, known(aliases=nearest(use, known()) is None)), key)
             return None
-
-
-def unknown_method(name: str) -> str:
-    return f"unknown method {name!r}{did_you_mean(name, known(aliases=nearest(name, known()) is None))}"
 
 
 def intersect(given: list[Fits]) -> Fits:

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
+import numpy as np
+
 from ..errors import InputError, nearest
 from ..seams import check_budget
 
@@ -80,8 +82,18 @@ def shown(value: Any) -> str:
     return f"null ({text})" if kind == "null" else f"{text}, {kind}" if kind else text
 
 
+def of_numpy(value: Any) -> Any:
+    """A number or array of numpy as Python has it; a float32 in its shortest decimals, 0.1 and not 0.10000000149."""
+    if isinstance(value, np.ndarray):
+        return [of_numpy(item) for item in value] if value.ndim else of_numpy(value[()])
+    if isinstance(value, np.floating) and not isinstance(value, float):
+        return float(str(value))
+    return value.item() if isinstance(value, np.generic) else value
+
+
 def convert(hint: Any, value: Any, fault: Fault, path: tuple[Any, ...] = ()) -> Any:
     """``value`` as ``hint`` declares it; each mismatch is reported to ``fault`` and None returned for it."""
+    value = of_numpy(value)
     if hint is Any:
         return value
     options = arms(hint)

@@ -32,6 +32,7 @@ def build(cls: type[T], values: Mapping[str, Any], fault: Fault) -> T | None:
         found.append((path, reason))
 
     given: dict[str, Any] = {}
+    values = _without_replaced(cls, values, note)
     for key, value in values.items():
         if key not in fields:
             kind = f"parameter of {owner}" if issubclass(cls, Method) else "key"
@@ -61,6 +62,19 @@ def build(cls: type[T], values: Mapping[str, Any], fault: Fault) -> T | None:
     for path, reason in found:
         fault(path, _short(reason, path, {**values, **given}))
     return None
+
+
+def _without_replaced(cls: type, values: Mapping[str, Any], fault: Fault) -> Mapping[str, Any]:
+    """The values without those that are null because another parameter stands in their place."""
+    for name, others in getattr(cls, "instead", {}).items():
+        both = [other for other in others if values.get(other) is not None]
+        if values.get(name) is not None and both:
+            named = " and ".join(both)
+            fault(
+                (name,), f"{name}={values[name]!r}: stands in the place of {named}, so give {name} or {named}"
+            )
+        values = {k: v for k, v in values.items() if k not in others or v is not None}
+    return values
 
 
 def _parameters(key: Any, fields: Mapping[str, Any]) -> str:
@@ -113,8 +127,16 @@ def _short(reason: str, path: tuple[Any, ...], values: Mapping[str, Any]) -> str
 
 
 def values_of(instance: Any) -> dict[str, Any]:
-    """The parameters of a method (or Where) as plain data."""
-    return {f.name: plain(getattr(instance, f.name)) for f in dataclasses.fields(instance) if f.init}
+    """The parameters of a method (or Where) as plain data, without those in whose place another stands."""
+    replaced = {
+        other for name, others in getattr(instance, "instead", {}).items()
+        if getattr(instance, name) is not None for other in others
+    }  # fmt: skip
+    return {
+        f.name: plain(getattr(instance, f.name))
+        for f in dataclasses.fields(instance)
+        if f.init and f.name not in replaced
+    }
 
 
 def understood(cls: type, name: str, value: Any) -> str:

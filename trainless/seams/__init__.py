@@ -11,11 +11,11 @@ Shapes: B batch, H query heads, Hkv key/value heads, Lq queries and Lk keys of t
 
 from __future__ import annotations
 
-from .calls import AttentionCall, Groups, Site, State, Statistics
+from .calls import AttentionCall, Groups, ImageTokens, Site, State, Statistics
 from .contributions import Contribution, Probes, Value
-from .eviction import Budget, Evict, check_budget, tokens_of
+from .eviction import Budget, Evict, check_budget, check_ratio, draws, tokens_of
 from .kinds import BESIDE, EXCLUSIVE, FACTS, KINDS, STATISTICS
-from .parameters import parameter_of, unwrapped
+from .parameters import layer_of, parameter_of, unwrapped, why_not_plain
 from .plans import AttentionPlan, Entry, check_conflicts, conflicts
 from .precision import BITS, Quantise, check_bits
 from .values import ExtraKeys, Formed, MassMove, Pairs, RowEdit, Tokens
@@ -36,6 +36,7 @@ __all__ = [
     "ExtraKeys",
     "Formed",
     "Groups",
+    "ImageTokens",
     "MassMove",
     "Pairs",
     "Probes",
@@ -49,8 +50,12 @@ __all__ = [
     "check_bits",
     "check_budget",
     "check_conflicts",
+    "check_ratio",
     "conflicts",
+    "draws",
+    "layer_of",
     "parameter_of",
     "tokens_of",
     "unwrapped",
+    "why_not_plain",
 ]

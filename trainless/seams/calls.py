@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +36,31 @@ class Site:
     refusal: str | None = None  # why nothing can be patched here, when that is so
 
 
+@dataclass(frozen=True, eq=False)
+class ImageTokens:
+    """Where the image that is being generated stands in a call; text, reference images and padding stand beside it.
+
+    tokens: how many of the keys are its own, in one piece; 0: none. at: a latent size -> (rows, columns) of the tokens
+    that an image of that size has here. grid: (rows, columns) of one image, None where tokens do not lie row by row.
+    grids: how many images of that grid there are. first: its first key, row: its first query; (B,) where the rows of a
+    batch differ.
+    """
+
+    tokens: int
+    at: Callable[[tuple[int, int]], tuple[int, int]]
+    grid: tuple[int, int] | None = None
+    grids: int = 1
+    first: int | Tensor = 0
+    row: int | Tensor = 0
+
+    def mask(self, keys: int, device: torch.device) -> Tensor:
+        """bool (1|B, 1, 1, keys): which keys are the image's."""
+        place = torch.arange(keys, device=device)
+        first = self.first.to(device)[:, None] if isinstance(self.first, Tensor) else self.first
+        found = (place >= first) & (place < first + self.tokens)
+        return found.view(-1, 1, 1, keys)
+
+
 @dataclass
 class AttentionCall:
     """One attention call, as the model made it, with the facts that the host knows about it.
@@ -60,9 +85,9 @@ class AttentionCall:
     layer: Any = None  # the cache layer that belongs to this call, if there is one
     past: int = 0  # tokens this sequence had before the call (0: a fresh sequence)
     real: Tensor | None = None  # (B, Lq) bool, False on padding; None when there is none
-    grid: tuple[int, int] | None = None  # image tokens as (rows, columns)
-    text: int = 0  # text tokens in a joint sequence
-    text_first: bool = True
+    image: ImageTokens | None = (
+        None  # of a denoiser; None where it is not known, and facts["no_images"] says why
+    )
     facts: dict[str, Any] = field(default_factory=dict)  # sample size, timestep, token maps …
 
     @property
@@ -120,7 +145,8 @@ class State:
     reordering beams, cropping and eviction can carry it along without knowing what it means.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, owner: Any = None) -> None:
+        self.owner = owner  # whose it is: the lease of the patch
         self.tensors: dict[str, Tensor] = {}
         self.axes: dict[str, tuple[int, int | None]] = {}
         self.fill: dict[str, float] = {}

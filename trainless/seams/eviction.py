@@ -6,6 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ..errors import InputError
 
 Budget = int | float  # a float in (0, 1] is a fraction of the row's own prompt; an int is tokens
@@ -19,6 +22,12 @@ def tokens_of(budget: Budget, length: int) -> int:
         exact = budget * length
         return round(exact) if abs(exact - round(exact)) < 1e-9 * max(1.0, exact) else int(exact)
     return budget
+
+
+def check_ratio(ratio: float | None) -> None:
+    """InputError unless ``ratio`` is None or in (0, 1]."""
+    if ratio is not None and not 0.0 < ratio <= 1.0:
+        raise InputError(f"ratio={ratio!r}: the share of the prompt that stays must lie in (0, 1]")
 
 
 def check_budget(name: str, budget: Any) -> None:
@@ -35,22 +44,36 @@ def check_budget(name: str, budget: Any) -> None:
 
 
 @dataclass(frozen=True)
+class Parts:
+    """What a budget comes to for one row, in tokens: in all, first and last ones, and the rows that score."""
+
+    total: int
+    sinks: int
+    recent: int
+    last: int
+
+
+@dataclass(frozen=True)
 class Evict:
     """A rule for what a cache layer keeps after each call: first + recent + the best of the rest.
 
     sinks: the first visible tokens. recent: the last ones. heavy: those among the rest with the
     highest score. The newest token is always kept; ties go to the newer one.
 
-    capacity: how many tokens stay in all, whatever ``heavy`` says; a fraction that comes to less than the
-    sinks and the recent tokens means those.
+    capacity: how many tokens stay in all, whatever ``heavy`` says. Where it is a fraction, the sinks, the recent
+    tokens and the rows that score have at most half of it each.
+
+    protect: tokens that were given, in a prompt or in a later turn of several tokens, never go; the budgets without
+    the sinks are then for what was generated.
 
     score: "column_mass" adds up the probability that each key received from every row so far;
     "probe_mass" is what it received from the ``last`` real rows of this call alone, and earlier calls have no
-    say. None scores nothing (heavy must then be 0). gqa: how the query heads of a group share a key/value
-    head's score: sum, first, max, mean; shared: one score for the whole layer, the mean over its heads, so
-    that all key/value heads keep the same tokens. normalise: divide each score by the rows that could see the
-    key. pool: the scores of the tokens that are free to go are pooled over so many neighbours first
-    (odd; stride 1, zeros beyond both ends), pooling: avg or max.
+    say. None scores nothing (heavy must then be 0). seed: not attention says what stays but a draw,
+    ``draws(seed, …)``. gqa: how the query heads of a group share a key/value head's score: sum, first, max, mean;
+    shared: one score for the whole layer, the mean over its heads, so that all key/value heads keep the same
+    tokens. normalise: divide each score by the rows that could see the key. pool: the scores of the tokens that
+    are free to go are pooled over so many neighbours first (odd; stride 1, zeros beyond both ends), pooling:
+    avg or max.
 
     chosen: the method itself says after a call what stays, by the contribution's value: bool (B, Lk) over the
     columns of ``call.key``, the same for all heads, or None to keep everything; no budget applies. Tokens
@@ -74,12 +97,16 @@ class Evict:
     once: bool = False
     chosen: bool = False
     rolled: bool = False
+    protect: bool = False
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         if (self.score == "probe_mass") != (self.last > 0):
             raise InputError(
                 'score="probe_mass" needs last=, the number of rows to score by, and only it does'
             )
+        if self.protect and (self.once or self.chosen):
+            raise InputError("protect needs a rule with a budget that goes on after the prompt")
         if self.pool % 2 == 0 or (self.pool > 1 and not self.once):
             raise InputError(f"pool={self.pool}: an odd number of neighbours, with once=True")
 
@@ -87,13 +114,46 @@ class Evict:
         """Tokens that a row with a prompt of ``length`` tokens keeps: at least 1, the newest."""
         if self.chosen:
             return length
+        return self.parts(length).total + (length if self.protect else 0)
+
+    def parts(self, length: int) -> Parts:
+        """The budget of a row with a prompt of ``length`` tokens; the given ones come on top of it under ``protect``."""
+        sinks, recent, heavy = (tokens_of(b, length) for b in (self.sinks, self.recent, self.heavy))
+        if self.protect:
+            sinks = 0  # they are among those that never go
         if self.capacity is None:
-            return max(1, sum(tokens_of(b, length) for b in (self.sinks, self.recent, self.heavy)))
-        protected = sum(tokens_of(b, length) for b in (self.sinks, self.recent))
-        return max(1, tokens_of(self.capacity, length), min(length, protected))
+            return Parts(max(1, sinks + recent + heavy), sinks, recent, self.last)
+        total = max(1, tokens_of(self.capacity, length))
+        if isinstance(self.capacity, float):
+            half = total // 2
+            return Parts(total, min(sinks, half), min(recent, half), min(self.last, max(1, half)))
+        return Parts(max(total, min(length, sinks + recent)), sinks, recent, self.last)
 
     @property
     def fixed(self) -> int:
         """Tokens that every row keeps, whatever the length of its prompt."""
         budgets = (self.sinks, self.recent, self.heavy) if self.capacity is None else (self.capacity,)
         return sum(b for b in budgets if isinstance(b, int))
+
+
+def draws(seed: int, head: Tensor, position: Tensor) -> Tensor:
+    """A number in [0, 1) for every head and position, the same whatever else is in the batch.
+
+    The three are mixed into 64 bits, x = seed · 0x9E3779B97F4A7C15 + head · 0xC2B2AE3D27D4EB4F + position ·
+    0x165667B19E3779F9 modulo 2^64, then twice x ^= x >> 32, x *= 0xD6E8FEB86659FD93, and x ^= x >> 32; the number is
+    the upper 53 bits.
+    """
+
+    def whole(number: int) -> int:
+        number %= 1 << 64
+        return number - (1 << 64) if number >> 63 else number
+
+    def folded(x: Tensor) -> Tensor:
+        return x ^ ((x >> 32) & 0xFFFFFFFF)
+
+    x = head * whole(0xC2B2AE3D27D4EB4F) + position * whole(0x165667B19E3779F9)
+    x = x + whole(seed * 0x9E3779B97F4A7C15)
+    for _ in range(2):
+        x = folded(x) * whole(0xD6E8FEB86659FD93)
+    x = folded(x)
+    return ((x >> 11) & ((1 << 53) - 1)).to(torch.float64) / (1 << 53)

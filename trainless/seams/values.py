@@ -56,9 +56,13 @@ class Formed:
 
 @dataclass
 class Pairs:
-    """A pattern as a predicate: ``visible(q, k)`` for index tensors q (rows, 1) and k (1, columns)."""
+    """A pattern as a predicate: ``visible(q, k)`` for index tensors q (rows, 1) and k (1, columns).
+
+    batch: 1, or the rows of the batch where they differ; the predicate then gives (batch, 1, rows, columns).
+    """
 
     visible: Callable[[Tensor, Tensor], Tensor]
+    batch: int = 1
 
 
 @dataclass

@@ -1,0 +1,12 @@
+"""What is declared about each denoiser class of diffusers: which tokens its attention layers hold, and in what order.
+
+``words`` has the vocabulary, ``latents``, ``packed``, ``sequences`` and ``unets`` read the arguments of a call,
+``table`` says which class is read how, ``listing`` what follows from the table for each method.
+"""
+
+from __future__ import annotations
+
+from .table import TABLE, layout_of
+from .words import Geometry, Layout, Part, Sequence, Size, Unknown
+
+__all__ = ["TABLE", "Geometry", "Layout", "Part", "Sequence", "Size", "Unknown", "layout_of"]

@@ -1,0 +1,127 @@
+"""Calls of a patched model and changes of its patches exclude each other, whichever threads they come from.
+
+A change waits until no call is under way, calls wait until a change is done: no call meets a patch that is half
+there. A change from inside a call of the same thread would wait for itself, so it is refused.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import InputError, Unsupported
+from ..journal import HookEdit, Journal
+
+_MODULE_FILE = nn.Module.__call__.__code__.co_filename
+RECHECK = 0.05  # seconds; a call that Ctrl-C has ended tells nobody
+
+
+def module_frame() -> FrameType | None:
+    """The innermost frame of ``nn.Module.__call__`` on the stack: it lives as long as the module's call."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename != _MODULE_FILE:
+        frame = frame.f_back
+    return frame
+
+
+def _stack(frame: FrameType | None) -> Iterator[FrameType]:
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _on_stack(frame: FrameType, thread: int) -> bool:
+    return any(at is frame for at in _stack(sys._current_frames().get(thread)))
+
+
+class Gate:
+    """Stands at a patched model; ``watch`` puts its two hooks there."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self.changed = threading.Condition()
+        self.calls: list[
+            tuple[int, FrameType]
+        ] = []  # of each call under way: its thread and torch's own frame
+        self.changing: int | None = None  # the thread that changes patches
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Gate:
+        raise Unsupported("a patched model cannot be copied: remove the patch first, then patch each copy")
+
+    def __reduce__(self) -> Any:
+        raise Unsupported("a patched model cannot be pickled: remove the patch first, or use save_pretrained")
+
+    def watch(self, module: nn.Module, journal: Journal) -> None:
+        """Count the calls of ``module``, those under way included; the hooks go into ``journal``."""
+        self.calls = [
+            (thread, frame)
+            for thread, top in sys._current_frames().items()
+            for frame in _stack(top)
+            if frame.f_code.co_filename == _MODULE_FILE and frame.f_locals.get("self") is module
+        ]
+        for register in (
+            lambda: module.register_forward_pre_hook(self._enter, prepend=True),
+            lambda: module.register_forward_hook(self._leave, always_call=True),
+        ):
+            journal.add(HookEdit(module, register, f"hook on {self.name} that counts its calls"))
+
+    @contextmanager
+    def closed(self) -> Iterator[None]:
+        """Inside, no call is under way in any thread; InputError from inside a call of this thread."""
+        me = threading.get_ident()
+        with self.changed:
+            if self.changing == me:
+                nested = True
+            else:
+                nested = False
+                self._forget_ended()
+                if any(thread == me for thread, _ in self.calls):
+                    raise InputError(
+                        f"a patch on {self.name} cannot be put on, taken off, paused or resumed from inside a call of it "
+                        "(a hook, or a callback that the model runs); do it between calls"
+                    )
+                while self.changing is not None or self.calls:
+                    self.changed.wait(RECHECK)
+                    self._forget_ended()
+                self.changing = me
+        try:
+            yield
+        finally:
+            if not nested:
+                with self.changed:
+                    self.changing = None
+                    self.changed.notify_all()
+
+    def _forget_ended(self) -> None:
+        """Ctrl-C skips the hook that ends a call; its frame has left the stack of its thread all the same."""
+        self.calls = [(thread, frame) for thread, frame in self.calls if _on_stack(frame, thread)]
+
+    def _enter(self, *unused: Any) -> None:
+        if torch.compiler.is_compiling():
+            return  # compiled code is made anew after every change
+        frame, me = module_frame(), threading.get_ident()
+        if frame is None:
+            return
+        with self.changed:
+            inside = any(thread == me for thread, _ in self.calls)
+            while not inside and self.changing not in (None, me):
+                self.changed.wait(RECHECK)
+            self.calls.append((me, frame))
+
+    def _leave(self, *unused: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        me = threading.get_ident()
+        with self.changed:
+            for at in range(len(self.calls) - 1, -1, -1):
+                if self.calls[at][0] == me:
+                    del self.calls[at]
+                    break
+            self.changed.notify_all()
