@@ -54,8 +54,9 @@ def read_prompts(spec: str, stdin: Any = None, columns: Columns | None = None) -
         elif path.is_file():
             folder = path.parent
             rows = _file(path, spec, faults, columns)
+        elif path.suffix or len(path.parts) > 2 or spec.startswith((".", "/", "~")):
+            raise InputError(f"prompts {spec!r}: there is no such file or folder{_near(path)}")
         else:
-            check_spec(spec)
             rows = _dataset(spec, None, columns)
     items: list[Item] = []
     seen: dict[str, str] = {}
@@ -75,14 +76,6 @@ def read_prompts(spec: str, stdin: Any = None, columns: Columns | None = None) -
     if not items and not faults:
         raise InputError(f"prompts {spec!r}: there is no prompt in it")
     return items, faults
-
-
-def check_spec(spec: str) -> None:
-    """InputError when ``spec`` names a file or folder that is not there; quick, for before all else."""
-    path = Path(spec).expanduser()
-    named = path.suffix or len(path.parts) > 2 or spec.startswith((".", "/", "~"))
-    if spec != "-" and named and not path.exists():
-        raise InputError(f"prompts {spec!r}: there is no such file or folder{_near(path)}")
 
 
 def refuse(faults: Faults) -> None:

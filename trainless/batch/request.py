@@ -36,7 +36,7 @@ from .plan import (
     show_plan,
 )
 from .progress import Progress
-from .prompts import check_spec, given_prompts, read_prompts, refuse
+from .prompts import given_prompts, read_prompts, refuse
 from .runner import Runner, cut_batches, deal
 from .scratch import Scratch
 from .sheet import MOST, contact_sheet
@@ -67,8 +67,6 @@ def generate(request: Request, voice: Voice | None = None) -> int:
     voice = voice or Plain()
     launch = Launch.from_environment()
     check_request(request, launch)
-    if request.prompts is not None:
-        check_spec(request.prompts)
     store = Store(request.out.expanduser(), launch) if request.out is not None else Scratch()
     voice.state(f"reading what {request.model} is")
     description = describe(request.model)
