@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("diffusers")
 
 from hosts.denoising import stable_diffusion
+from hosts.tiny_pipelines import pipeline
 from oracle import install_entropy, models
 
 import trainless
@@ -237,7 +238,8 @@ def test_several_frames_are_refused_by_name():
         text_dim=8, freq_dim=16, ffn_dim=16, num_layers=1,
     )  # fmt: skip
     given = {"timestep": torch.ones(1), "encoder_hidden_states": torch.zeros(1, 3, 8)}
-    with trainless.patched(video, "entropy", trained=512), torch.no_grad():
+    pipe = pipeline("WanPipeline", video)  # alone its autoencoder is not known
+    with trainless.patched(pipe, "entropy", trained=512), torch.no_grad():
         video(hidden_states=torch.zeros(1, 4, 1, 4, 4), **given)
         with pytest.raises(trainless.Unsupported, match=r"2 frames.*one frame is an image"):
             video(hidden_states=torch.zeros(1, 4, 2, 4, 4), **given)
