@@ -56,7 +56,9 @@ def test_prints_within_eighty_columns_and_is_plain_data() -> None:
     assert max(len(line) for line in str(found).splitlines()) <= 80
     data = found.to_dict()
     assert data["ok"] is bool(found)
-    assert [c["name"] for c in data["checks"]] == [*["fired", "acted", "identity"] * 2, "removal", "finite"]
+    own = ["fired", "acted", "identity", "result"]
+    whole = ["cache", "padding", "removal", "finite"]
+    assert [c["name"] for c in data["checks"]] == [*own, "kept", *own, *whole]
 
 
 # ---------------------------------------------------------------- red

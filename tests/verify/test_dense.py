@@ -223,9 +223,9 @@ def test_half_precision_is_judged_by_its_own_rounding(monkeypatch: pytest.Monkey
 
 
 def test_a_call_that_is_too_long_to_compute_in_full_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    from trainless.verify import watch
+    from trainless.verify import judging
 
-    monkeypatch.setattr(watch, "MOST_PAIRS", 2000)
+    monkeypatch.setattr(judging, "MOST_PAIRS", 2000)
     found = trainless.patch(llama(), "h2o", heavy=4, recent=4).verify()
     assert status(found)["h2o", "result"] == "not checked", str(found)
     assert "too many to compute in full" in detail(found, "result")

@@ -16,6 +16,7 @@ from .probes import Draw, Probe
 TEXT = 12  # prompt tokens
 TIMESTEP = 900.0  # of 1000: early in a run, where methods that act on some steps only do
 SMALL = (32, 32)  # latent size for a model that does not say what it was trained at
+SQUARE = {"DiTTransformer2DModel"}  # classes that take the root of the number of tokens for either side
 SMALL_UNET = (32, 24)  # latents of a call that is computed in full
 SMALL_GRID = (24, 16)  # the same for a transformer, in image tokens
 
@@ -50,6 +51,8 @@ def _small_size(model: nn.Module, sites: Sequence[Site]) -> tuple[int, int]:
     patch = next((s.facts["patch"] for s in own if s.facts.get("patch")), None)
     if patch is None:
         return SMALL_UNET
+    if type(model).__name__ in SQUARE:
+        return SMALL_GRID[1] * patch[0], SMALL_GRID[1] * patch[1]
     rows, columns = SMALL_GRID[0] * patch[0], SMALL_GRID[1] * patch[1]
     limit = _config(model, "pos_embed_max_size")
     if isinstance(limit, int):
@@ -77,7 +80,7 @@ def _other(model: nn.Module, base: tuple[int, int]) -> tuple[int, int]:
     limit, patch = _config(model, "pos_embed_max_size"), _config(model, "patch_size")
     if isinstance(limit, int) and isinstance(patch, int) and rows > limit * patch:
         rows = max(patch, base[0] // 2 // patch * patch)
-    return rows, base[1]
+    return rows, rows if type(model).__name__ in SQUARE else base[1]
 
 
 def _config(model: nn.Module, name: str) -> Any:

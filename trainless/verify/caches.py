@@ -108,7 +108,11 @@ class History:
                 f"attention was given {key.shape[2]} keys and its cache handed back {update.keys.shape[2]}"
             )
         # Latents that are expanded, or heads that are repeated, after the cache: find the new tokens by their bits.
-        same = (update.keys[:, :1, :, None] == update.key[:, :1, None]).all(-1)  # (B, 1, S, n)
+        # By those of both halves: latents of one word at two places differ in what carries the position.
+        pairs = ((update.keys, update.key), (update.values, update.value))
+        same = torch.stack([(a[:, :1, :, None] == b[:, :1, None]).all(-1) for a, b in pairs]).all(
+            0
+        )  # (B, 1, S, n)
         slots = same[:, 0].int().argmax(1)
         if not bool(same[:, 0].any(1).all()):
             raise Lost("the new tokens are not among what its cache handed back")

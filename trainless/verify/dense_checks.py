@@ -20,10 +20,11 @@ from ..hosts.base import runtime_of
 from ..hosts.probes import SEED
 from ..seams import BESIDE, Evict, Quantise
 from .beside import InputsWatch, replaced
+from .heard import Record
 from .outcome import FAILED, OK, UNCHECKED, WHOLE, Answer, Check
 from .standing import seed
 from .trial import Trial, given_by, rules_of, told
-from .watch import Record, Watching
+from .watch import Watching
 
 MANY = 3  # reasons that are given before the rest is counted
 

@@ -4,9 +4,10 @@ One image token or one word of the prompt is replaced, and the layers show which
 each attention at the patch's sites gives every token its own value back, so that tokens do not mix there and the one
 that was replaced stands out at every depth.
 
-Checks of the whole patch: ``tokens`` (each image token is the key that methods take for it, no word is taken for one,
-and a pattern leaves the same pairs of the image whatever the prompt), ``prompt`` (padding after a prompt changes no more
-than without the patch), ``size`` (a pipeline's own default size has as many image tokens as methods take for trained).
+Checks of the whole patch: ``tokens`` (each image token is the key that methods take for it, no word and no reference
+image is taken for one, and a pattern leaves the same pairs of the image whatever the prompt), ``prompt`` (padding after
+a prompt changes no more than without the patch), ``size`` (a pipeline's own default size has as many image tokens as
+methods take for trained).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from ..errors import TrainlessError, Unsupported
 from ..hosts.base import Made, Runtime, runtime_of
-from ..hosts.experiments import Change, changes, latents_of, longer, padded
+from ..hosts.experiments import Change, changes, latents_of, longer, padded, with_reference
 from ..hosts.probes import SEED
 from ..seams import AttentionCall, Site, State, Statistics
 from .outcome import FAILED, OK, UNCHECKED, WHOLE, Answer, Check
@@ -32,6 +33,7 @@ from .trial import Trial, told
 
 MANY = 3
 CLEAR = 3.0  # a token that was replaced stands out by this much, or nothing is concluded
+MOSTLY = 0.8  # of a change in a UNet stands around one place, or nothing is concluded
 APART = {torch.float64: 1e-9, torch.float32: 1e-3}  # of the largest output; others 0.05
 
 
@@ -87,9 +89,12 @@ def checks(trial: Trial) -> list[Check]:
         for model, given in _calls(trial, sites):
             own = [s for s in sites if s.facts["denoiser"] is model]
             tokens.append(_tokens(trial, model, own, given))
-            prompts += _prompt(trial, model, given)
-    except (TrainlessError, TypeError, ValueError, RuntimeError, KeyError) as error:
-        tokens.append((UNCHECKED, told(error)))
+            try:
+                prompts += _prompt(trial, model, given)
+            except Exception as error:
+                prompts.append((UNCHECKED, f"an experiment does not run: {told(error)}"))
+    except Exception as error:  # the calls that are made here are experiments, and a class may not take them
+        tokens.append((UNCHECKED, f"an experiment does not run: {told(error)}"))
     found.append(Check(WHOLE, "tokens", *_worst(tokens)))
     if prompts:
         found.append(Check(WHOLE, "prompt", *_worst(prompts)))
@@ -144,14 +149,20 @@ def _tokens(trial: Trial, model: nn.Module, sites: Sequence[Site], given: dict[s
             unclear += answer is None
             if answer:
                 wrong.append(f"{site.name}: {answer}")
-    wrong += _pairs(trial, model, known, given, base)
+    note = ""
+    for what, look in (("a longer prompt", _pairs), ("a reference image", _references)):
+        try:
+            wrong += look(trial, model, known, given, base)
+        except Exception as error:
+            note += f"; with {what} the call does not run ({told(error)})"
     if wrong:
         more = f" (and {len(wrong) - MANY} more)" if len(wrong) > MANY else ""
         return FAILED, "; ".join(wrong[:MANY]) + more
     if not seen:
         return UNCHECKED, "no replaced token stood out among the keys, so their places could not be told"
     said = f"image and text stand where methods are told, by {seen} replaced tokens at {len(known)} sites"
-    return OK, f"{said}; {unclear} could not be told" if unclear else said
+    said += f"; {unclear} could not be told" if unclear else ""
+    return OK, said + note
 
 
 def _image(shown: Shown) -> Any:
@@ -189,21 +200,21 @@ def _place(site: Site, base: Shown, now: Shown, change: Change, given: dict[str,
     if change.what == "text" and image.tokens == base.made.key.shape[2]:
         return ""  # all of its keys are the image's, and no word is among them
     inside = first <= key < first + image.tokens
-    others = moved.clone()
-    others[key] = 0
-    if not float(moved[key]) > CLEAR * float(others.max()):
-        if image.grid is None or change.what == "text" or site.facts.get("patch") is not None:
-            return None
-    if change.what == "text":
-        return f"key {key} is a word of the prompt, and is taken for an image token" if inside else ""
+    if not _stands_out(moved, key, first, image.grid if site.facts.get("patch") is None else None):
+        return None
+    if change.what != "image":
+        what = "a word of the prompt" if change.what == "text" else "a reference image's"
+        return f"key {key} is {what}, and is taken for an image token" if inside else ""
     if isinstance(change.place, int):
-        want = first + change.place
+        if given[latents_of(given) or ""].shape[1] == len(moved) != image.tokens:
+            return None  # the argument is the whole sequence, text and all: nothing is told apart by it
+        want = first + _number(change.place, image.grid, given)
         return (
             "" if key == want else f"image token {change.place} is key {key}, and is taken to be key {want}"
         )
     if image.grid is None:
         return "" if inside else f"key {key} is an image token, and is not taken for one"
-    rows, columns = given[latents_of(given) or ""].shape[2:]
+    rows, columns = given[latents_of(given) or ""].shape[-2:]
     grid, patch = image.grid, site.facts.get("patch")
     r, c = change.place[0] * grid[0] // rows, change.place[1] * grid[1] // columns
     want = first + r * grid[1] + c
@@ -211,9 +222,39 @@ def _place(site: Site, base: Shown, now: Shown, change: Change, given: dict[str,
         return ""
     # Convolutions carry a change to its neighbours, in a UNet to some cells around.
     at = divmod(key - first, grid[1])
-    if inside and patch is None and max(abs(at[0] - r), abs(at[1] - c)) <= max(2, max(grid) // 4):
+    if inside and patch is None and max(abs(at[0] - r), abs(at[1] - c)) <= _reach(grid):
         return ""
     return f"the image token of row {r}, column {c} is key {key}, and is taken to be key {want}"
+
+
+def _stands_out(moved: Tensor, key: int, first: int, grid: tuple[int, int] | None) -> bool:
+    """Whether one key has changed and the others have not; on a ``grid``, whether the change is around one place."""
+    others = moved.clone()
+    others[key] = 0
+    if grid is None:
+        return float(moved[key]) > CLEAR * float(others.max())
+    image = moved[first : first + grid[0] * grid[1]].square()
+    if not first <= key < first + len(image):
+        return False
+    number = torch.arange(len(image), device=moved.device)
+    row, column = number // grid[1], number % grid[1]
+    near = torch.maximum((row - row[key - first]).abs(), (column - column[key - first]).abs()) <= _reach(grid)
+    return float(image[near].sum()) > MOSTLY * float(image.sum())
+
+
+def _reach(grid: tuple[int, int]) -> int:
+    """How many cells around a place convolutions carry a change in a UNet."""
+    return max(2, max(grid) // 4)
+
+
+def _number(place: int, grid: Any, given: dict[str, Any]) -> int:
+    """The number of a packed token among the image's: by its row and column where its ids say them."""
+    ids = given.get("img_ids")
+    if grid is None or not isinstance(ids, Tensor) or ids.shape[-1] < 3:
+        return place
+    table = (ids if ids.dim() == 2 else ids[0]).double()
+    row, column = (int((table[place, axis] - table[0, axis]).round()) for axis in (1, 2))
+    return row * grid[1] + column
 
 
 # ---------------------------------------------------------------- the prompt
@@ -233,6 +274,29 @@ def _pairs(
         pairs = [_image_pairs(site, shown[site]) for shown in (base, now) if site in shown]
         if len(pairs) == 2 and any(not torch.equal(a, b) for a, b in zip(*pairs, strict=True)):
             wrong.append(f"{site.name}: which pairs of the image exist depends on the length of the prompt")
+    return wrong
+
+
+def _references(
+    trial: Trial, model: nn.Module, sites: Sequence[Site], given: dict[str, Any], base: dict[Site, Shown]
+) -> list[str]:
+    """A reference image beside the generated one must not be taken for a part of it."""
+    made = with_reference(given)
+    if made is None:
+        return []
+    beside, change = made
+    before, after = (_shown(trial, model, sites, one) for one in (beside, change.given))
+    wrong = []
+    for site in sites:
+        if site not in before or site not in after or _image(before[site]) is None:
+            continue
+        was, now = _image(base[site]).tokens, _image(before[site]).tokens
+        if now != was:
+            wrong.append(
+                f"{site.name}: beside a reference image {now} tokens are taken for the image's, without it {was}"
+            )
+        elif answer := _place(site, before[site], after[site], change, beside):
+            wrong.append(f"{site.name}: {answer}")
     return wrong
 
 

@@ -99,8 +99,9 @@ class Standing:
                 forget(part.module)
         for module in self.modules:
             # A step cache of diffusers would serve a call from the one before it.
-            if getattr(module, "is_cache_enabled", False) and hasattr(module, "_reset_stateful_cache"):
-                module._reset_stateful_cache()
+            reset = getattr(module, "_reset_stateful_cache", None)
+            if callable(reset) and getattr(module, "is_cache_enabled", False):
+                reset()
 
     # ------------------------------------------------------------------ afterwards
 
