@@ -29,7 +29,7 @@ ORDER = [
     {"calibration"},
     {"binding"},
     {"memory", "listing"},
-    {"explain", "patching", "verify"},
+    {"explain", "patching", "support", "verify"},
     {"advice"},
     {"models"},
     {"batch"},

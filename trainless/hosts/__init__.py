@@ -20,6 +20,7 @@ __all__ = [
     "find_sites",
     "module_sites",
     "size_notes",
+    "unmatched",
     "watch_sizes",
 ]
 
@@ -125,6 +126,16 @@ def size_notes(parts: list[Component]) -> list[str]:
 def find_sites(parts: list[Component]) -> list[Site]:
     """Every attention site of every component."""
     return [site for part in parts for site in part.host.sites(part.module, part.prefix, part.parts)]
+
+
+def unmatched(parts: list[Component]) -> dict[str, int]:
+    """Modules that go by the name of attention and that no patch can reach, by class, as far as hosts know."""
+    found: dict[str, int] = {}
+    for part in parts:
+        look = getattr(part.host, "unmatched", None)
+        for name, count in (look(part.module) if look is not None and part.main else {}).items():
+            found[name] = found.get(name, 0) + count
+    return found
 
 
 def module_sites(parts: list[Component]) -> list[Site]:

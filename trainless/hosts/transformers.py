@@ -32,6 +32,7 @@ from .base import ATTRIBUTE, Made, Runtime, runtime_of
 from .rotary import rotation
 from .transformers_cache import before, cache_wrapper, continuous_wrapper, prefill_wrapper
 from .transformers_calls import PACKED, call_of, tell
+from .transformers_dispatch import unmatched
 from .transformers_sites import HARMLESS, find
 
 NAME = "trainless"
@@ -259,6 +260,10 @@ class TransformersHost:
     def sites(self, model: nn.Module, prefix: str = "", parts: frozenset[str] = frozenset()) -> list[Site]:
         return find(model, self.family(model), prefix, parts)
 
+    def unmatched(self, model: nn.Module) -> dict[str, int]:
+        """Modules that go by the name of attention and that no patch can reach, by class."""
+        return unmatched(model)
+
     def site_of(self, module: nn.Module) -> Site:
         """The site of one decoder layer's attention, for a module that is known to be one."""
         return Site(
@@ -288,7 +293,7 @@ class TransformersHost:
         either; the rotation of the model's rotary embedding; what finds out the facts that somebody asks for.
         ``station`` takes edits that several sites share.
         """
-        if any(e.contribution.kind == "position" for e in runtime.entries):
+        if any(e.contribution.kind == "position" and not e.contribution.inert for e in runtime.entries):
             runtime.rotate = rotation(runtime.site, model)
         if runtime.site.facts.get("keys") == "tiled":
             _refuse_heads(runtime)

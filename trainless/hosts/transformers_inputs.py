@@ -69,10 +69,9 @@ class Noted:
         if positions is None or positions.dim() != 2 or positions.shape[1] < 2:
             return False
         again = positions[:, 1:] <= positions[:, :-1]
-        if self.padding is not None:
-            real = self.padding[:, -positions.shape[1] :].bool()
-            if real.shape == positions.shape:
-                again = again & real[:, 1:] & real[:, :-1]
+        real = self.real(positions.shape[1], positions.shape[0])
+        if real is not None:
+            again = again & real[:, 1:] & real[:, :-1]
         return bool(again.any())
 
     def _hides(self) -> bool:
