@@ -113,7 +113,25 @@ def test_an_autoencoder_that_is_not_eightfold():
     assert _sizes(pipe).latents((64, 96)) == (16, 24) and _sizes(pipe).trained() == (16, 16)
 
 
+def test_a_size_beyond_all_memory_is_counted_without_using_any():
+    assert _sizes(tiny.pipeline("FluxPipeline", tiny.flux())).latents((1 << 20, 1 << 20)) == (
+        1 << 17,
+        1 << 17,
+    )
+
+
 # ---------------------------------------------------------------- refusals
+
+
+def test_a_pipeline_whose_parts_say_nothing_asks_for_the_size():
+    pipe = stable_diffusion(models.build("unet", sample_size=None))
+    with pytest.raises(trainless.InputError, match=r"StableDiffusionPipeline does not say .*trained="):
+        trainless.patch(pipe, "entropy")
+    trainless.patch(pipe, "entropy", trained=128).remove()
+    del pipe.vae_scale_factor
+    with pytest.raises(trainless.Unsupported, match=r"StableDiffusionPipeline: its parts do not say"):
+        trainless.patch(pipe, "entropy", trained=128)
+    trainless.patch(pipe, "attn_temperature", temperature=1.1).remove()  # which does not ask
 
 
 @pytest.mark.parametrize(

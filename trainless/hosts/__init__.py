@@ -10,11 +10,19 @@ from torch import nn
 
 from ..errors import InputError, Unsupported
 from ..seams import Site
-from .base import Host, unwrapped
+from .base import Host, Lease, unwrapped
 
 __all__ = [
-    "Component", "Host", "components", "exchanged", "find_sites", "module_sites", "size_notes", "unmatched",
-]  # fmt: skip
+    "Component",
+    "Host",
+    "components",
+    "exchanged",
+    "find_sites",
+    "module_sites",
+    "size_notes",
+    "unmatched",
+    "watch_sizes",
+]
 
 
 @dataclass(frozen=True)
@@ -96,6 +104,14 @@ def exchanged(model: Any, parts: list[Component]) -> list[str]:
             if getattr(now, "_orig_mod", now) is not part.module:
                 names.append(name)
     return names
+
+
+def watch_sizes(parts: list[Component], lease: Lease) -> None:
+    """Have these components say at the call when another size is painted than asked, for a patch that goes by it."""
+    for part in parts:
+        watch = getattr(part.host, "watch_sizes_for", None)
+        if watch is not None:
+            watch(part.module, lease)
 
 
 def size_notes(parts: list[Component]) -> list[str]:

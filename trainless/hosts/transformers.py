@@ -28,7 +28,7 @@ from ..seams import AttentionCall, Contribution, Site
 from . import transformers_images as images
 from . import transformers_inputs as inputs
 from . import transformers_residual as residual
-from .base import ATTRIBUTE, Runtime, runtime_of
+from .base import ATTRIBUTE, Made, Runtime, runtime_of
 from .rotary import rotation
 from .transformers_cache import before, cache_wrapper, continuous_wrapper, prefill_wrapper
 from .transformers_calls import PACKED, call_of, tell
@@ -100,6 +100,17 @@ def _routed(
             f"{type(module).__name__} asks for attention {NAME!r} but is not patched; "
             "this name is internal: pick another implementation with set_attn_implementation"
         )
+    if runtime.watch is not None and runtime.watch.wants():
+        made = _made(query, key, value, attention_mask, scaling, dropout, kwargs)
+        weights: list[Any] = [None]
+
+        def proceed() -> Tensor:
+            out, weights[0] = _routed(
+                module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+            )
+            return out
+
+        return runtime.watch.around(made, proceed), weights[0]
     here = runtime.call
     facts = here.facts
     entering, here.residual = here.residual, None
@@ -123,6 +134,8 @@ def _routed(
     call = call_of(module, runtime, query, key, value, attention_mask, scaling, dropout, kwargs)
     if runtime.plan.asks:
         tell(runtime, call, entering)
+    if runtime.watch is not None:
+        runtime.watch.told(call)
     order = facts.pop("order", None)  # of the query heads, where the engine sees them in another
 
     def delegate(call: AttentionCall) -> Tensor:
@@ -171,6 +184,26 @@ def _refuse_heads(runtime: Runtime) -> None:
             f"{kv.method} and {named.method} at {runtime.site.name}: {type(runtime.site.module).__name__} repeats its "
             "heads as a whole, and single heads cannot be named beside a cache that evicts or packs; use one of them"
         )
+
+
+def _made(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Any,
+    scaling: float | None,
+    dropout: float,
+    kwargs: dict[str, Any],
+) -> Made:
+    """The interface's arguments, as they came."""
+    named = {"position_bias": "position_bias", "softcap": "softcap", "s_aux": "sink_logits"}
+    named |= {"sliding_window": "sliding_window", "is_causal": "causal"}
+    given = {name: v for name, v in kwargs.items() if v is not None}
+    others = tuple(sorted(given.keys() - named.keys() - (HARMLESS - PACKED)))
+    return Made(
+        query, key, value, mask, scaling, dropout=dropout, others=others,
+        **{ours: given[theirs] for theirs, ours in named.items() if theirs in given},
+    )  # fmt: skip
 
 
 def _only_scaled(kwargs: dict[str, Any]) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from ..errors import Unsupported
+from ..errors import InputError, Unsupported
 from ..seams import State
 
 
@@ -112,7 +112,9 @@ class StatefulMixin(Carrier):
         self._states_batch(lambda t, axis: t.index_select(axis, beam_idx.to(t.device)))
 
     def crop(self, tokens_to_remove: int) -> None:
-        count = abs(tokens_to_remove)
+        if tokens_to_remove > 0:
+            raise InputError(f"crop({tokens_to_remove}): give minus the number of tokens to take back")
+        count = -tokens_to_remove
         if count and self.before is not None and count == self.added:
             for name, state in self.states.items():
                 state.tensors = dict(self.before.get(name, {}))
