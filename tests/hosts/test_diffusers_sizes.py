@@ -224,3 +224,33 @@ def test_integers_of_numpy_are_integers():
 
 def _site(pipe):
     return DiffusersHost(pipe).sites(pipe.unet)[0]
+
+
+def test_pixels_of_a_latent_can_be_said_for_a_denoiser_alone():
+    model = models.build("unet")
+    latent = model.config.sample_size
+    given = models.inputs("unet", height=latent, width=latent)
+    stock = model(**given)[0]
+    patch = trainless.patch(model, "entropy", trained=8 * latent, pixels_per_latent=8)
+    assert torch.equal(model(**given)[0], stock)
+    patch.remove()
+    with trainless.patched(model, "entropy", trained=8 * latent, pixels_per_latent=4):
+        assert not torch.equal(model(**given)[0], stock)
+
+
+@pytest.mark.parametrize(
+    ("make", "given", "said"),
+    [
+        (
+            lambda: models.build("sd3"),
+            {"trained": 128, "pixels_per_latent": 16},
+            "SD3Transformer2DModel makes",
+        ),
+        (lambda: models.build("unet"), {"pixels_per_latent": 8}, "nothing without"),
+        (lambda: models.build("unet"), {"trained": 128, "pixels_per_latent": 0}, "whole pixels"),
+        (lambda: models.build("unet"), {"trained": 128, "pixels_per_latent": True}, "whole pixels"),
+    ],
+)
+def test_pixels_of_a_latent_that_cannot_be(make, given, said):
+    with pytest.raises(trainless.InputError, match=said):
+        trainless.patch(make(), "entropy", **given)

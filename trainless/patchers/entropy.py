@@ -61,10 +61,18 @@ class Entropy(Method):
         None,
         help="size of the training images in pixels, a side or (height, width); the model's own by default",
     )
+    pixels_per_latent: int | None = option(
+        None, help="pixels along a side of a latent, for a denoiser alone that goes with several autoencoders"
+    )
 
     def check(self) -> None:
         if self.trained is not None:
             _size(self.trained)
+        side = self.pixels_per_latent
+        if side is not None and (isinstance(side, bool) or not isinstance(side, int) or not 1 <= side <= 128):
+            raise InputError(f"pixels_per_latent={side!r}: give whole pixels from 1 to 128, such as 8")
+        if side is not None and self.trained is None:
+            raise InputError("pixels_per_latent counts trained= and is nothing without it; give both")
 
     def refuses(self, site: Site) -> str | None:
         reason = site.facts.get("no_images")
@@ -84,10 +92,15 @@ class Entropy(Method):
         if sizes is None:
             raise Unsupported(f"entropy: how pixels are counted at {site.name} is not known")
         try:
-            found = sizes.trained() if self.trained is None else sizes.latents(_size(self.trained))
+            found = self._found(sizes)
         except TrainlessError as error:
             raise type(error)(f"entropy: {error}") from None
         return int(found[0]), int(found[1])
+
+    def _found(self, sizes: Any) -> Any:
+        if self.trained is None:
+            return sizes.trained()
+        return sizes.latents(_size(self.trained), self.pixels_per_latent)
 
 
 def factor(call: AttentionCall, latent: tuple[int, int]) -> float | Tensor | None:
