@@ -51,7 +51,7 @@ for name, parameters in (
         text, cache = run()
         print(f"{name:<12}{held(cache)}  {text!r}")
         report = patch.report()
-print(report)
+print(report.methods[0].cache)
 
 # Both, in different layers.
 recipe = [
@@ -71,13 +71,9 @@ with torch.inference_mode():
 # It prints:
 # prompt of 382 tokens
 # unpatched    17.27 MiB  'The bakery is a small, family-owned business that specializes'
+# kvquant       5.52 MiB  'The bakery is a place where people can come to enjoy their'
 # h2o           6.72 MiB  'The bakery is a small, family-owned business that specializes'
 # streaming     5.84 MiB  'The notes are:\n\nThe notes are:\n\n'
-# streaming on LlamaForCausalLM: active
-# streaming(sinks=4, recent=128, positions='real')
-#   sites    30/30 attention layers
-#   calls    360 passed, 360 acted on
-#   kernels  stock ×30, rows ×330
-#   cache    132 of 393 tokens kept per layer, 5.8 MiB in 30 layers
+# {'bytes_kept': 6082560, 'bytes_stock': 18109440}
 # both          6.02 MiB  'The bakery is a small, family-owned business that specializes'
 # everything kept, same bits: True

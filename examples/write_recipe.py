@@ -51,19 +51,22 @@ with tempfile.TemporaryDirectory() as folder:
 #   h2o.gqa = sum  [default (ours)]
 #   h2o.normalise = False  [default (published)] H2O: Heavy-Hitter Oracle for Efficient Generative Inference
 #   h2o.positions = real  [default (published)] H2O: Heavy-Hitter Oracle for Efficient Generative Inference
+#   h2o.ratio = None  [default (ours)]
+#   h2o.protect = none  [default (ours)]
 #   h2o.where.layers = 2:  [long-context.yaml:15] ours: the first two layers attend broadly; they keep everything
 #   attn_temperature.temperature = 0.95  [write_recipe.yaml:13] ours: an example, not tuned
 #   attn_temperature.where.layers = 2:  [write_recipe.yaml:15] ours: the second half of this example's four layers
 #
 # examples/letters on LlamaForCausalLM: active
-# h2o(heavy=0.1, recent=0.2, gqa='sum', normalise=False, positions='real')
+# h2o(heavy=0.1, recent=0.2, gqa='sum', normalise=False, positions='real', ratio=None, protect='none')
 #   sites    2/4 attention layers
 #   calls    16 passed, 16 acted on
 #   kernels  lse/fused ×2, rows ×14
-#   cache    30 of 107 tokens kept per layer, 15.5 KiB in 2 layers
+#   cache    30 of 107 tokens kept per layer, 2 layers
+#            15.5 KiB held, unpatched 53.5 KiB (29%)
 # attn_temperature(temperature=0.95)
 #   sites    2/4 attention layers
 #   calls    16 passed, 16 acted on
 #   kernels  lse/fused ×2, rows ×14
 #
-# slip.yaml:10 patches[h2o].with.recnt: unknown parameter of h2o; did you mean 'recent'?
+# slip.yaml:10 patches[h2o].with.recnt: unknown parameter of h2o; did you mean 'recent'? Near it too: 'protect'

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from .listing import MethodInfo, methods
     from .patching import Patch, patch, patched, unpatch
     from .recipes import load_recipe
-    from .verification import Verification
+    from .verify import Verification
 
 __version__ = "0.1.0"
 
@@ -83,7 +83,7 @@ _FROM = {
     "listing": ("MethodInfo", "methods"),
     "patching": ("Patch", "patch", "patched", "unpatch"),
     "recipes": ("load_recipe",),
-    "verification": ("Verification",),
+    "verify": ("Verification",),
 }
 _WHERE = {name: module for module, names in _FROM.items() for name in names}
 

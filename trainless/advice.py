@@ -68,11 +68,11 @@ class Goal:
         if len(rows) > 1 + bool(self.baseline):
             lines += [figures, wrapped(f"measured: {self.measured}", 2, 4)]
         else:
-            lines.append("  none of them fits this model:")
+            lines.append("  none of them fits this model as it stands:")
         for option in self.options:
             lines.append(f"  {option.label}")
             if option.fits is False:
-                lines.append(wrapped(f"does not fit: {option.reason}", 4, 6))
+                lines.append(wrapped(f"not as it stands: {option.reason}", 4, 6))
             else:
                 lines.append(wrapped(option.cost, 4))
                 lines.append(wrapped(option.options, 4, 6))

@@ -37,7 +37,8 @@ def fingerprint(model: nn.Module) -> str:
     state = [(n, t) for n, t in model.named_parameters() if t.dim() >= 1]
     digest = hashlib.sha256()
     for name, tensor in state:
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        # A part that torch.compile wraps is the same part.
+        digest.update(f"{name.replace('_orig_mod.', '')}{tuple(tensor.shape)}".encode())
     for name, _ in _sampled(state):
         values = _values(model, name)
         if values is None:

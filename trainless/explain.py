@@ -9,12 +9,12 @@ from typing import Any
 
 from .binding import Binding, bind_one, check_fits, find_conflicts
 from .errors import InputError, TrainlessError
-from .hosts import Component, components, find_sites, size_notes
+from .hosts import Component, components, find_sites, size_notes, unmatched
 from .hosts.base import unwrapped
 from .memory import CacheEstimate, estimate
 from .recipes import Recipe, resolve
 from .recipes.values import values_of
-from .report import size
+from .report import size, unmatched_lines
 from .tables import ranges, table, wrapped
 
 
@@ -65,7 +65,10 @@ class MethodPlan:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What ``explain`` found; prints as text. ``ok``: ``patch`` would go through. ``cache``: see CacheEstimate."""
+    """What ``explain`` found; prints as text. ``ok``: ``patch`` would go through. ``cache``: see CacheEstimate.
+
+    unmatched: modules that go by the name of attention and that no patch can reach, by class.
+    """
 
     model: str
     recipe: str
@@ -73,6 +76,7 @@ class Explanation:
     problems: list[Problem]
     cache: CacheEstimate | None
     notes: list[str] = field(default_factory=list)  # what does not stand in the way, and has to be known
+    unmatched: dict[str, int] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -87,12 +91,14 @@ class Explanation:
             "problems": [p.to_dict() for p in self.problems],
             "cache": None if self.cache is None else self.cache.to_dict(),
             "notes": list(self.notes),
+            "unmatched": dict(self.unmatched),
         }
 
     def __str__(self) -> str:
         blocks = [f"{self.recipe} on {self.model}", *(str(m) for m in self.methods)]
         if self.cache is not None:
             blocks.append(_cache_text(self.cache))
+        blocks += [wrapped(line, 0, 2) for line in unmatched_lines(self.unmatched)]
         blocks += [wrapped(f"{p.kind}: {p.message}", 0, 2) for p in self.problems]
         blocks += [wrapped(f"Note: {note}", 0, 2) for note in self.notes]
         if self.ok:
@@ -117,7 +123,7 @@ def explain(
     cache = estimate(parts, bindings) if bindings and not clashes else None
     notes = size_notes(parts) if any(b.method.by_size for b in bindings) else []
     name = type(unwrapped(model)).__name__
-    return Explanation(name, recipe.name, plans, problems + clashes, cache, notes)
+    return Explanation(name, recipe.name, plans, problems + clashes, cache, notes, unmatched(parts))
 
 
 def fits(model: Any, recipe: Recipe) -> bool:

@@ -180,7 +180,7 @@ def _judged(
         return dataclasses.replace(info, fits=False, reason=str(sites))
     pool = module_sites(parts) if cls.site_kind == "module" else sites
     try:
-        method, missing = _with_least(cls)
+        method, missing = with_least(cls)
         found = match(model, parts, pool, method)
     except NoMatch as error:
         return dataclasses.replace(info, fits=False, reason=str(error).removeprefix(f"{cls.name}: "))
@@ -214,7 +214,7 @@ def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-def _with_least(cls: type[Method]) -> tuple[Method, list[str]]:
+def with_least(cls: type[Method]) -> tuple[Method, list[str]]:
     """The method with its defaults, and the parameters that have none.
 
     Those are filled from the identity values where they can be; sites are asked for before parameters

@@ -13,7 +13,7 @@ from torch import nn
 
 from .binding import Binding, bind, check, entries_by_module
 from .errors import ForeignEdit, InputError, TrainlessError, Unsupported
-from .hosts import Component, exchanged, size_notes
+from .hosts import Component, exchanged, size_notes, unmatched, watch_sizes
 from .hosts.around import wrap_forward
 from .hosts.base import ATTRIBUTE, Runtime, runtime_of, unwrapped
 from .hosts.gate import Gate
@@ -85,6 +85,8 @@ class Patch:
             self._put_tensors()
             for binding in self.bindings:
                 binding.lease.active = binding.lease.applied = True
+                if binding.method.by_size:
+                    watch_sizes(self._components(), binding.lease)
             self.applied = True
             self._refresh()
         except BaseException:
@@ -286,7 +288,8 @@ class Patch:
             state = "paused"
         methods = self._last if not self.applied and self._last is not None else self._method_reports()
         notes = self.exchanged() + self._size_notes() if self.applied else []
-        return Report(type(unwrapped(self.model)).__name__, self.recipe.name, state, methods, notes)
+        name = type(unwrapped(self.model)).__name__
+        return Report(name, self.recipe.name, state, methods, notes, unmatched(self._components()))
 
     def exchanged(self) -> list[str]:
         """A sentence for every module of a pipeline that the patch sits on and the pipeline no longer uses."""

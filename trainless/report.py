@@ -70,6 +70,7 @@ class Report:
     state: str  # active, paused, removed
     methods: list[MethodReport]
     notes: list[str] = field(default_factory=list)  # what is not as it was when patching, or not as was asked
+    unmatched: dict[str, int] = field(default_factory=dict)  # attention that no patch can reach, by class
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -78,11 +79,21 @@ class Report:
             "state": self.state,
             "methods": [m.to_dict() for m in self.methods],
             "notes": list(self.notes),
+            "unmatched": dict(self.unmatched),
         }
 
     def __str__(self) -> str:
         head = f"{self.recipe} on {self.model}: {self.state}"
-        return "\n".join([head, *(str(m) for m in self.methods), *(f"note: {note}" for note in self.notes)])
+        lines = [head, *(str(m) for m in self.methods), *unmatched_lines(self.unmatched)]
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+
+def unmatched_lines(unmatched: dict[str, int]) -> list[str]:
+    """One line for each class of modules that go by the name of attention and that no patch can reach."""
+    return [
+        f"not matched: {count} {'modules' if count > 1 else 'module'} of class {name}, which no patch can reach"
+        for name, count in unmatched.items()
+    ]
 
 
 def size(count: float) -> str:

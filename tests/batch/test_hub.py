@@ -16,7 +16,7 @@ def api(monkeypatch, tmp_path):
     import huggingface_hub
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     asked = []
 
     def use(answer, cached=None):
@@ -24,6 +24,8 @@ def api(monkeypatch, tmp_path):
             def model_info(self, repo, revision=None, timeout=None):
                 asked.append((repo, revision, timeout))
                 return answer()
+
+            dataset_info = model_info
 
         def download(repo, revision, allow_patterns, local_files_only):
             asked.append(("download", local_files_only))
@@ -94,12 +96,11 @@ def test_a_model_that_is_there_is_downloaded(api, tmp_path):
 
 
 def test_no_question_is_asked_offline_or_for_what_can_be_no_name(api, monkeypatch):
-    import huggingface_hub
 
     asked = api(unreachable)
     with pytest.raises(InputError, match="it is no hub id"):
         locate("a--b..c")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match="HF_HUB_OFFLINE is set"):
         locate("a/b")
     assert asked == [("download", True)]
@@ -118,3 +119,46 @@ def test_models_nearby_are_named(api, tmp_path):
     with pytest.raises(InputError) as raised:
         locate("some/thing-else-entirely")
     assert "did you mean" not in str(raised.value)
+
+
+# ---------------------------------------------------------------- datasets
+
+
+def test_a_dataset_that_is_not_there_is_told_at_once(api, tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    from trainless.batch.prompts import read_prompts
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    (tmp_path / "prompts.txt").write_text("x\n")
+    (tmp_path / "prompts.md").write_text("x\n")
+    api(refusing(404))
+    with pytest.raises(
+        InputError, match=r"prompts 'promts' is no file or folder.*404.*did you mean prompts\.txt\?$"
+    ):
+        read_prompts("promts")
+    with pytest.raises(InputError, match=r"no such file or folder; did you mean prompts\.txt\?"):
+        read_prompts("prompts.tx")
+    api(unreachable)
+    started = time.monotonic()
+    with pytest.raises(InputError, match=r"`datasets` cannot load it .*did you mean prompts\.txt\?"):
+        read_prompts("promts")
+    assert time.monotonic() - started < 5 and datasets.config.HF_HUB_OFFLINE is False
+
+
+def test_a_dataset_is_loaded_where_the_hub_has_it(api, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    from trainless.batch.prompts import read_prompts
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    found = datasets.Dataset.from_list([{"prompt": "one"}])
+    seen = []
+
+    def load(name):
+        seen.append(datasets.config.HF_HUB_OFFLINE)
+        return found
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    for answer in (lambda: None, unreachable):  # the second time from its cache
+        api(answer)
+        assert [item.prompt for item in read_prompts("some/thing")[0]] == ["one"]
+    assert seen == [False, True]

@@ -76,3 +76,11 @@ def test_an_offloaded_model_is_recognised_by_its_weights(file):
     calibration.check_fits(file, metadata, "act", model, "llama")
     with pytest.raises(CalibrationError, match="other weights"):
         calibration.check_fits(file, metadata, "act", other, "llama")
+
+
+def test_a_compiled_model_is_the_same_model():
+    model = models.build("llama")
+    want = calibration.fingerprint(model)
+    assert calibration.fingerprint(torch.compile(model)) == want
+    model.model.layers[1] = torch.compile(model.model.layers[1])
+    assert calibration.fingerprint(model) == want

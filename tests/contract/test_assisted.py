@@ -39,7 +39,8 @@ def test_assisted_at_full_budget_is_greedy(case: Case, way: str):
     ids = _repeating()
     trainless.patch(model, case.method, **(case.wide if case.wide is not None else case.parameters))
     greedy = _generate(model, ids)
-    if case.assisted == "refused":
+    # The first call of assisted decoding brings a draft along: whoever looks over the whole prompt sees it.
+    if "refused" in (case.assisted, case.chunks):
         with pytest.raises(trainless.Unsupported, match=rf"{case.method}.*assisted decoding"):
             _generate(model, ids, **_ways(model)[way])
         assert torch.equal(_generate(model, ids), greedy)

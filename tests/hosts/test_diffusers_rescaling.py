@@ -49,7 +49,8 @@ def test_kontext_is_said_before_and_after_the_call_and_not_where_it_paints_what_
     assert said in " ".join(str(trainless.explain(pipe, "entropy")).split())
     with trainless.patched(pipe, "entropy") as patch:
         assert patch.report().notes == [said]
-        _paint(pipe, height=256, width=512)
+        with pytest.warns(UserWarning, match=r"FluxKontextPipeline was asked for 256×512 .*max_area"):
+            _paint(pipe, height=256, width=512)
         (seen,) = patch.report().notes
         # 1024 x 1024 pixels in the ratio of 1 to 2, down to whole tokens
         assert "asked for 256×512 pixels, which are 32×64 latents" in seen and "90×180 (1 calls)" in seen
@@ -88,14 +89,20 @@ def test_any_pipeline_whose_denoiser_meets_another_size_is_seen():
             latents,
             make(1, 4, 128, 192, torch.float32, "cpu", None)[1],
         )
-        _paint(halves, height=256, width=384)
+        with pytest.warns(UserWarning, match="Halves was asked for"):
+            _paint(halves, height=256, width=384)
         (seen,) = patch.report().notes
     assert "Halves was asked for 256×384 pixels, which are 32×48 latents" in seen and "16×24" in seen
 
 
-def test_methods_that_do_not_go_by_the_size_say_nothing_of_it():
+def test_methods_that_do_not_go_by_the_size_say_nothing_of_it(recwarn):
     pipe = _flux("FluxKontextPipeline")
     with trainless.patched(pipe, "attn_temperature", temperature=1.1) as patch:
+        with trainless.patched(pipe, "entropy"):
+            pass  # gone before the call
+        recwarn.clear()
+        _paint(pipe, height=256, width=512)
+        assert not [w for w in recwarn if "was asked for" in str(w.message)]
         assert (
             patch.report().notes == [] == trainless.explain(pipe, "attn_temperature", temperature=1.1).notes
         )
@@ -116,6 +123,8 @@ def test_a_denoiser_that_was_exchanged_is_reported_and_the_pipeline_can_be_patch
         and "patch the pipeline again" in said
     )
     assert said in str(patch.report())
+    (failed,) = patch.verify().failed  # it works, on a module that the pipeline does not call
+    assert (failed.name, failed.detail) == ("in use", said)
     again = trainless.patch(pipe, "attn_temperature", temperature=1.1)
     given = models.inputs("unet")
     second(**given)
@@ -138,3 +147,12 @@ def test_a_denoiser_that_came_back_is_in_use_again():
         assert patch.report().notes == []
         pipe.unet = torch.compile(first)  # calls the same module
         assert patch.report().notes == []
+
+
+def test_a_compiled_denoiser_is_the_one_that_the_pipeline_uses():
+    pipe = stable_diffusion()
+    pipe.unet = torch.compile(pipe.unet)
+    with trainless.patched(pipe, "attn_temperature", temperature=1.1) as patch:
+        assert patch.report().notes == []
+        pipe.unet = models.build("unet", seed=1)
+        assert "unet of the StableDiffusionPipeline was exchanged" in patch.report().notes[0]

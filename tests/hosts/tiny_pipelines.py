@@ -117,3 +117,85 @@ def cascade() -> Any:
         up_num_layers_per_block=(1, 1), clip_text_in_channels=16, clip_text_pooled_in_channels=16,
         clip_image_in_channels=16, clip_seq=2, dropout=(0.0, 0.0),
     ).eval()  # fmt: skip
+
+
+def flux2() -> Any:
+    return diffusers.Flux2Transformer2DModel(
+        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=24, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False,
+    ).eval()  # fmt: skip
+
+
+def z_image() -> Any:
+    return diffusers.ZImageTransformer2DModel(
+        in_channels=4, dim=32, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=16,
+        axes_dims=[4, 6, 6], axes_lens=[256, 64, 64],
+    ).eval()  # fmt: skip
+
+
+def cogview4() -> Any:
+    return diffusers.CogView4Transformer2DModel(
+        patch_size=2, in_channels=4, num_layers=1, attention_head_dim=4, num_attention_heads=4, out_channels=4,
+        text_embed_dim=8, time_embed_dim=8, condition_dim=4, sample_size=128,
+    ).eval()  # fmt: skip
+
+
+def prx() -> Any:
+    return diffusers.PRXTransformer2DModel(
+        in_channels=4, patch_size=2, context_in_dim=12, hidden_size=32, mlp_ratio=2.0, num_heads=2, depth=1,
+        axes_dim=[8, 8],
+    ).eval()  # fmt: skip
+
+
+def movq() -> Any:
+    return diffusers.VQModel(
+        block_out_channels=(8,) * 4, down_block_types=("DownEncoderBlock2D",) * 4, latent_channels=4,
+        up_block_types=("UpDecoderBlock2D",) * 4, norm_num_groups=2,
+    )  # fmt: skip
+
+
+def unconditional() -> Any:
+    return diffusers.UNet2DModel(
+        sample_size=16, block_out_channels=(8, 16), norm_num_groups=4, attention_head_dim=8, layers_per_block=1,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    ).eval()  # fmt: skip
+
+
+def dit() -> Any:
+    return diffusers.DiTTransformer2DModel(
+        sample_size=16, patch_size=2, in_channels=4, out_channels=8, num_layers=1, attention_head_dim=8,
+        num_attention_heads=2, num_embeds_ada_norm=1000, norm_num_groups=4,
+    ).eval()  # fmt: skip
+
+
+def ernie() -> Any:
+    return diffusers.ErnieImageTransformer2DModel(
+        hidden_size=32, num_attention_heads=2, num_layers=1, ffn_hidden_size=32, in_channels=8, out_channels=8,
+        patch_size=1, text_in_dim=16, rope_axes_dim=(8, 4, 4),
+    ).eval()  # fmt: skip
+
+
+def amused() -> Any:
+    return diffusers.UVit2DModel(
+        hidden_size=32, use_bias=False, hidden_dropout=0.0, cond_embed_dim=32, micro_cond_encode_dim=2,
+        micro_cond_embed_dim=10, encoder_hidden_size=32, vocab_size=32, codebook_size=8, in_channels=32,
+        block_out_channels=32, num_res_blocks=1, downsample=True, upsample=True, block_num_heads=1,
+        num_hidden_layers=1, num_attention_heads=2, attention_dropout=0.0, intermediate_size=64, layer_norm_eps=1e-6,
+        ln_elementwise_affine=True,
+    ).eval()  # fmt: skip
+
+
+def kandinsky3() -> Any:
+    return diffusers.Kandinsky3UNet(
+        in_channels=4, time_embedding_dim=8, groups=4, attention_head_dim=8, layers_per_block=2,
+        block_out_channels=(16, 32, 32, 32), cross_attention_dim=16, encoder_hid_dim=8,
+    ).eval()  # fmt: skip
+
+
+def krea2() -> Any:
+    return diffusers.Krea2Transformer2DModel(
+        in_channels=16, num_layers=1, attention_head_dim=8, num_attention_heads=2, num_key_value_heads=1,
+        intermediate_size=32, timestep_embed_dim=8, text_hidden_dim=8, num_text_layers=2,
+        text_num_attention_heads=2, text_num_key_value_heads=1, text_intermediate_size=16,
+        num_layerwise_text_blocks=1, num_refiner_text_blocks=1, axes_dims_rope=(4, 2, 2),
+    ).eval()  # fmt: skip

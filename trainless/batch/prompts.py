@@ -15,6 +15,8 @@ from typing import Any
 
 from ..errors import InputError
 from ..models.extras import require
+from ..models.hub import for_dataset
+from ..models.sources import beside
 from .columns import Columns
 from .items import Faults, Item, parse
 from .openai import is_openai
@@ -22,6 +24,7 @@ from .openai import is_openai
 SHOWN = 100  # faults printed at most; the rest is counted
 _AS_JSON = ("messages", "images", "params", "meta")  # columns of a table whose cells hold JSON
 _AS_INTEGER = ("seed", "n")
+_SUFFIXES = (".txt", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 
 
 def given_prompts(texts: Sequence[str]) -> tuple[list[Item], Faults]:
@@ -52,7 +55,7 @@ def read_prompts(spec: str, stdin: Any = None, columns: Columns | None = None) -
             folder = path.parent
             rows = _file(path, spec, faults, columns)
         elif path.suffix or len(path.parts) > 2 or spec.startswith((".", "/", "~")):
-            raise InputError(f"prompts {spec!r}: there is no such file or folder")
+            raise InputError(f"prompts {spec!r}: there is no such file or folder{_near(path)}")
         else:
             rows = _dataset(spec, None, columns)
     items: list[Item] = []
@@ -209,15 +212,22 @@ def _dataset(spec: str, path: Path | None, columns: Columns) -> Rows:
     require("datasets", f"reading the prompts {spec!r}")
     import datasets
 
+    hint = ""
     try:
         if path is not None and any((path / f).is_file() for f in ("dataset_info.json", "dataset_dict.json")):
             found = datasets.load_from_disk(str(path))
-        else:
+        elif path is not None:
             found = datasets.load_dataset(spec)
+        else:
+            hint = _near(Path(spec))
+            with for_dataset(spec, hint):
+                found = datasets.load_dataset(spec)
+    except InputError as error:
+        raise InputError(f"prompts {error}") from None
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"prompts {spec!r}: no such file, and `datasets` cannot load it ({reason[:160]})"
+            f"prompts {spec!r}: no such file, and `datasets` cannot load it ({reason[:160]}){hint}"
         ) from error
     if isinstance(found, dict):
         if len(found) > 1 and "train" not in found:
@@ -226,6 +236,11 @@ def _dataset(spec: str, path: Path | None, columns: Columns) -> Rows:
             )
         found = found["train"] if "train" in found else next(iter(found.values()))
     return _table(found.column_names, found, spec, columns)
+
+
+def _near(path: Path) -> str:
+    """Files of prompts beside the one that is not there."""
+    return beside(path, lambda entry: entry.suffix.lower() in _SUFFIXES)
 
 
 def _table(names: Sequence[str], rows: Iterable[Any], name: str, columns: Columns) -> Rows:

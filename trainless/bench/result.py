@@ -14,7 +14,7 @@ from ..errors import InputError
 from ..models.extras import installed
 from ..report import size
 from ..tables import table, wrapped
-from ..verification import Verification
+from ..verify import Verification
 
 MADE_BY = "trainless bench"
 

@@ -19,8 +19,9 @@ from ..hosts import Component
 from ..hosts.probes import Draw
 from ..hosts.transformers_probe import decodes, vocabulary
 from ..patching import patch, patched, patches_on
-from ..probing import probes_for, quietly
 from ..recipes import resolve
+from ..verify.probing import probes_for
+from ..verify.standing import quietly
 from .measure import Variant, alternate, memory_method, peak_of
 from .result import BenchResult, Row
 from .subjects import Calls, Text, packaged_text, token_ids

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..hosts.probes import Probe
-from ..probing import tensors_in
+from ..verify.probing import tensors_in
 from .measure import Clock
 from .result import Row
 

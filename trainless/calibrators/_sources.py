@@ -11,6 +11,7 @@ from ..batch.items import Faults
 from ..batch.prompts import _decode, _jsonl, refuse
 from ..errors import InputError, did_you_mean
 from ..models.extras import require
+from ..models.hub import for_dataset
 
 Rows = Iterable[tuple[str, Any]]
 
@@ -72,7 +73,12 @@ def _load(name: str, path: Path, split: str, subset: str | None) -> Any:
     try:
         if any((path / f).is_file() for f in ("dataset_info.json", "dataset_dict.json")):
             return datasets.load_from_disk(str(path))
-        return datasets.load_dataset(name, subset, split=split)
+        if path.exists():
+            return datasets.load_dataset(name, subset, split=split)
+        with for_dataset(name, ""):
+            return datasets.load_dataset(name, subset, split=split)
+    except InputError as error:
+        raise InputError(f"data {error}") from None
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(

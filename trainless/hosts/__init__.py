@@ -10,9 +10,19 @@ from torch import nn
 
 from ..errors import InputError, Unsupported
 from ..seams import Site
-from .base import Host, unwrapped
+from .base import Host, Lease, unwrapped
 
-__all__ = ["Component", "Host", "components", "exchanged", "find_sites", "module_sites", "size_notes"]
+__all__ = [
+    "Component",
+    "Host",
+    "components",
+    "exchanged",
+    "find_sites",
+    "module_sites",
+    "size_notes",
+    "unmatched",
+    "watch_sizes",
+]
 
 
 @dataclass(frozen=True)
@@ -91,9 +101,17 @@ def exchanged(model: Any, parts: list[Component]) -> list[str]:
         name = part.prefix.removesuffix(".")
         if name and "." not in name and not isinstance(model, nn.Module):
             now = getattr(model, name, None)
-            if getattr(now, "_orig_mod", now) is not part.module:
+            if now is not part.module and getattr(now, "_orig_mod", None) is not part.module:
                 names.append(name)
     return names
+
+
+def watch_sizes(parts: list[Component], lease: Lease) -> None:
+    """Have these components say at the call when another size is painted than asked, for a patch that goes by it."""
+    for part in parts:
+        watch = getattr(part.host, "watch_sizes_for", None)
+        if watch is not None:
+            watch(part.module, lease)
 
 
 def size_notes(parts: list[Component]) -> list[str]:
@@ -108,6 +126,16 @@ def size_notes(parts: list[Component]) -> list[str]:
 def find_sites(parts: list[Component]) -> list[Site]:
     """Every attention site of every component."""
     return [site for part in parts for site in part.host.sites(part.module, part.prefix, part.parts)]
+
+
+def unmatched(parts: list[Component]) -> dict[str, int]:
+    """Modules that go by the name of attention and that no patch can reach, by class, as far as hosts know."""
+    found: dict[str, int] = {}
+    for part in parts:
+        look = getattr(part.host, "unmatched", None)
+        for name, count in (look(part.module) if look is not None and part.main else {}).items():
+            found[name] = found.get(name, 0) + count
+    return found
 
 
 def module_sites(parts: list[Component]) -> list[Site]:

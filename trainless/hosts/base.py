@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import Unsupported
 from ..journal import Journal
-from ..seams import AttentionPlan, Contribution, Entry, Site
+from ..seams import AttentionCall, AttentionPlan, Contribution, Entry, Site
 
 ATTRIBUTE = "_trainless"  # where a module keeps its Runtime, a model its Station
 
@@ -71,6 +71,41 @@ class Tally:
     bytes_stock: int = 0  # what an unpatched cache would hold for the tokens seen
 
 
+@dataclass
+class Made:
+    """An attention call as the model made it, before any patch: tensors are those that it handed over.
+
+    query (B, H, Lq, D), key and value (B, Hkv, Lk, D); mask as it came; scaling None: the root of the width.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Any
+    scaling: float | None
+    causal: bool | None = None  # None: the model did not say
+    dropout: float = 0.0
+    position_bias: Tensor | None = None
+    softcap: float | None = None
+    sink_logits: Tensor | None = None
+    sliding_window: int | None = None
+    others: tuple[str, ...] = ()  # names of further arguments that were given
+
+
+class Watch(Protocol):
+    """Looks at the calls of one site. Hosts ask it only while it is there."""
+
+    def wants(self) -> bool:
+        """Whether the call under way is to be looked at: not those of other threads, nor one within another."""
+
+    def around(self, made: Made, proceed: Callable[[], Tensor], stock: Callable[[], Tensor]) -> Tensor:
+        """``proceed()`` gives the output (B, Lq, H, D), ``stock()`` that of the user's own attention for the call as
+        it was made; what this returns is what the model gets."""
+
+    def told(self, call: AttentionCall) -> None:
+        """The same call, as the host describes it to methods; not where no method is asked about it."""
+
+
 class CallInThread(threading.local):
     """What the host's hooks note for the call that is under way in this thread."""
 
@@ -101,6 +136,7 @@ class Runtime:
         self.asked: dict[
             str, Any
         ] = {}  # the host's own use: facts that somebody here asks for, and who knows
+        self.watch: Watch | None = None  # who looks at the calls here, while a patch is verified
 
     @property
     def facts(self) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from torch import nn
 
 from ..journal import AttributeEdit, HookEdit, Journal
 from ..seams import Site
-from .base import ATTRIBUTE, Runtime
+from .base import ATTRIBUTE, Lease, Runtime
 from .denoisers import Layout, layout_of
 from .denoisers.words import ROLES, holds_no_image, undeclared
 from .diffusers_calls import AttentionHooks, foreign_order, refusal
@@ -133,6 +133,12 @@ class DiffusersHost:
         journal.add(AttributeEdit(owner, ASKED, asked, f"{where}.{ASKED}"))
         register = functools.partial(owner.register_forward_pre_hook, asked.before, with_kwargs=True)
         journal.add(HookEdit(owner, register, f"pre-hook on {where}"))
+
+    def watch_sizes_for(self, model: nn.Module, lease: Lease) -> None:
+        """Warn when a pipeline paints another size than it was asked for, as long as this patch is active."""
+        for owner in _denoisers(model).values():
+            if ASKED in vars(owner):
+                vars(owner)[ASKED].leases.append(lease)
 
     def size_notes(self, model: nn.Module) -> list[str]:
         """What the pipeline does with the sizes that it is asked for, where that is not what was asked."""

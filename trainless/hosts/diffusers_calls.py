@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from ..attention import attend
 from ..errors import Unsupported
 from ..seams import AttentionCall, Site
-from .base import Runtime
+from .base import Made, Runtime
 from .denoisers import Layout
 from .denoisers.table import ELSEWHERE, qualified
 from .diffusers_geometry import CONTEXT, describe
@@ -177,7 +177,16 @@ class Interception(TorchFunctionMode):
             scaling = scale if now.scaling == own_scale else now.scaling
             return stock(now.query, now.key, now.value, mask, now.causal, scaling).transpose(1, 2)
 
-        return attend(self.runtime, call, delegate).transpose(1, 2)
+        watch = self.runtime.watch
+        if watch is None or not watch.wants():
+            return attend(self.runtime, call, delegate).transpose(1, 2)
+        made = Made(query, key, value, call.mask, scale, is_causal, dropout_p)
+
+        def proceed() -> Tensor:
+            watch.told(call)
+            return attend(self.runtime, call, delegate)
+
+        return watch.around(made, proceed, lambda: delegate(call)).transpose(1, 2)
 
     def _is_beside(self, key: Tensor) -> bool:
         """True for attention over other keys, an image prompt's; a second pass over the same is refused."""

@@ -16,6 +16,9 @@ from .probes import Draw, Probe
 TEXT = 12  # prompt tokens
 TIMESTEP = 900.0  # of 1000: early in a run, where methods that act on some steps only do
 SMALL = (32, 32)  # latent size for a model that does not say what it was trained at
+SQUARE = {"DiTTransformer2DModel"}  # classes that take the root of the number of tokens for either side
+SMALL_UNET = (32, 24)  # latents of a call that is computed in full
+SMALL_GRID = (24, 16)  # the same for a transformer, in image tokens
 
 
 def probes(part: Any, sites: Sequence[Site], tokens: int) -> list[Probe]:
@@ -25,6 +28,36 @@ def probes(part: Any, sites: Sequence[Site], tokens: int) -> list[Probe]:
         own = [site for site in sites if site.facts.get("denoiser") in (owner, None)]
         found += _of(owner, next((s.facts.get("trained_latent") for s in own), None))
     return found
+
+
+def dense(part: Any, sites: Sequence[Site], tokens: int) -> list[Probe]:
+    """Calls of a few hundred tokens, whatever the model was trained at."""
+    found = []
+    for model, inputs in small_inputs(part, sites):
+        rows, columns = _small_size(model, sites)
+        found.append(Probe(f"latents of {rows}×{columns}", _runner(model, inputs), short=f"{rows}×{columns}"))
+    return found
+
+
+def small_inputs(part: Any, sites: Sequence[Site]) -> list[tuple[nn.Module, dict[str, Any]]]:
+    """Each denoiser that one of ``sites`` belongs to, with the arguments of a small call that is not square."""
+    owners = dict.fromkeys(site.facts["denoiser"] for site in sites if "denoiser" in site.facts)
+    return [(owner, _inputs(owner, *_small_size(owner, sites))) for owner in owners or [part.module]]
+
+
+def _small_size(model: nn.Module, sites: Sequence[Site]) -> tuple[int, int]:
+    """Latents of a call whose image tokens are SMALL_GRID, or as many of them as the model has positions for."""
+    own = [s for s in sites if s.facts.get("denoiser") in (model, None)]
+    patch = next((s.facts["patch"] for s in own if s.facts.get("patch")), None)
+    if patch is None:
+        return SMALL_UNET
+    if type(model).__name__ in SQUARE:
+        return SMALL_GRID[1] * patch[0], SMALL_GRID[1] * patch[1]
+    rows, columns = SMALL_GRID[0] * patch[0], SMALL_GRID[1] * patch[1]
+    limit = _config(model, "pos_embed_max_size")
+    if isinstance(limit, int):
+        rows, columns = min(rows, limit * patch[0]), min(columns, max(1, limit - 1) * patch[1])
+    return rows, columns
 
 
 def _of(model: nn.Module, trained: tuple[int, int] | None) -> list[Probe]:
@@ -47,7 +80,7 @@ def _other(model: nn.Module, base: tuple[int, int]) -> tuple[int, int]:
     limit, patch = _config(model, "pos_embed_max_size"), _config(model, "patch_size")
     if isinstance(limit, int) and isinstance(patch, int) and rows > limit * patch:
         rows = max(patch, base[0] // 2 // patch * patch)
-    return rows, base[1]
+    return rows, rows if type(model).__name__ in SQUARE else base[1]
 
 
 def _config(model: nn.Module, name: str) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 import sys
+import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -22,6 +23,7 @@ import torch
 from torch import nn
 
 from ..errors import TrainlessError
+from .base import Lease
 from .diffusers_geometry import CONTEXT
 from .diffusers_sizes import Sizes
 
@@ -112,6 +114,7 @@ class Asked:
         self.alike = 0
         self.others: Counter[tuple[Size, Size, Size]] = Counter()  # asked (pixels), expected and painted
         self.expected: dict[Size, Size | None] = {}
+        self.leases: list[Lease] = []  # of patches that go by the size
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Asked:
         return self
@@ -134,6 +137,8 @@ class Asked:
             self.alike += 1
         else:
             self.others[asked, expected, painted] += 1
+            if any(lease.active for lease in self.leases) and sum(self.others.values()) == 1:
+                warnings.warn(f"{self.notes()[0]}. Said once; later ones are in report()", stacklevel=2)
 
     def _latents(self, asked: Size) -> Size | None:
         try:

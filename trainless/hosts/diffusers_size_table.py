@@ -46,24 +46,27 @@ class Row:
 # ---------------------------------------------------------------- sizes that pipelines make when they are not told
 
 
-def _sides(size: Any, pixels: int) -> Size:
+def _sides(size: Any, pixels: int) -> Size | None:
+    """A side or (rows, columns) of so many pixels each; None where a config says nothing."""
+    if size is None:
+        return None
     rows, columns = (size, size) if isinstance(size, int) else size
     return rows * pixels, columns * pixels
 
 
-def _own(pipeline: Any, denoiser: nn.Module) -> Size:
+def _own(pipeline: Any, denoiser: nn.Module) -> Size | None:
     return _sides(pipeline.default_sample_size, pipeline.vae_scale_factor)
 
 
-def _configured(pipeline: Any, denoiser: Any) -> Size:
+def _configured(pipeline: Any, denoiser: Any) -> Size | None:
     return _sides(denoiser.config.sample_size, pipeline.vae_scale_factor)
 
 
-def _configured_pixels(pipeline: Any, denoiser: Any) -> Size:
+def _configured_pixels(pipeline: Any, denoiser: Any) -> Size | None:
     return _sides(denoiser.config.sample_size, 1)
 
 
-def _configured_autoencoder(pipeline: Any, denoiser: Any) -> Size:
+def _configured_autoencoder(pipeline: Any, denoiser: Any) -> Size | None:
     return _sides(denoiser.config.sample_size, _factor(pipeline))
 
 
@@ -72,11 +75,11 @@ def _signature(pipeline: Any, denoiser: nn.Module) -> Size:
     return parameters["height"].default, parameters["width"].default
 
 
-def _resolution(pipeline: Any, denoiser: nn.Module) -> Size:
+def _resolution(pipeline: Any, denoiser: nn.Module) -> Size | None:
     return _sides(inspect.signature(type(pipeline).__call__).parameters["output_resolution"].default, 1)
 
 
-def _prx(pipeline: Any, denoiser: nn.Module) -> Size:
+def _prx(pipeline: Any, denoiser: nn.Module) -> Size | None:
     return _sides(pipeline.config.default_sample_size or _PRX[type(pipeline).__name__], 1)
 
 
@@ -179,8 +182,7 @@ def _cascade_decoder(pipeline: Any, denoiser: nn.Module, pixels: int) -> int:
 
 
 def _uvit(pipeline: Any, denoiser: Any, pixels: int) -> int:
-    once = 2 if denoiser.config.downsample else 1
-    return pixels // int(pipeline.vae_scale_factor) // patch_side(denoiser) // once
+    return pixels // int(pipeline.vae_scale_factor) // (2 if denoiser.config.downsample else 1)
 
 
 _IN_LATENTS = frozenset({_latents, _pixels, _movq, _movq3, _cascade_prior, _cascade_decoder})
@@ -332,7 +334,7 @@ PER_TOKEN: Mapping[str, int] = dict.fromkeys(
         "BriaFiboTransformer2DModel", "BriaFibo2Transformer2DModel", "QwenImageTransformer2DModel",
         "OvisImageTransformer2DModel", "LongCatImageTransformer2DModel", "NucleusMoEImageTransformer2DModel",
         "Krea2Transformer2DModel", "Ideogram4Transformer2DModel", "ErnieImageTransformer2DModel",
-        "ZImageTransformer2DModel",
+        "ZImageTransformer2DModel", "Flux3Transformer2DModel", "QwenImage21Transformer2DModel",
     ),
     16,
 )  # fmt: skip
@@ -341,14 +343,19 @@ PER_LATENT: Mapping[str, int] = dict.fromkeys(
         "SD3Transformer2DModel", "AuraFlowTransformer2DModel", "CogView3PlusTransformer2DModel",
         "CogView4Transformer2DModel", "GlmImageTransformer2DModel", "HunyuanDiT2DModel", "LuminaNextDiT2DModel",
         "Lumina2Transformer2DModel", "HiDreamImageTransformer2DModel", "OmniGenTransformer2DModel",
-        "DiTTransformer2DModel", "Kandinsky3UNet",
+        "DiTTransformer2DModel", "JoyImageEditTransformer3DModel", "JoyImageEditPlusTransformer3DModel",
+        "Kandinsky5Transformer3DModel", "HunyuanVideoTransformer3DModel", "CogVideoXTransformer3DModel",
+        "MochiTransformer3DModel", "AllegroTransformer3DModel", "LatteTransformer3DModel",
+        "Kandinsky3UNet", "DreamLiteUNetModel", "UNetMotionModel", "UNetSpatioTemporalConditionModel",
+        "UNet3DConditionModel", "I2VGenXLUNet",
     ),
     8,
 )  # fmt: skip
 # Denoisers whose config's ``sample_size`` is the size of training in latents: the one that their pipelines make.
 STATE_THEIR_SIZE = frozenset(
     {
-        "UNet2DConditionModel", "UNet2DModel", "SD3Transformer2DModel", "PixArtTransformer2DModel",
+        "UNet2DConditionModel", "UNet2DModel", "UNetMotionModel", "UNet3DConditionModel", "UVit2DModel",
+        "SD3Transformer2DModel", "PixArtTransformer2DModel",
         "DiTTransformer2DModel", "HunyuanDiT2DModel", "CogView3PlusTransformer2DModel",
         "CogView4Transformer2DModel", "LuminaNextDiT2DModel", "Lumina2Transformer2DModel",
     }

@@ -7,7 +7,7 @@ pipeline's own code makes at that size. They are made on the meta device: it cos
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,11 @@ from .diffusers_size_table import (
 )
 
 Size = tuple[int, int]
-UNETS = (diffusers.UNet2DConditionModel, diffusers.UNet2DModel, diffusers.Kandinsky3UNet)
+UNETS = (
+    diffusers.UNet2DConditionModel, diffusers.UNet2DModel, diffusers.Kandinsky3UNet, diffusers.UNetMotionModel,
+    diffusers.DreamLiteUNetModel, diffusers.UNetSpatioTemporalConditionModel, diffusers.UNet3DConditionModel,
+    diffusers.I2VGenXLUNet,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,10 @@ class Sizes:
         row = None if self.pipeline is None else row_of(self.pipeline)
         if row is None or row.default is None:
             return None
-        height, width = row.default(self.pipeline, self.denoiser)
+        found = self._asked(row.default)
+        if found is None:
+            return None
+        height, width = found
         whole = isinstance(height, int) and isinstance(width, int) and height > 0 and width > 0
         return (height, width) if whole else None
 
@@ -106,7 +113,7 @@ class Sizes:
         """Tokens along each side (latents, in a UNet) as declared for the class; None for an unknown one."""
         row = None if self.pipeline is None else row_of(self.pipeline)
         if row is not None:
-            rows, columns = (row.count(self.pipeline, self.denoiser, side) for side in pixels)
+            rows, columns = (self._asked(row.count, side) for side in pixels)
             return rows, columns
         side = self._bare()
         return None if side is None else (pixels[0] // side, pixels[1] // side)
@@ -131,6 +138,16 @@ class Sizes:
         rows, columns = (shape[axis] for axis in row.axes) if len(shape) > 2 else shape
         side = 1 if self._in_latents else patch_side(self.denoiser)
         return rows // side, columns // side
+
+    def _asked(self, what: Callable[..., Any], *given: Any) -> Any:
+        """What a row says of this pipeline; Unsupported where its parts are not what the class has them for."""
+        try:
+            return what(self.pipeline, self.denoiser, *given)
+        except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+            raise Unsupported(
+                f"{self.name}: its parts do not say how its pixels are counted ({type(error).__name__}: {error}); load "
+                "those that the pipeline was made with"
+            ) from error
 
     def _bare(self) -> int | None:
         """Pixels along one side of a token (a latent, in a UNet) where no pipeline of a known class says it."""
@@ -227,7 +244,8 @@ def _observed(pipeline: Any, observe: str, pixels: Size) -> Sequence[int]:
     }  # fmt: skip
     takes = inspect.signature(make).parameters
     given = {name: values[name] for name in takes if name in values}
-    made = make(pipeline, **given)
+    with torch.device("meta"):  # for ids and grids that it makes beside the latents, of whatever size
+        made = make(pipeline, **given)
     while not isinstance(made, Tensor):
         made = made[0]
     return tuple(made.shape)

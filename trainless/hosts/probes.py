@@ -43,12 +43,23 @@ def default_probes(part: Any, sites: Sequence[Site], tokens: int) -> list[Probe]
     return found
 
 
+def dense_probes(part: Any, sites: Sequence[Site], tokens: int) -> list[Probe]:
+    """Probes small enough for every call to be computed in full, and with whatever calls may differ in (padding)."""
+    module = importlib.import_module(f"{__package__}.{part.host.name}_probe")
+    found: list[Probe] = getattr(module, "dense", module.probes)(part, sites, tokens)
+    return found
+
+
 class Draw:
     """Seeded random tensors on the device and in the type of a model; the same on every device."""
 
     def __init__(self, model: nn.Module, seed: int = SEED):
         own = next((p for p in model.parameters() if p.is_floating_point()), None)
         self.device = torch.device("cpu") if own is None else own.device
+        if self.device.type == "meta":  # offloaded: inputs wait where calls are executed
+            hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+            devices = (getattr(hook, "execution_device", None) for hook in hooks)
+            self.device = torch.device(next((d for d in devices if d is not None), "cpu"))
         self.dtype = torch.float32 if own is None else own.dtype
         self.generator = torch.Generator().manual_seed(seed)
 

@@ -28,10 +28,11 @@ from ..seams import AttentionCall, Contribution, Site
 from . import transformers_images as images
 from . import transformers_inputs as inputs
 from . import transformers_residual as residual
-from .base import ATTRIBUTE, Runtime, runtime_of
+from .base import ATTRIBUTE, Made, Runtime, runtime_of
 from .rotary import rotation
 from .transformers_cache import before, cache_wrapper, continuous_wrapper, prefill_wrapper
 from .transformers_calls import PACKED, call_of, tell
+from .transformers_dispatch import unmatched
 from .transformers_sites import HARMLESS, find
 
 NAME = "trainless"
@@ -99,6 +100,23 @@ def _routed(
             f"{type(module).__name__} asks for attention {NAME!r} but is not patched; "
             "this name is internal: pick another implementation with set_attn_implementation"
         )
+    if runtime.watch is not None and runtime.watch.wants():
+        made = _made(query, key, value, attention_mask, scaling, dropout, kwargs)
+        weights: list[Any] = [None]
+
+        def proceed() -> Tensor:
+            out, weights[0] = _routed(
+                module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+            )
+            return out
+
+        def stock() -> Tensor:
+            own = _user_function(module)
+            given = query, key, value, attention_mask
+            found: Tensor = own(module, *given, scaling=scaling, dropout=dropout, **kwargs)[0]
+            return found
+
+        return runtime.watch.around(made, proceed, stock), weights[0]
     here = runtime.call
     facts = here.facts
     entering, here.residual = here.residual, None
@@ -122,6 +140,8 @@ def _routed(
     call = call_of(module, runtime, query, key, value, attention_mask, scaling, dropout, kwargs)
     if runtime.plan.asks:
         tell(runtime, call, entering)
+    if runtime.watch is not None:
+        runtime.watch.told(call)
     order = facts.pop("order", None)  # of the query heads, where the engine sees them in another
 
     def delegate(call: AttentionCall) -> Tensor:
@@ -172,6 +192,26 @@ def _refuse_heads(runtime: Runtime) -> None:
         )
 
 
+def _made(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Any,
+    scaling: float | None,
+    dropout: float,
+    kwargs: dict[str, Any],
+) -> Made:
+    """The interface's arguments, as they came."""
+    named = {"position_bias": "position_bias", "softcap": "softcap", "s_aux": "sink_logits"}
+    named |= {"sliding_window": "sliding_window", "is_causal": "causal"}
+    given = {name: v for name, v in kwargs.items() if v is not None}
+    others = tuple(sorted(given.keys() - named.keys() - (HARMLESS - PACKED)))
+    return Made(
+        query, key, value, mask, scaling, dropout=dropout, others=others,
+        **{ours: given[theirs] for theirs, ours in named.items() if theirs in given},
+    )  # fmt: skip
+
+
 def _only_scaled(kwargs: dict[str, Any]) -> bool:
     """Whether nothing among the arguments but ``scaling`` changes the logits."""
     return all(given is None or name in PASSED_ON for name, given in kwargs.items())
@@ -220,6 +260,10 @@ class TransformersHost:
     def sites(self, model: nn.Module, prefix: str = "", parts: frozenset[str] = frozenset()) -> list[Site]:
         return find(model, self.family(model), prefix, parts)
 
+    def unmatched(self, model: nn.Module) -> dict[str, int]:
+        """Modules that go by the name of attention and that no patch can reach, by class."""
+        return unmatched(model)
+
     def site_of(self, module: nn.Module) -> Site:
         """The site of one decoder layer's attention, for a module that is known to be one."""
         return Site(
@@ -249,7 +293,7 @@ class TransformersHost:
         either; the rotation of the model's rotary embedding; what finds out the facts that somebody asks for.
         ``station`` takes edits that several sites share.
         """
-        if any(e.contribution.kind == "position" for e in runtime.entries):
+        if any(e.contribution.kind == "position" and not e.contribution.inert for e in runtime.entries):
             runtime.rotate = rotation(runtime.site, model)
         if runtime.site.facts.get("keys") == "tiled":
             _refuse_heads(runtime)

@@ -82,9 +82,7 @@ def _adopt(runtime: Runtime, cache: Cache, index: int) -> Any:
     if index >= len(cache.layers):
         return None
     if runtime.plan.needs_layer:
-        before = cache.layers[index]
-        cache.layers[index] = _ours(runtime, before, index)
-        runtime.facts["new"] = cache.layers[index] is not before
+        cache.layers[index] = _ours(runtime, cache.layers[index], index)
     return cache.layers[index]
 
 
@@ -104,7 +102,10 @@ def _ours(runtime: Runtime, layer: Any, index: int) -> Any:
             )
         if not isinstance(layer, DummyLayer):
             _must_be_empty(plan.entries[0].method, layer, index)
-        return stateful(layer)
+            return stateful(layer)
+        made = stateful(layer)
+        made.untold = True  # how much of the sequence there is already, which its first call tells
+        return made
     if isinstance(layer, CompressingLayer):
         mine: set[Any] = {e.owner for e in plan.of["kv"]}
         if mine <= layer.leases:
@@ -152,7 +153,7 @@ def _owner(entry: Entry | None) -> Lease | None:
 
 def _must_remember(plan: AttentionPlan, layer: Any, index: int) -> None:
     """A method that goes on from what it remembers of a sequence was there from its first token on."""
-    if not int(layer.get_seq_length()):
+    if not _seen(layer):
         return
     for entry in plan.active:
         if not entry.contribution.stateful:
@@ -170,11 +171,16 @@ def _must_remember(plan: AttentionPlan, layer: Any, index: int) -> None:
             state.owner = lease
 
 
+def _seen(layer: Any) -> int:
+    """Tokens of the sequence so far; for a layer without keys of its own, whether anything was remembered."""
+    return len(layer.states) if isinstance(layer, DummyLayer) else int(layer.get_seq_length())
+
+
 def _must_be_empty(method: str, layer: Any, index: int) -> None:
-    seen = int(layer.get_seq_length())
-    if seen:
+    if _seen(layer):
+        held = "" if isinstance(layer, DummyLayer) else f"{_seen(layer)} "
         raise InputError(
-            f"{method}: cache layer {index} already holds {seen} tokens that the patch never saw; "
+            f"{method}: cache layer {index} already holds {held}tokens that the patch never saw; "
             "start with an empty cache after patching (a prefix-tuning adapter fills it before every call, so use one of "
             "another kind: prompt tuning or LoRA)"
         )
@@ -195,12 +201,6 @@ def cache_wrapper(model: nn.Module, runtimes: Sequence[Runtime]) -> Callable[...
             raise Unsupported(
                 f"{compressing[0].method}: generate(use_cache=False) keeps no cache, so there is nothing to compress; "
                 "leave use_cache on, or remove the patch"
-            )
-        stateful_ones = [e for r in runtimes for e in r.plan.active if e.contribution.stateful]
-        if stateful_ones and generation_config.use_cache is False:
-            raise Unsupported(
-                f"{stateful_ones[0].method}: generate(use_cache=False) starts the sequence anew for every token, and "
-                "the method keeps what it found in the prompt; leave use_cache on, or remove the patch"
             )
         result = original(generation_config, model_kwargs, *args, **kwargs)
         cache = cache_in(model_kwargs)

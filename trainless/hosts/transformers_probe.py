@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ..errors import Unsupported
 from ..seams import Site
-from .probes import STEPS, Draw, Probe
+from .probes import SEED, STEPS, Draw, Probe
 
 SPARE = 8  # positions that some models keep for themselves (offsets of the padding index)
 MOST_LOGITS = 1 << 25  # elements; beyond that only the last rows of a prefill are kept
@@ -34,6 +34,40 @@ def probes(part: Any, sites: Sequence[Site], tokens: int) -> list[Probe]:
         f"what to feed a {type(model).__name__} (it takes {model.main_input_name}) is not known; "
         "give probe=, a dictionary of its inputs or a function of the model"
     )
+
+
+def dense(part: Any, sites: Sequence[Site], tokens: int) -> list[Probe]:
+    """The same, and for a decoder a batch whose shorter row is padded on the left."""
+    found = probes(part, sites, tokens)
+    model = next(m for m in part.module.modules() if isinstance(m, PreTrainedModel))
+    takes = inspect.signature(type(model).forward).parameters
+    if model.main_input_name == "input_ids" and "attention_mask" in takes and "past_key_values" in takes:
+        if decodes(model) and not getattr(model.config, "is_encoder_decoder", False):
+            found.append(_padded(model, tokens))
+    return found
+
+
+def _padded(model: PreTrainedModel, tokens: int) -> Probe:
+    draw, pool = Draw(model, SEED + 1), vocabulary(model.config)
+    length = _fitting(model.config, tokens)
+    short = max(1, length // 3)
+    ids, more = draw.choice(pool, 2, length), draw.choice(pool, 2, STEPS)
+    mask = torch.ones(2, length + STEPS, dtype=torch.long, device=draw.device)
+    mask[1, : length - short] = 0
+    places = (mask.cumsum(1) - 1).clamp_min(0)
+    numbered = "position_ids" in inspect.signature(type(model).forward).parameters
+
+    def run() -> list[Any]:
+        outputs, cache = [], None
+        for start, stop in [(0, length), *((length + i, length + i + 1) for i in range(STEPS))]:
+            given = {"input_ids": torch.cat([ids, more], 1)[:, start:stop], "attention_mask": mask[:, :stop]}
+            if numbered:
+                given["position_ids"] = places[:, start:stop]
+            outputs.append(model(**given, past_key_values=cache, use_cache=True))
+            cache = outputs[-1].past_key_values
+        return outputs
+
+    return Probe(f"2 rows, {short} and {length} long, padded on the left", run, short=f"2 × {length} tokens")
 
 
 def decodes(model: PreTrainedModel) -> bool:

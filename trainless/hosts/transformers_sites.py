@@ -128,18 +128,20 @@ def _head_counts(module: nn.Module) -> tuple[int | None, int | None, int | None]
     def first(*names: str) -> int | None:
         for owner in (module, config):
             for name in names:
-                value = getattr(owner, name, None)
+                value = _told(owner, name)
                 if isinstance(value, int) and not isinstance(value, bool):
                     return value
         return None
 
     heads = first("num_attention_heads", "num_heads", "n_heads", "n_head")
     groups = getattr(module, "num_key_value_groups", None)
-    kv = (
-        heads // groups
-        if heads and isinstance(groups, int) and groups
-        else first("num_key_value_heads") or heads
-    )
+    own = getattr(module, "num_key_value_heads", None)
+    if isinstance(own, int):
+        kv: int | None = own
+    elif heads and isinstance(groups, int) and groups:
+        kv = heads // groups
+    else:
+        kv = first("num_key_value_heads") or heads
     width = first("head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
     return heads, kv, width
 
@@ -164,10 +166,18 @@ def _projected(module: nn.Module, name: str, heads: int) -> int | None:
     return size // heads if isinstance(size, int) and size % heads == 0 else None
 
 
+def _told(owner: Any, name: str) -> Any:
+    """An attribute, None where there is none, and where a config of unequal layers has one for each of them."""
+    try:
+        return getattr(owner, name, None)
+    except Exception:
+        return None
+
+
 def _site_facts(module: nn.Module, layer: int, held: Held) -> dict[str, Any]:
     config = vars(module)["config"]
-    facts: dict[str, Any] = {"family": getattr(config, "model_type", "")}
-    types = getattr(config, "layer_types", None)
+    facts: dict[str, Any] = {"family": _told(config, "model_type") or ""}
+    types = _told(config, "layer_types")
     sliding = getattr(module, "sliding_window", None)
     if types and layer < len(types) and isinstance(types, list):
         facts["layer_type"] = types[layer]
@@ -175,13 +185,13 @@ def _site_facts(module: nn.Module, layer: int, held: Held) -> dict[str, Any]:
             sliding = None
     if sliding is None and not types:
         sliding = (
-            getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+            _told(config, "sliding_window") if _told(config, "use_sliding_window") is not False else None
         )
     facts["sliding_window"] = held.window if held.kinds else sliding
     if held.window is not None:
         facts["window_held"] = held.window - 1  # between calls, for the next token
-    facts["hidden_size"] = getattr(config, "hidden_size", None)
-    facts["max_positions"] = getattr(config, "max_position_embeddings", None)
+    facts["hidden_size"] = _told(config, "hidden_size")
+    facts["max_positions"] = _told(config, "max_position_embeddings")
     if hasattr(module, "has_relative_attention_bias") or "position_bias" in passes(type(module)):
         facts["position_bias"] = True
     shared = getattr(module, "is_kv_shared_layer", False)

@@ -1,4 +1,4 @@
-"""The hub: asked once whether it has a model, so that a mistyped name or a missing network is told at once.
+"""The hub: asked once whether it has a model or a dataset, so that a mistyped name or no network is told at once.
 
 The library behind tries again and again before it gives up, for half a minute where nothing answers.
 """
@@ -6,6 +6,8 @@ The library behind tries again and again before it gives up, for half a minute w
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import InputError
@@ -31,7 +33,12 @@ def small_files(spec: str, hint: str) -> tuple[Path, bool]:
         raise InputError(
             f"model {spec!r}: there is no such folder or file, and it is no hub id{hint}"
         ) from None
-    away = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else _asked(spec, repo, revision, hint)
+    away, no = ("HF_HUB_OFFLINE is set", None) if constants.HF_HUB_OFFLINE else _ask("model", repo, revision)
+    if no is not None:
+        raise InputError(
+            f"model {spec!r} is no local folder or file, and the hub does not give it ({no}); check the name, and log "
+            f"in if it is a private or gated one{hint}"
+        )
     try:
         folder = snapshot_download(
             repo, revision=revision or None, allow_patterns=_SMALL_FILES, local_files_only=away is not None
@@ -49,16 +56,39 @@ def small_files(spec: str, hint: str) -> tuple[Path, bool]:
         ) from error
 
 
-def _asked(spec: str, repo: str, revision: str, hint: str) -> str | None:
-    """Ask for the model: None when the hub has it, or why it could not be asked. InputError when it says no."""
+@contextmanager
+def for_dataset(name: str, hint: str) -> Iterator[None]:
+    """What ``datasets`` is called in to load ``name`` from the hub: from its cache where the hub cannot be reached.
+
+    InputError, with ``hint`` at its end, when the hub has no such dataset.
+    """
+    import datasets
+
+    offline = datasets.config.HF_HUB_OFFLINE
+    away, no = (None, None) if offline else _ask("dataset", name, "")
+    if no is not None:
+        raise InputError(
+            f"{name!r} is no file or folder, and the hub does not give it as a dataset ({no}){hint}"
+        )
+    if away is not None:
+        datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE = offline
+
+
+def _ask(kind: str, repo: str, revision: str) -> tuple[str | None, str | None]:
+    """Ask the hub for a model or a dataset: why it could not be asked, and why it does not give it."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.utils import HFValidationError
 
     answers: list[BaseException | None] = []
 
     def ask() -> None:
         try:
-            HfApi().model_info(repo, revision=revision or None, timeout=PATIENCE)
+            getattr(HfApi(), f"{kind}_info")(repo, revision=revision or None, timeout=PATIENCE)
             answers.append(None)
         except BaseException as error:
             answers.append(error)
@@ -68,20 +98,18 @@ def _asked(spec: str, repo: str, revision: str, hint: str) -> str | None:
     asking.start()
     asking.join(PATIENCE)
     if not answers:
-        return f"no answer in {PATIENCE:.0f} s"
+        return f"no answer in {PATIENCE:.0f} s", None
     error = answers[0]
     status = getattr(getattr(error, "response", None), "status_code", None)
-    if (
+    refused = (
         isinstance(error, HfHubHTTPError)
         and isinstance(status, int)
         and 400 <= status < 500
         and status != 429
-    ):
-        raise InputError(
-            f"model {spec!r} is no local folder or file, and the hub does not give it ({_said(error)}); check the "
-            f"name, and log in if it is a private or gated one{hint}"
-        ) from error
-    return None if error is None else _said(error)
+    )
+    if error is None:
+        return None, None
+    return (None, _said(error)) if refused or isinstance(error, HFValidationError) else (_said(error), None)
 
 
 def _said(error: BaseException) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from pathlib import Path
@@ -124,17 +125,28 @@ def _hub(spec: str) -> Source:
 
 
 def _near(spec: str) -> str:
-    """``"; did you mean …?"``: demo models and models beside the place that was named, the likeliest first."""
-    path = Path(spec).expanduser()
-    places = {f"demo:{name}": name for name in DEMOS}
+    """``"; did you mean …?"``: demo models and models beside the place that was named."""
+
+    def model(entry: Path) -> bool:
+        return entry.suffix.lower() == ".gguf" or any((entry / f).is_file() for f in _SAYS_WHAT_IT_IS)
+
+    return beside(Path(spec).expanduser(), model, {f"demo:{name}": name for name in DEMOS})
+
+
+def beside(path: Path, wanted: Callable[[Path], bool], more: Mapping[str, str] | None = None) -> str:
+    """``"; did you mean …?"``: what lies where ``path`` should and has a similar name, the likeliest first.
+
+    more: other candidates, with the names that they go by.
+    """
+    places = dict(more or {})
     try:
-        beside = sorted(path.parent.iterdir()) if path.parent.is_dir() else []
-        for entry in beside[:1000]:
-            if entry.suffix.lower() == ".gguf" or any((entry / f).is_file() for f in _SAYS_WHAT_IT_IS):
-                places[str(entry)] = entry.name
+        entries = sorted(path.parent.iterdir()) if path.parent.is_dir() else []
+        places |= {str(entry): entry.name for entry in entries[:1000] if wanted(entry)}
     except OSError:  # a folder that may not be read has nothing to offer
         pass
-    wanted = path.name.lower()
-    likely = {place: SequenceMatcher(None, wanted, name.lower()).ratio() for place, name in places.items()}
+    likely = {
+        place: SequenceMatcher(None, path.name.lower(), name.lower()).ratio()
+        for place, name in places.items()
+    }
     found = sorted((place for place in likely if likely[place] >= 0.6), key=lambda place: -likely[place])
     return f"; did you mean {' or '.join(found[:3])}?" if found else ""

@@ -27,8 +27,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
-from torch.nn.functional import layer_norm, leaky_relu, linear
+from torch.nn.functional import elu, layer_norm, leaky_relu, linear
 
 from ..errors import InputError, Unsupported
 from ..kernels import Visibility, linear_attention, visibility
@@ -39,6 +40,7 @@ from .base import Method, option, register
 
 EPS = 1e-4  # published: added to the divisor
 SLOPE = 0.01  # published: of the leaky ReLU
+HIDDEN = -1000.0  # a mask that adds this or less hides its key
 PROJECTIONS = ("to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight", "to_out.0.bias")
 PLAIN = -1  # a middle width that stands for "f is the identity"
 
@@ -137,7 +139,7 @@ class LinFusion(Method):
         return [
             Contribution("weights", tensors=source.under(entry.keys())),
             *fronts,
-            Contribution("form", _form),
+            Contribution("form", _form, plain=_plainly),
         ]
 
     def _published(self) -> Distilled:
@@ -210,6 +212,18 @@ def _form(call: AttentionCall, statistics: Statistics, state: State) -> Formed:
     made = choose(*tensors, visibility=seen)
     out = linear_attention(*tensors, visibility=seen, feature="elu", eps=EPS)
     return Formed(out.transpose(1, 2), f"linear/{made.name}", "; ".join(made.reasons))
+
+
+def _plainly(call: AttentionCall) -> Tensor:
+    """The same with every pair at hand: weights phi(q)·phi(k), means of what they weigh and of themselves."""
+    share = call.query.shape[1] // call.key.shape[1]
+    q, k = (elu(t) + 1 for t in (call.query, call.key.repeat_interleave(share, 1)))
+    weight = q @ k.mT
+    if isinstance(call.mask, Tensor):
+        weight = weight * (call.mask if call.mask.dtype == torch.bool else call.mask > HIDDEN)
+    out = weight @ call.value.repeat_interleave(share, 1)
+    keys = (weight != 0).sum(-1, keepdim=True).clamp_min(1)
+    return ((out / keys) / (weight.sum(-1, keepdim=True) / keys + EPS)).transpose(1, 2)
 
 
 def _seen(call: AttentionCall) -> Visibility:

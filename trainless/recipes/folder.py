@@ -12,7 +12,7 @@ from .text import write
 
 RECIPE_FILE, REPORT_FILE = "recipe.yaml", "report.json"
 MADE_BY = "trainless Patch.save"
-# What a report of an earlier version, which did not say who made it, consists of.
+# What a report of an earlier version has, which did not say who made it.
 REPORT_KEYS = {"model", "recipe", "state", "methods"}
 
 
@@ -73,7 +73,7 @@ def _said(report: Path) -> set[str]:
         return set()
     if data.get("made_by") == MADE_BY and isinstance(data.get("files"), list):
         return {name for name in data["files"] if isinstance(name, str)}
-    if set(data) == REPORT_KEYS and isinstance(data["methods"], list):
+    if set(data) >= REPORT_KEYS and "made_by" not in data and isinstance(data["methods"], list):
         names = {str(m.get("method")) for m in data["methods"] if isinstance(m, dict)}
         folder = report.parent
         copies = {

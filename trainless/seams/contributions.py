@@ -53,6 +53,8 @@ class Contribution:
     probes: Probes | None = None
     dynamic: bool = False  # pattern only: chosen from statistics, in the calls in which it needs some
     admits: frozenset[str] = frozenset({"gain"})  # form only: kinds it can live with
+    # form only: the same operator in plain torch, (B, Lq, H, D) of a call, which verify compares with
+    plain: Callable[[AttentionCall], Tensor] | None = None
     policy: Evict | Quantise | None = None  # kv only
     tensors: Mapping[str, Tensor] | None = None  # weights, input
     module: str = ""  # input only: name of a module inside the site

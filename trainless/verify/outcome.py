@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .tables import table, wrapped
+from ..tables import table, wrapped
 
 OK, FAILED, UNCHECKED = "ok", "failed", "not checked"
+WHOLE = "whole patch"
+Answer = tuple[str, str]  # status, detail
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,8 @@
-"""Trying a patch out without leaving a trace: the same inputs and seeds each time, counters put back after."""
+"""Running probes: which ones, the same inputs and seeds each time, and what two runs have in common."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -11,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import InputError
-from .hosts import Component
-from .hosts.base import Lease, Runtime, Tally, runtime_of
-from .hosts.probes import SEED, STEPS, Probe, default_probes
-from .seams import Evict, Quantise, Site
+from ..errors import InputError
+from ..hosts import Component
+from ..hosts.base import Lease, Tally
+from ..hosts.probes import SEED, STEPS, Probe, default_probes
+from ..seams import Evict, Quantise, Site
+from .standing import Standing, runtimes, seed
 
 BASE = 64  # tokens of a prefill: more than few rows, so that the blocked kernels are tried
 MOST = 2048  # tokens of a prefill that is made longer so that an evictor has something to drop
@@ -24,15 +24,20 @@ MOST = 2048  # tokens of a prefill that is made longer so that an evictor has so
 # ---------------------------------------------------------------- which probes
 
 
-def probes_for(parts: Sequence[Component], sites: Sequence[Site], tokens: int) -> list[Probe]:
-    """The default probes of every component that one of ``sites`` belongs to; Unsupported names what has none."""
+Make = Callable[[Any, Sequence[Site], int], list[Probe]]
+
+
+def probes_for(
+    parts: Sequence[Component], sites: Sequence[Site], tokens: int, make: Make = default_probes
+) -> list[Probe]:
+    """The probes of every component that one of ``sites`` belongs to; Unsupported names what has none."""
     found = []
     for part in parts:
         own = [s for s in sites if s.name.startswith(part.prefix)]
         longer = [p for p in parts if len(p.prefix) > len(part.prefix)]
         own = [s for s in own if not any(s.name.startswith(p.prefix) for p in longer)]
         if own:
-            found += default_probes(part, own, tokens)
+            found += make(part, own, tokens)
     return found
 
 
@@ -58,7 +63,7 @@ def user_probe(model: Any, parts: Sequence[Component], given: Any) -> Probe:
     if isinstance(given, Mapping):
         return Probe("the inputs given", lambda: target(**_fresh(dict(given))))
     if isinstance(given, Tensor):
-        from .hosts.transformers_probe import cached
+        from ..hosts.transformers_probe import cached
 
         ids = given if given.dim() == 2 else given[None]
         module = parts[0].module
@@ -82,23 +87,6 @@ def _fresh(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------- running
-
-
-@contextlib.contextmanager
-def quietly(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Evaluation mode, no gradients, and the random state, all as before afterwards."""
-    training = [(m, m.training) for module in modules for m in module.modules()]
-    devices = sorted(
-        {p.device.index or 0 for m in modules for p in m.parameters() if p.device.type == "cuda"}
-    )
-    with torch.random.fork_rng(devices), torch.no_grad():
-        try:
-            for module, _ in training:
-                module.training = False
-            yield
-        finally:
-            for module, was in training:
-                module.training = was
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
@@ -168,6 +156,7 @@ class Ran:
                 total.acted += tally.acted
                 total.kernels.update(tally.kernels)
                 total.tokens_seen = max(total.tokens_seen, tally.tokens_seen)
+                total.tokens_kept = max(total.tokens_kept, tally.tokens_kept)
         return total
 
     def calls_of_others(self, leases: set[Lease]) -> list[tuple[int, int, int, int]]:
@@ -181,76 +170,15 @@ class Ran:
         ]
 
 
-def runtimes(parts: Sequence[Component]) -> list[Runtime]:
-    found = (runtime_of(module) for part in parts for module in part.module.modules())
-    return [runtime for runtime in found if runtime is not None]
-
-
-def run(parts: Sequence[Component], probes: Sequence[Probe]) -> Ran:
+def run(standing: Standing, probes: Sequence[Probe]) -> Ran:
     """Run every probe with all counters at zero; random numbers are drawn from the same seed each time."""
     ran = Ran([], [])
     for probe in probes:
-        standing = runtimes(parts)
-        for runtime in standing:
-            runtime.tallies = {lease: Tally() for lease in runtime.tallies}
-            runtime.facts.pop("around", None)
-            runtime.refresh()
-        forget_runs(parts)
-        torch.manual_seed(SEED)
+        standing.fresh()
+        here = runtimes(standing.parts)
+        seed(SEED)
         ran.outputs.append(list(tensors_in(probe.run())))
-        ran.counts.append({runtime.site.module: dict(runtime.tallies) for runtime in standing})
+        ran.counts.append({runtime.site.module: dict(runtime.tallies) for runtime in here})
     if not ran.tensors:
         raise InputError("the probe gives no tensors or images to compare; return the model's outputs")
     return ran
-
-
-def forget_runs(parts: Sequence[Component]) -> None:
-    """No call before this belongs to the run of a call after it, where a host counts the steps of runs."""
-    for part in parts:
-        forget = getattr(part.host, "forget_runs", None)
-        if forget is not None:
-            forget(part.module)
-
-
-class Standing:
-    """How every patch stands: its place among others, its counters, and the order of hooks."""
-
-    def __init__(self, parts: Sequence[Component]):
-        self.parts = parts
-        self.entries = {r.site.module: list(r.entries) for r in runtimes(parts)}
-        self.tallies = {r.site.module: (r.tallies, r.facts.get("around")) for r in runtimes(parts)}
-        self.hooks = [
-            (hooks, list(hooks))
-            for part in parts
-            for module in part.module.modules()
-            for hooks in (module._forward_pre_hooks, module._forward_hooks)
-        ]
-
-    def restore_order(self) -> None:
-        """After a patch was taken off and put back: everything in its old place again."""
-        for runtime in runtimes(self.parts):
-            present = {entry.owner for entry in runtime.entries}
-            runtime.entries = [e for e in self.entries[runtime.site.module] if e.owner in present]
-            runtime.refresh()
-        for hooks, before in self.hooks:
-            _reorder(hooks, before)
-
-    def restore_counters(self) -> None:
-        forget_runs(self.parts)
-        for runtime in runtimes(self.parts):
-            tallies, around = self.tallies[runtime.site.module]
-            runtime.tallies = {lease: tallies[lease] for lease in runtime.tallies if lease in tallies}
-            runtime.facts.pop("around", None)
-            if around is not None:
-                runtime.facts["around"] = around
-            runtime.refresh()
-
-
-def _reorder(hooks: Any, before: list[int]) -> None:
-    """Put hooks that were taken off and put on again into their old places among the others."""
-    again = [key for key in hooks if key not in before]
-    if not again:
-        return
-    order = [key if key in hooks else again.pop(0) for key in before if key in hooks or again]
-    for key in [*order, *again]:
-        hooks.move_to_end(key)
