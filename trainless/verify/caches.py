@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ..kernels.quant_kv import RAW, Segment
-from ..seams import Evict, Quantise, tokens_of
+from ..seams import Evict, Quantise
+from ..seams.eviction import draws
 from .dense import wide
 
 Problem = str
@@ -228,10 +229,9 @@ class History:
         problems = []
         for row, length in enumerate(self.prompt):
             age = int(number[row, -1]) + 1
-            recent = max(tokens_of(policy.recent, length), 1)
-            held = self.real[row] & (
-                (number[row] >= age - recent) | (number[row] < tokens_of(policy.sinks, length))
-            )
+            parts = policy.parts(length)
+            first = length if policy.protect else parts.sinks
+            held = self.real[row] & ((number[row] >= age - max(parts.recent, 1)) | (number[row] < first))
             for head in range(kept.shape[1]):
                 before, now = self.alive[row, head], kept[row, head]
                 want = min(int(before.sum()), policy.total(length))
@@ -252,6 +252,8 @@ class History:
                 )
                 if policy.score is not None and worth is None:
                     continue
+                if policy.seed is not None:
+                    value = draws(policy.seed, torch.tensor(head, device=number.device), number[row])
                 margin = slack * max(float(value[before].abs().max()), 1e-30) if worth is not None else 0.0
                 if float(value[free].min()) < float(value[gone].max()) - margin:
                     problems.append(

@@ -320,7 +320,10 @@ class Judge:
             b, _, lq, _ = found.probabilities.shape
             rows = torch.ones(b, lq, dtype=torch.bool, device=found.lse.device) if real is None else real
             if policy.last:
-                rows = rows & (rows.long().flip(1).cumsum(1).flip(1) <= policy.last)
+                # Where the budget is a share, the prompt of a row may be scored by fewer.
+                few = [policy.parts(int(n)).last if policy.once else policy.last for n in rows.sum(1)]
+                counts = torch.tensor(few, device=rows.device)[:, None]
+                rows = rows & (rows.long().flip(1).cumsum(1).flip(1) <= counts)
             mass = found.probabilities * rows[:, None, :, None]
         chosen = None
         if plan.evictor is not None and policy is not None and policy.chosen:
