@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ from oracle import models
 from torch import Tensor
 
 import trainless
-from trainless.hosts import transformers_cache
+from trainless.hosts import transformers
 from trainless.kernels.quant_kv import format as packed_format
 from trainless.kv import CompressingLayer, store
 from trainless.kv.slots import Slots
@@ -157,14 +159,16 @@ def test_codes_that_are_read_wrongly_are_found(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_wrong_layer_of_the_cache_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Methods keep what they remember on a layer that stands beside the one that the call has updated."""
     made = trainless.patch(llama(), "act", alpha=1.5, skip_layers=0)
-    own = transformers_cache._adopt
+    own, beside = transformers.call_of, {}
 
-    def wrong(runtime: Any, cache: Any, index: int) -> Any:
-        own(runtime, cache, index)
-        return own(runtime, cache, (index + 1) % 3)
+    def wrong(*args: Any) -> Any:
+        call = own(*args)
+        layer = beside.setdefault(id(call.layer), (call.layer, copy.copy(call.layer)))[1]
+        return dataclasses.replace(call, layer=layer)
 
-    monkeypatch.setattr(transformers_cache, "_adopt", wrong)
+    monkeypatch.setattr(transformers, "call_of", wrong)
     found = made.verify()
     assert "cache" in failures(found) and "another layer of the cache" in detail(found, "cache"), str(found)
 

@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 from ..errors import TrainlessError
 from ..hosts.base import Made, Runtime
 from ..kv import CompressingLayer
-from ..seams import BESIDE, AttentionCall, AttentionPlan, Entry, Groups, RowEdit, Statistics
+from ..seams import BESIDE, AttentionCall, Entry, Groups, RowEdit, Statistics
 from .caches import History, Lost, Update
 from .heard import Heard, Record, Value
 from .judging import Judge
@@ -87,13 +87,13 @@ class SiteWatch:
 
     # ------------------------------------------------------------------ a call
 
-    def around(self, made: Made, proceed: Callable[[], Tensor]) -> Tensor:
+    def around(self, made: Made, proceed: Callable[[], Tensor], stock: Callable[[], Tensor]) -> Tensor:
         self.record.calls += 1
         heard = Heard(made, self.watching.updates_of(self.runtime.site.module))
-        self.inside = True
+        with torch.no_grad():
+            own = stock() if self._fits_stock(heard.updates) else None
+        self.inside, self.heard = True, heard
         try:
-            stock = self._stock(proceed) if self._fits_stock(heard.updates) else None
-            self.heard = heard
             out = proceed()
         finally:
             self.inside, self.heard = False, None
@@ -102,7 +102,7 @@ class SiteWatch:
         judge = Judge(self.runtime, self.record, heard, watching.histories, watching.originals, mask)
         with torch.no_grad():
             try:
-                judge.check(out, stock)
+                judge.check(out, own)
             except (Lost, TrainlessError) as error:
                 self.record.skip("result", str(error))
             except torch.OutOfMemoryError:
@@ -112,16 +112,6 @@ class SiteWatch:
     def _fits_stock(self, updates: list[Update]) -> bool:
         """Whether the user's own attention can run on what this call brings: not where its cache has dropped keys."""
         return not any(isinstance(u.layer, CompressingLayer) and u.layer.evicted for u in updates)
-
-    def _stock(self, proceed: Callable[[], Tensor]) -> Tensor:
-        """What the user's own attention gives for the same call."""
-        runtime = self.runtime
-        plan, residual = runtime.plan, runtime.call.residual
-        runtime.plan = AttentionPlan([])
-        try:
-            return proceed()
-        finally:
-            runtime.plan, runtime.call.residual = plan, residual
 
 
 def _edited(told: Value, edit: Callable[[Tensor, int], Tensor], p: Tensor, start: int) -> Tensor:
