@@ -180,7 +180,9 @@ def test_estimated_bytes_are_those_of_the_cache(kind: str) -> None:
     ):
         pytest.skip("its cache holds more than keys and values of tokens")
     with torch.no_grad():
-        cache = model(input_ids=zoo.prompt(length), use_cache=True).past_key_values
+        cache = getattr(model(input_ids=zoo.prompt(length), use_cache=True), "past_key_values", None)
+    if cache is None:
+        pytest.skip("it does not return its cache")
     tensors = [
         t
         for layer in cache.layers
