@@ -175,10 +175,14 @@ def test_estimated_bytes_are_those_of_the_cache(kind: str) -> None:
     if not trainless.explain(model, "attn_temperature", temperature=0.5).ok:
         pytest.skip("refused when patching")
     found = estimate(*bind(model, resolve("attn_temperature", {"temperature": 0.5})), [length])
-    if found is None or any(s.facts["no_state"] for s in find_sites(components(model))):
+    if found is None or any(
+        "other keys" in (s.facts["no_state"] or "") for s in find_sites(components(model))
+    ):
         pytest.skip("its cache holds more than keys and values of tokens")
     with torch.no_grad():
-        cache = model(input_ids=zoo.prompt(length), use_cache=True).past_key_values
+        cache = getattr(model(input_ids=zoo.prompt(length), use_cache=True), "past_key_values", None)
+    if cache is None:
+        pytest.skip("it does not return its cache")
     tensors = [
         t
         for layer in cache.layers

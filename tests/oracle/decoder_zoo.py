@@ -82,14 +82,16 @@ MORE: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {**EACH, "layer_types": MIXED, "num_expert_group": 1, "num_experts_per_token": 2},
     "bamba": {"attn_layer_indices": [1, 3]},
     "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
-    "deepseek_v2": {**EACH, "topk_method": "greedy"},
+    "deepseek_v2": {
+        **EACH, "topk_method": "greedy", "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2,
+    },
     "dots1": {"first_k_dense_replace": 1},
     "gemma4_text": {"global_head_dim": 16, "layer_types": WINDOWS, "num_experts": None},
     "gemma4_unified_text": {"global_head_dim": 16, "layer_types": WINDOWS},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "num_layers": 4, "num_heads": 4},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
     "kimi_linear": {
-        **EACH, "n_routed_experts": ..., "layer_types": MIXED,
+        **EACH, "n_routed_experts": ..., "num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": MIXED,
         "linear_attn_config": {"num_heads": 4, "head_dim": 8, "short_conv_kernel_size": 4},
     },
     "nemotron_h": {"layers_block_type": ["linear_attention", "full_attention", "moe", "full_attention"]},
