@@ -248,7 +248,7 @@ def test_pixels_of_a_latent_can_be_said_for_a_denoiser_alone():
         ),
         (lambda: models.build("unet"), {"pixels_per_latent": 8}, "nothing without"),
         (lambda: models.build("unet"), {"trained": 128, "pixels_per_latent": 0}, "whole pixels"),
-        (lambda: models.build("unet"), {"trained": 128, "pixels_per_latent": True}, "whole pixels"),
+        (lambda: models.build("unet"), {"trained": 128, "pixels_per_latent": 1000}, "whole pixels"),
     ],
 )
 def test_pixels_of_a_latent_that_cannot_be(make, given, said):

@@ -69,7 +69,7 @@ class Entropy(Method):
         if self.trained is not None:
             _size(self.trained)
         side = self.pixels_per_latent
-        if side is not None and (isinstance(side, bool) or not isinstance(side, int) or not 1 <= side <= 128):
+        if side is not None and not 1 <= side <= 128:
             raise InputError(f"pixels_per_latent={side!r}: give whole pixels from 1 to 128, such as 8")
         if side is not None and self.trained is None:
             raise InputError("pixels_per_latent counts trained= and is nothing without it; give both")
