@@ -17,7 +17,7 @@ from torch import Tensor
 import trainless
 from trainless import patching, rows, softmax
 from trainless.attention import _Run
-from trainless.hosts import inputs, transformers
+from trainless.hosts import inputs, transformers_calls
 from trainless.patchers import Method
 from trainless.seams import AttentionPlan, Contribution, ExtraKeys, MassMove, Pairs, Site
 
