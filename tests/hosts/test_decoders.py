@@ -352,3 +352,17 @@ def test_probabilities_that_have_no_columns_are_refused(method: str, given: dict
         assert all((a - b).abs().max() < 1e-6 for a, b in zip(found.attentions, stock, strict=True))
         with pytest.raises(trainless.Unsupported, match=rf"{method}: output_attentions"):
             model(ids[:, :1], past_key_values=found.past_key_values, output_attentions=True)
+
+
+# ---------------------------------------------------------------- advice
+
+
+def test_another_part_is_advised_only_where_it_is_a_way_out() -> None:
+    vit = transformers.ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    model = _on_meta("ViTModel", vit)
+    with pytest.raises(trainless.NoMatch, match="none of them can be patched: not causal") as caught:
+        trainless.patch(model, "h2o")
+    assert "where" not in str(caught.value)
+    assert trainless.explain(model, "attn_temperature", temperature=0.5).ok

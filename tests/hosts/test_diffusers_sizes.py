@@ -107,6 +107,22 @@ def test_pixels_are_latents_where_a_pipeline_paints_pixels():
         assert not torch.equal(pipe.unet(**given)[0], stock)
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        tiny.flux, tiny.flux2, tiny.chroma, tiny.qwen, tiny.bria, tiny.krea2, tiny.z_image, tiny.ernie, tiny.aura,
+        tiny.lumina2, tiny.cogview4, tiny.hidream, tiny.kandinsky3, lambda: models.build("sd3"),
+    ],
+)  # fmt: skip
+def test_denoisers_alone_whose_class_goes_with_one_autoencoder(make):
+    """Sixteen pixels a token, eight a latent in the UNet: as their pipelines count with the published autoencoder."""
+    model = make()
+    site = DiffusersHost().sites(model)[0]
+    rows, columns = site.facts["sizes"].latents((512, 768))
+    patch = site.facts["patch"] or (2, 2)
+    assert (rows // patch[0], columns // patch[1]) == (32, 48)
+
+
 def test_an_autoencoder_that_is_not_eightfold():
     pipe = stable_diffusion(models.build("unet"))
     pipe = tiny.pipeline("StableDiffusionPipeline", pipe.unet, vae=tiny.vae(2))

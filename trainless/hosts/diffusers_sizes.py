@@ -28,7 +28,11 @@ from .diffusers_size_table import (
 )
 
 Size = tuple[int, int]
-UNETS = (diffusers.UNet2DConditionModel, diffusers.UNet2DModel, diffusers.Kandinsky3UNet)
+UNETS = (
+    diffusers.UNet2DConditionModel, diffusers.UNet2DModel, diffusers.Kandinsky3UNet, diffusers.UNetMotionModel,
+    diffusers.DreamLiteUNetModel, diffusers.UNetSpatioTemporalConditionModel, diffusers.UNet3DConditionModel,
+    diffusers.I2VGenXLUNet,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,9 @@ HIDDEN = (
 )  # an additive mask at or below this hides its key; diffusers writes -10000 or the dtype's minimum
 
 
+LARGEST = 1 << 20  # pixels of a side: what is larger is no size of an image
+
+
 @register
 @dataclass(frozen=True)
 class Entropy(Method):
@@ -148,6 +151,6 @@ def _size(trained: Any) -> tuple[int, int]:
         sides = [operator.index(n) for n in pair if not isinstance(n, bool)]  # numpy's integers, too
     except TypeError:
         sides = []
-    if len(sides) != 2 or len(pair) != 2 or min(sides) < 1:
+    if len(sides) != 2 or len(pair) != 2 or not 1 <= min(sides) <= max(sides) <= LARGEST:
         raise InputError(f"trained={trained!r}: give a side in pixels, such as 1024, or (height, width)")
     return sides[0], sides[1]
