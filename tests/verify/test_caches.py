@@ -195,3 +195,20 @@ def test_latents_in_the_cache_are_followed_through_their_expansion() -> None:
     made = trainless.patch(model, "streaming", sinks=2, recent=10)
     found = made.verify()
     assert status(found)["streaming", "result"] == status(found)["streaming", "kept"] == "ok", str(found)
+
+
+@pytest.mark.parametrize("method", ["act", "kvquant"])
+def test_several_attentions_over_one_update_are_no_fault(method: str) -> None:
+    """DiffLlama attends twice over the keys that it puts into its cache once."""
+    from transformers import DiffLlamaConfig, DiffLlamaForCausalLM
+
+    torch.manual_seed(0)
+    model = DiffLlamaForCausalLM(DiffLlamaConfig(
+        vocab_size=67, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, pad_token_id=0, initializer_range=0.3,
+    )).eval()  # fmt: skip
+    given = {"skip_layers": 0, "alpha": 1.5} if method == "act" else {"group": 8, "residual": 8}
+    found = trainless.patch(model, method, **given).verify()
+    assert found and status(found)["whole patch", "cache"] == status(found)[method, "result"] == "ok", str(
+        found
+    )

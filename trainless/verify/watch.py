@@ -89,7 +89,9 @@ class SiteWatch:
 
     def around(self, made: Made, proceed: Callable[[], Tensor], stock: Callable[[], Tensor]) -> Tensor:
         self.record.calls += 1
-        heard = Heard(made, self.watching.updates_of(self.runtime.site.module))
+        module = self.runtime.site.module
+        again = self.watching.last.get(module)
+        heard = Heard(made, self.watching.updates_of(module), again)
         with torch.no_grad():
             own = stock() if self._fits_stock(heard.updates) else None
         self.inside, self.heard = True, heard
@@ -136,6 +138,7 @@ class Watching:
         self.masks: dict[str, Tensor | None] = {}
         self.current: list[nn.Module] = []
         self.pending: dict[nn.Module, list[Update]] = {}
+        self.last: dict[nn.Module, Update] = {}  # of the forward under way
         self.caches: list[Any] = []
 
     @contextmanager
@@ -192,6 +195,7 @@ class Watching:
             return
         self.current.append(module)
         self.pending[module] = []
+        self.last.pop(module, None)
         for given in (*kwargs.values(), *args):
             inner = (
                 (given.self_attention_cache, given.cross_attention_cache)
@@ -228,7 +232,9 @@ class Watching:
                 history.stamp = None
         keys, values = update(key, value, index, *args, **kwargs)
         layer = cache.layers[index] if layer is None else layer
-        self.pending[self.current[-1]].append(Update(layer, key, value, keys, values))
+        made = Update(layer, key, value, keys, values)
+        self.pending[self.current[-1]].append(made)
+        self.last[self.current[-1]] = made
         return keys, values
 
     def updates_of(self, module: nn.Module) -> list[Update]:
