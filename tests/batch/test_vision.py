@@ -241,8 +241,10 @@ def test_errors_of_single_items_and_memory(run, vlms, pictures, monkeypatch):
 
     monkeypatch.setattr(Picture, "open", fails_later)
     monkeypatch.setattr(LlavaForConditionalGeneration, "generate", small)
+    # The shortest stands in the last batch, whatever the keys are, by which equal lengths are in order.
+    prompts = [f"<image>{i}{' and what is that?' * (i != 4)}" for i in range(6)]
     write_lines(
-        "p.jsonl", [{"id": i, "prompt": f"<image>{i}", "image": f"{int(i == 4)}.png"} for i in range(6)]
+        "p.jsonl", [{"id": i, "prompt": p, "image": f"{int(i == 4)}.png"} for i, p in enumerate(prompts)]
     )
     args = ("generate", vlms["llava"], "p.jsonl", "-o", "out", "--max-new-tokens", 3, "--batch-size", 4)
     assert run(*args)[0] == 3
