@@ -182,8 +182,9 @@ class Oracle:
         scaling: float,
         bias: Tensor | None,
         softcap: float | None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
-        """Attention of one call, (B, H, Lq, D)."""
+        """Attention of one call, (B, H, Lq, D). sinks: a logit for each head (H,) that takes its part of every row."""
         site = self.site(module)
         batch, heads, lq, _ = query.shape
         lk = key.shape[2]
@@ -215,7 +216,7 @@ class Oracle:
             z = rule.logits(call, z)
             seen = rule.seen(call, seen)
         call.seen = seen
-        before_edits = masked_softmax(z, seen)
+        before_edits = masked_softmax(z, seen, None if sinks is None else sinks[None, :, None, None].to(z))
         p = before_edits
         for rule in rules:
             p = rule.probabilities(call, p)
@@ -228,12 +229,15 @@ class Oracle:
         return out
 
 
-def masked_softmax(logits: Tensor, seen: Tensor) -> Tensor:
-    """Softmax over the pairs that are seen; a row that sees nothing is all zeros."""
+def masked_softmax(logits: Tensor, seen: Tensor, sinks: Tensor | None = None) -> Tensor:
+    """Softmax over the pairs that are seen; a row that sees nothing is all zeros. sinks: a logit of each row besides."""
     weights = torch.where(seen, logits, torch.full_like(logits, -torch.inf))
     top = weights.amax(dim=-1, keepdim=True)
-    weights = torch.exp(weights - torch.where(top.isinf(), torch.zeros_like(top), top))
+    top = torch.where(top.isinf(), torch.zeros_like(top), top)
+    weights = torch.exp(weights - top)
     total = weights.sum(dim=-1, keepdim=True)
+    if sinks is not None:
+        total = total + torch.exp(sinks - top)
     return torch.where(total > 0, weights / total.clamp_min(torch.finfo(weights.dtype).tiny), weights)
 
 
@@ -250,6 +254,7 @@ def _attention(
     position_bias: Tensor | None = None,
     softcap: float | None = None,
     is_causal: bool | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     unknown = {k for k, v in kwargs.items() if v is not None and k not in HARMLESS}
@@ -267,7 +272,9 @@ def _attention(
         raise NotImplementedError("the oracle builds boolean masks only")
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
-    out = _oracles[module].attend(module, query, key, value, visible, scaling, position_bias, softcap)
+    out = _oracles[module].attend(
+        module, query, key, value, visible, scaling, position_bias, softcap, s_aux
+    )
     return out.transpose(1, 2).contiguous(), None
 
 
