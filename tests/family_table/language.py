@@ -27,7 +27,7 @@ from trainless.patchers.zipcache import ZipCache as ZipCacheMethod
 from .outcomes import fault, passed, refused, said
 
 TOLERANCE = 1e-5  # of the largest logit: stock models compute norms and rotary tables in float32
-STEPS = 5
+STEPS, FEW = 5, 2  # tokens of a row, and of a padded batch
 ROW, SHORT = 24, 15
 
 
@@ -115,7 +115,7 @@ def texts(model: Any) -> Texts:
     if not torch.equal(logits(model, row), stock):
         raise ArithmeticError("two calls differ")
     try:
-        batched: Tensor | None = logits(model, batch, 3)
+        batched: Tensor | None = logits(model, batch, FEW)
     except Exception:  # a stock model that takes no padding
         batched = None
     found = Texts(model, row, stock, batch, batched, False, False)
@@ -166,6 +166,8 @@ def found_on(model: Any, only: Sequence[str] | None = None) -> Found:
     t, found = texts(model), Found()
     for method in methods() if only is None else only:
         found.outcomes[method] = _outcome(t, method, found.held)
+    if not torch.equal(logits(t.model, t.row), t.stock):
+        raise ArithmeticError("after all patches are removed the model is another")
     return found
 
 
@@ -184,7 +186,7 @@ def _outcome(t: Texts, method: str, held: list[str]) -> str:
     try:
         got = logits(t.model, t.row)
         if t.batched is not None:
-            logits(t.model, t.batch, 3)
+            logits(t.model, t.batch, FEW)
         report = patch.report().methods[0]
     except Exception as error:
         return fault(f"accepted when patching; the call raised {said(error)}")
@@ -202,15 +204,12 @@ def _wrong(
         return f"it did nothing: fired {report.fired}, acted {report.acted}"
     if not bool(torch.isfinite(got).all()) or torch.equal(got, t.stock):
         return "its logits are the stock model's, or not finite"
-    if not torch.equal(logits(t.model, t.row), t.stock):
-        return "the model is another after removal"
     if tried.near and (got[:, :2] - t.stock[:, :2]).abs().max() > 0.1 * t.stock.abs().max():
         return "at 8 bits it is far from the stock model"
     with trainless.patched(t.model, method, **{**tried.given, **tried.identity}):
-        if not torch.equal(logits(t.model, t.row), t.stock):
+        given, stock = (t.row, t.stock) if t.batched is None else (t.batch, t.batched)
+        if not torch.equal(logits(t.model, given, stock.shape[1]), stock):
             return "at its identity the bits are others"
-        if t.batched is not None and not torch.equal(logits(t.model, t.batch, 3), t.batched):
-            return "at its identity the bits of a padded batch are others"
     want = _ruled(t, tried, sites)
     if want is None:
         return ""

@@ -36,6 +36,7 @@ HARMLESS = {
     "encoder_hidden_states",
     "encoder_attention_mask",
     "logits_to_keep",
+    "output_router_logits",
 }
 
 
