@@ -43,7 +43,9 @@ def read(file: Path) -> tuple[Line, dict[str, Line]]:
     """The head of a file and its lines by family; nothing of a file that is not there."""
     if not file.is_file():
         return {}, {}
-    head, *lines = [json.loads(text) for text in file.read_text(encoding="utf-8").splitlines() if text.strip()]
+    head, *lines = [
+        json.loads(text) for text in file.read_text(encoding="utf-8").splitlines() if text.strip()
+    ]
     return head, {line["family"]: line for line in lines}
 
 
@@ -104,7 +106,9 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     quiet()
     groups = said.group or list(GROUPS)
-    chosen = {group: [n for n in maker(group).names() if said.only is None or n in said.only] for group in groups}
+    chosen = {
+        group: [n for n in maker(group).names() if said.only is None or n in said.only] for group in groups
+    }
     if unknown := set(said.only or ()) - {name for names in chosen.values() for name in names}:
         parser.error(f"no such family: {', '.join(sorted(unknown))}")
     if said.check:

@@ -20,6 +20,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 import advice
+import family_tables
 import picture
 
 ROOT = Path(__file__).parent.parent
@@ -264,6 +265,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "measurements": measurements,
     "goals": advice.tables,
     "goal-memory": advice.memory,
+    **family_tables.BLOCKS,
 }
 
 

@@ -147,7 +147,8 @@ def _linear(case: Case, model: Any) -> Any:
 
 def _double(case: Case) -> torch.Tensor:
     given = {
-        k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in case.call(*case.other).items()
+        k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v
+        for k, v in case.call(*case.other).items()
     }
     out = case.output(case.model(**given))
     while isinstance(out, (tuple, list)):

@@ -24,7 +24,7 @@ import trainless
 from trainless.patchers import known
 from trainless.patchers.zipcache import ZipCache as ZipCacheMethod
 
-from .outcomes import fault, passed, refused, said
+from .outcomes import fault, one_line, passed, refused, said
 
 TOLERANCE = 1e-5  # of the largest logit: stock models compute norms and rotary tables in float32
 STEPS, FEW = 5, 2  # tokens of a row, and of a padded batch
@@ -127,7 +127,9 @@ def texts(model: Any) -> Texts:
 def _reproduces(t: Texts, ruled: Callable[[], Any], plain: bool = True) -> bool:
     try:
         with ruled():
-            return off(logits(t.model, t.row, cache=forgetful(t.model) if plain else None), t.stock) < TOLERANCE
+            return (
+                off(logits(t.model, t.row, cache=forgetful(t.model) if plain else None), t.stock) < TOLERANCE
+            )
     except Exception:  # arguments that it does not know, other dtypes, caches of another kind
         return False
 
@@ -162,12 +164,40 @@ def off(got: Tensor, want: Tensor) -> float:
     return worst if worst == worst else float("inf")
 
 
+def line_of(kind: str, build: Callable[..., Any], **given: Any) -> dict[str, Any]:
+    """The line of a model type; every value is text. ``build`` raises ValueError where nothing small can be made.
+
+    A float64 model if it runs as one: some compute in float32 whatever they are given.
+    """
+    why = ""
+    for dtype in (torch.float64, torch.float32):
+        try:
+            model = build(kind, dtype=dtype, **given)
+        except ValueError as error:
+            return {"family": kind, "not built": one_line(str(error).removeprefix(f"{kind}: "), 200)}
+        try:
+            found = found_on(model)
+        except Exception as error:  # what the stock model raises
+            why = one_line(f"it does not run: {type(error).__name__}: {error}", 200)
+            continue
+        loose = [
+            m for m, said in found.outcomes.items() if m not in found.held and not said.startswith("refused")
+        ]
+        return {
+            "family": kind,
+            "class": type(model).__name__,
+            "methods": found.outcomes,
+            "by identity": loose,
+        }
+    return {"family": kind, "not built": why}
+
+
 def found_on(model: Any, only: Sequence[str] | None = None) -> Found:
     t, found = texts(model), Found()
     for method in methods() if only is None else only:
         found.outcomes[method] = _outcome(t, method, found.held)
     if not torch.equal(logits(t.model, t.row), t.stock):
-        raise ArithmeticError("after all patches are removed the model is another")
+        found.outcomes = dict.fromkeys(found.outcomes, fault("after removal the model is another"))
     return found
 
 
@@ -221,7 +251,8 @@ def _wrong(
 def _ruled(t: Texts, tried: Try, sites: list[Any]) -> Tensor | None:
     """The logits by the rule written out densely, or None where it does not reach."""
     plain = all(
-        site.facts["keys"] == "same" and site.facts["calls"] == 1 and not site.facts["borrows"] for site in sites
+        site.facts["keys"] == "same" and site.facts["calls"] == 1 and not site.facts["borrows"]
+        for site in sites
     )
     numbered = all(site.layer == getattr(site.module, "layer_idx", None) for site in sites)
     if t.oracle and numbered and (plain or not tried.cache):
@@ -230,7 +261,9 @@ def _ruled(t: Texts, tried: Try, sites: list[Any]) -> Tensor | None:
             return logits(t.model, t.row, cache=forgetful(t.model))
     if t.turned and tried.dense is not None:
         rules = {
-            s.name: dense.Rule(heads=s.facts["cache_shape"][0], tiled=s.facts["keys"] == "tiled", **tried.dense)
+            s.name: dense.Rule(
+                heads=s.facts["cache_shape"][0], tiled=s.facts["keys"] == "tiled", **tried.dense
+            )
             for s in sites
         }
         with dense.ruled(t.model, rules):

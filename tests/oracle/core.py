@@ -273,9 +273,7 @@ def _attention(
         raise NotImplementedError("the oracle builds boolean masks only")
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
-    out = _oracles[module].attend(
-        module, query, key, value, visible, scaling, position_bias, softcap, s_aux
-    )
+    out = _oracles[module].attend(module, query, key, value, visible, scaling, position_bias, softcap, s_aux)
     return out.transpose(1, 2).contiguous(), None
 
 

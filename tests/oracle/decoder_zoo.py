@@ -80,8 +80,10 @@ MORE: dict[str, dict[str, Any]] = {
     **{kind: {"layer_types": ["conv", "full_attention"] * 2} for kind in ("lfm2", "lfm2_moe")},
     "bailing_hybrid": {**EACH, "layer_types": MIXED, "num_expert_group": 1, "num_experts_per_token": 2},
     "bamba": {"attn_layer_indices": [1, 3]},
-    "deepseek_v2": {**EACH, "topk_method": "greedy"},
-    "dots1": {"first_k_dense_replace": 1},
+    "deepseek_v2": {**EACH, "topk_method": "greedy", "num_experts_per_tok": 2},
+    "dots1": {
+        "first_k_dense_replace": 1, "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2,
+    },
     "gemma4_text": {"global_head_dim": 16, "layer_types": WINDOWS, "num_experts": None},
     "gemma4_unified_text": {"global_head_dim": 16, "layer_types": WINDOWS},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
