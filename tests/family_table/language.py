@@ -116,6 +116,7 @@ def texts(model: Any) -> Texts:
         raise ArithmeticError("two calls differ")
     try:
         batched: Tensor | None = logits(model, batch, FEW)
+        batched = batched if bool(torch.isfinite(batched).all()) else None
     except Exception:  # a stock model that takes no padding
         batched = None
     found = Texts(model, row, stock, batch, batched, False, False)
@@ -148,7 +149,7 @@ def logits(model: Any, batch: dict[str, Tensor], tokens: int = STEPS, cache: Any
     given = dict(batch) if cache is None else {**batch, "past_key_values": cache}
     with torch.no_grad():
         found = model.generate(
-            **given, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0,
+            **given, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0, use_cache=True,
             return_dict_in_generate=True, output_logits=True,
         )  # fmt: skip
     return torch.stack(found.logits, 1)

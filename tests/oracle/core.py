@@ -54,7 +54,8 @@ class Site:
 class Call:
     """One attention call. ``visible`` (B, H, Lq, Lk) is what the model's own mask allows, ``real``
     (B, Lq) the queries that are no padding, ``real_keys`` (B, Lk) likewise; ``past`` = Lk - Lq. ``seen``
-    is ``visible`` without what rules have evicted; it is set before the softmax."""
+    is ``visible`` without what rules have evicted; it is set before the softmax. ``sinks``: a logit for each head
+    that takes its part of every row, (1, H, 1, 1), or None."""
 
     site: Site
     query: Tensor
@@ -66,6 +67,7 @@ class Call:
     past: int
     model: nn.Module
     seen: Tensor | None = None
+    sinks: Tensor | None = None
 
     @property
     def groups(self) -> int:
@@ -123,6 +125,10 @@ class Rule:
     def logits(self, call: Call, logits: Tensor) -> Tensor:
         """The logits before masking, (B, H, Lq, Lk)."""
         return logits
+
+    def learned(self, call: Call, sinks: Tensor) -> Tensor:
+        """The learned sink of each head, one more logit in its rows, (1, H, 1, 1)."""
+        return sinks
 
     def seen(self, call: Call, seen: Tensor) -> Tensor:
         """The pairs that take part in the softmax, (B, H, Lq, Lk)."""
@@ -213,11 +219,13 @@ class Oracle:
         if bias is not None:
             z = z + bias
         seen = visible
+        call.sinks = None if sinks is None else sinks[None, :, None, None].to(z)
         for rule in rules:
+            call.sinks = None if call.sinks is None else rule.learned(call, call.sinks)
             z = rule.logits(call, z)
             seen = rule.seen(call, seen)
         call.seen = seen
-        before_edits = masked_softmax(z, seen, None if sinks is None else sinks[None, :, None, None].to(z))
+        before_edits = masked_softmax(z, seen, call.sinks)
         p = before_edits
         for rule in rules:
             p = rule.probabilities(call, p)

@@ -59,9 +59,9 @@ ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2
 PARTIAL = {**ROPE, "partial_rotary_factor": 1.0}
 # Fields of the text config.
 MORE: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "paddleocr_vl", "glm_ocr"), {"rope_parameters": ROPE}),
-    **dict.fromkeys(("glm46v", "glm4v", "glm4v_moe"), {"rope_parameters": PARTIAL}),
-    **dict.fromkeys(("kimi_k25", "mistral4", "glm5_next"), {"num_key_value_heads": 4}),
+    **{kind: {"rope_parameters": ROPE} for kind in ("qwen2_vl", "qwen2_5_vl", "paddleocr_vl", "glm_ocr")},
+    **{kind: {"rope_parameters": PARTIAL} for kind in ("glm46v", "glm4v", "glm4v_moe")},
+    **{kind: {"num_key_value_heads": 4} for kind in ("kimi_k25", "mistral4", "glm5_next")},
 }  # fmt: skip
 
 
