@@ -163,7 +163,11 @@ def _default_parts(sites: list[Site], method: Method, part: str | None, parts: l
         return [s for s in sites if s.parts & method.parts]
     # A model that reads or hears more than text: its text, unless asked otherwise.
     text = [s for s in sites if "text" in s.parts]
-    if not text and all("vision" in s.parts for s in sites) and any(p.main and _writes(p.module) for p in parts):
+    if (
+        not text
+        and all("vision" in s.parts for s in sites)
+        and any(p.main and _writes(p.module) for p in parts)
+    ):
         return []  # its text is out of reach, and what it sees was not asked for
     return text or sites
 

@@ -159,13 +159,15 @@ def logits(model: Any, batch: dict[str, Tensor], tokens: int = STEPS, cache: Any
 
 
 def off(got: Tensor, want: Tensor) -> float:
-    """The largest difference over the largest logit, up to the first token that is another."""
+    """The largest difference over the largest logit, up to the first token that is another; inf for no number."""
     worst = 0.0
     for a, b in zip(got[0], want[0], strict=True):
+        if not bool(torch.isfinite(a).all() and torch.isfinite(b).all()):
+            return float("inf")
         worst = max(worst, float((a - b).abs().max() / b.abs().max()))
         if a.argmax() != b.argmax():
             break
-    return worst if worst == worst else float("inf")
+    return worst
 
 
 def line_of(kind: str, build: Callable[..., Any], **given: Any) -> dict[str, Any]:

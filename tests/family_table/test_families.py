@@ -28,7 +28,7 @@ import families  # noqa: E402 - it lies in docs/, with what it writes
 SAMPLE = {
     "decoders": ("llama", "gpt_oss", "deepseek_v3", "qwen3_next", "doge", "bloom", "mamba"),
     "denoisers": ("FluxTransformer2DModel", "SanaTransformer2DModel", "UNetMotionModel", "SD3ControlNetModel"),
-    "vision": (),
+    "vision": ("gemma4", "git", "mistral3"),
 }  # fmt: skip
 FIX = "run: python docs/families.py"
 
@@ -103,16 +103,36 @@ def _fits() -> list[tuple[str, str]]:
 
 
 def test_recipes_name_only_decoders_on_which_their_methods_work() -> None:
-    _, lines = families.stored("decoders")
+    built = [{k: v for k, v in families.stored(g)[1].items() if "methods" in v} for g in ("vision", "decoders")]
+    lines = {**built[0], **built[1]}
     checked: set[str] = set()
     for name, kind in _fits():
-        found: dict[str, Any] = lines[kind].get("methods", {})
+        assert kind in lines, f"{name} fits {kind}, of which there is no tiny model"
         for use in resolve(name).uses:
-            outcome = found.get(use.method.name, "")
+            outcome = lines[kind]["methods"].get(use.method.name, "")
             if use.method.name in language.methods():
-                assert outcome.startswith(("exact", "passes over")), (name, kind, outcome or lines[kind])
+                assert outcome.startswith(("exact", "passes over")), (name, kind, outcome)
                 checked.add(kind)
     assert len(checked) > 20
+
+
+NEW = ("gpt_oss", "qwen3_next", "deepseek_v3", "gemma4_text", "lfm2")
+WIDE = [name for name in packaged() if len((resolve(name).fits or {}).get("model_type", [])) > 12]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "kind", sorted({kind for _, kind in _fits()}) if os.environ.get("TRAINLESS_ALL") else NEW
+)
+def test_recipes_for_many_families_find_layers_on_each(kind: str) -> None:
+    from oracle import decoder_zoo as zoo
+
+    import trainless
+
+    model = zoo.build(kind, dtype=torch.float32, **families.maker("decoders").OVERRIDES.get(kind, {}))
+    for name in WIDE:
+        if kind in resolve(name).fits["model_type"]:
+            assert trainless.explain(model, name).ok, (name, trainless.explain(model, name).problems)
 
 
 # ---------------------------------------------------------------- that the table can fail

@@ -148,6 +148,8 @@ def build(kind: str, *, dtype: torch.dtype = torch.float64, seed: int = 0) -> An
         if count > LARGEST:
             raise ValueError(f"{count / 1e6:.0f} million parameters")
         model = cls(config)
+        if getattr(model, "generation_config", None) is None:
+            raise ValueError("it writes no text")
     except Exception as error:
         text = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
         raise ValueError(f"{kind}: {type(error).__name__}: {text}") from error
