@@ -95,10 +95,11 @@ def cell(line: dict[str, Any], outcome: str, method: str, notes: dict[str, int])
 
 def _plain(text: str, line: dict[str, Any]) -> str:
     """A reason without the names of one family, so that families that share it share a note."""
-    text = text.replace(f"{line['family']}: ", "").replace(f"`{line['family']}`", "it")
     for pattern, instead in SITES:
         text = pattern.sub(instead, text)
-    return CLASS.sub(r"…\1", text).replace("<", "&lt;")
+    if line.get("class") == line["family"]:  # a denoiser, which is called by its class
+        return text.replace(f"a {line['family']}", "it").replace(line["family"], "it")
+    return CLASS.sub(r"…\1", text.replace(f"{line['family']}: ", "")).replace("<", "&lt;")
 
 
 BLOCKS = {f"families-{group}": partial(table, group) for group in ("decoders", "denoisers", "vision")}

@@ -51,7 +51,7 @@ def _quiet() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("group", "name"), _parts(), ids="-".join)
+@pytest.mark.parametrize(("group", "name"), _parts(), ids=["-".join(part) for part in _parts()])
 def test_a_line_made_today_is_the_stored_one(group: str, name: str) -> None:
     _, lines = families.stored(group)
     assert name in lines, FIX
@@ -103,7 +103,9 @@ def _fits() -> list[tuple[str, str]]:
 
 
 def test_recipes_name_only_decoders_on_which_their_methods_work() -> None:
-    built = [{k: v for k, v in families.stored(g)[1].items() if "methods" in v} for g in ("vision", "decoders")]
+    built = [
+        {k: v for k, v in families.stored(g)[1].items() if "methods" in v} for g in ("vision", "decoders")
+    ]
     lines = {**built[0], **built[1]}
     checked: set[str] = set()
     for name, kind in _fits():
@@ -129,7 +131,9 @@ def test_recipes_for_many_families_find_layers_on_each(kind: str) -> None:
 
     import trainless
 
-    model = zoo.build(kind, dtype=torch.float32, **families.maker("decoders").OVERRIDES.get(kind, {}))
+    # Of the six layers of the table's Gemma 4 only the second has a cache that its methods may touch.
+    given = {} if kind == "gemma4_text" else families.maker("decoders").OVERRIDES.get(kind, {})
+    model = zoo.build(kind, dtype=torch.float32, **given)
     for name in WIDE:
         if kind in resolve(name).fits["model_type"]:
             assert trainless.explain(model, name).ok, (name, trainless.explain(model, name).problems)

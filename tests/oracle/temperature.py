@@ -14,7 +14,8 @@ class AttnTemperature(Rule):
 
     Published code divides after bias and mask were added, so the bias is divided too; with a soft cap
     the capped value is divided, not the argument of the cap. A learned sink is a logit of its rows.
-    Self-attention of every selected layer; cross-attention is left alone. Masks are boolean, so dividing cannot disturb them.
+    Self-attention of every selected layer; cross-attention is left alone. Masks are boolean, so
+    dividing cannot disturb them.
     """
 
     def __init__(
