@@ -84,7 +84,7 @@ def match(
     skipped: dict[str, str] = {}
     usable = _default_parts(fitting, method, part, parts)
     for site in usable:
-        reason = site.refusal or method.refuses(site) or _kv_refusal(method, site)
+        reason = _site_refusal(method, site)
         if reason:
             skipped[site.name] = reason
     matched = [s for s in usable if s.name not in skipped]
@@ -178,6 +178,10 @@ def _writes(module: Any) -> bool:
     return callable(asked) and bool(asked())
 
 
+def _site_refusal(method: Method, site: Site) -> str | None:
+    return site.refusal or method.refuses(site) or _kv_refusal(method, site)
+
+
 def _kv_refusal(method: Method, site: Site) -> str | None:
     if not (method.evicts or method.packs):
         return None
@@ -211,10 +215,12 @@ def _nothing(
     if not fitting:
         return f"{head}: looked for {wanted} attention among {len(pool)} attention sites ({_names(pool)})"
     parts = "/".join(sorted(method.parts)) or "any part"
-    return (
-        f"{head}: looked for {wanted} attention in {parts}; the {len(fitting)} sites belong to "
-        f"{'/'.join(sorted({p for s in fitting for p in s.parts}))}; say `where: {{part: …}}` to choose one"
-    )
+    others = "/".join(sorted({p for s in fitting for p in s.parts}))
+    said = f"{head}: looked for {wanted} attention in {parts}; the {len(fitting)} sites belong to {others}"
+    reasons = [_site_refusal(method, site) for site in fitting]
+    if all(reasons):
+        return f"{said}, and none of them can be patched: {reasons[0]}"
+    return f"{said}; say `where: {{part: …}}` to choose one"
 
 
 def _all_refused(method: Method, model: Any, skipped: dict[str, str]) -> str:

@@ -44,6 +44,7 @@ def test_a_patch_below_its_threshold_is_said_to_have_done_nothing(run, llama, si
     assert sum(
         r["patch"]["streaming"]["fired"] / r["patch"]["streaming"]["batch"] for r in records("out")
     ) == (pytest.approx(counts["fired"]))
+    assert line in run(*base, "-o", "quiet", *idle_patch, "-q")[2].splitlines()
     # After a resume with nothing left to do, it is said all the same.
     assert line in run(*base, "-o", "out", *idle_patch)[2].splitlines()
 

@@ -16,7 +16,7 @@ def api(monkeypatch, tmp_path):
     import huggingface_hub
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     asked = []
 
     def use(answer, cached=None):
@@ -96,12 +96,11 @@ def test_a_model_that_is_there_is_downloaded(api, tmp_path):
 
 
 def test_no_question_is_asked_offline_or_for_what_can_be_no_name(api, monkeypatch):
-    import huggingface_hub
 
     asked = api(unreachable)
     with pytest.raises(InputError, match="it is no hub id"):
         locate("a--b..c")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match="HF_HUB_OFFLINE is set"):
         locate("a/b")
     assert asked == [("download", True)]

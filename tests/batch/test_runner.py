@@ -125,6 +125,7 @@ def test_a_patch_that_cannot_work_stops_the_run_instead_of_failing_every_item(tm
 def test_ctrl_c_finishes_the_batch_in_hand(tmp_path, capfd):
     engine = Echo()
     batches = cut_batches(make(9), engine, 3)
+    before = signal.getsignal(signal.SIGINT)  # a shell starts what it puts into the background with it ignored
     with Interrupt() as interrupt:
 
         def press():
@@ -134,7 +135,7 @@ def test_ctrl_c_finishes_the_batch_in_hand(tmp_path, capfd):
         engine.hook = press
         found, _ = execute(engine, batches, tmp_path / "out", interrupt)
     assert len(found) == 6 and interrupt.exit_code == 130
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_second_ctrl_c_stops_at_once(monkeypatch):

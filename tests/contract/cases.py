@@ -319,11 +319,11 @@ CASES: list[Case] = [
         "random", "random", Random, {"capacity": 60}, ratio=0.5, main=True, neighbours=(WARM, GAIN),
         neighbour_rules=_around(warm_rule, gain_rule), clashes=[("streaming", {"recent": 4}, "kv")],
     ),
-    _shared("random-protect", "random", Random, {"capacity": 60}, capacity=3, seed=5, protect="prompt"),
+    _shared("random-protect", "random", Random, {"capacity": 60}, capacity=1, seed=5, protect="prompt"),
     _shared("h2o-ratio", "h2o", lambda **m: H2O(**m, reduce="call"), {"recent": 60}, ratio=0.4),
     _shared("streaming-share", "streaming", lambda **m: Streaming(1, **m), {"recent": 60}, ratio=0.45),
     _shared(
-        "tova-protect", "tova", lambda **m: Tova(m.pop("capacity", 1), **m), {"capacity": 60}, ratio=0.2,
+        "tova-protect", "tova", lambda **m: Tova(m.pop("capacity", 1), **m), {"capacity": 60}, ratio=0.1,
         protect="prompt",
     ),
     _capped("snapkv-fraction", "snapkv", SnapKV, ("llama",), capacity=0.6, window=2, pool=1, once=True),

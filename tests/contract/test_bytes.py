@@ -19,8 +19,9 @@ WIDTH, KV_HEADS, LAYERS = 8, 2, 3
 
 def _budget(case: Case, length: int) -> int:
     given = case.parameters
-    if "capacity" in given:
-        return max(1, tokens_of(given["capacity"], length))
+    for whole in ("capacity", "ratio"):
+        if whole in given:
+            return max(1, tokens_of(given[whole], length))
     return max(1, sum(tokens_of(given[k], length) for k in ("sinks", "heavy", "recent") if k in given))
 
 

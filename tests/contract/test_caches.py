@@ -301,3 +301,21 @@ def test_an_empty_cache_can_be_moved_and_emptied(method):
     assert cache.is_croppable
     cache.crop(-5)
     assert cache.get_seq_length() == 0
+
+
+def test_a_prompt_learnt_as_a_cache_gets_advice():
+    peft = pytest.importorskip("peft")
+    model, ids = models.build("llama", dtype=torch.float32, exact=False), models.prompt(12)
+    learnt = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
+    tuned = peft.get_peft_model(model, learnt).eval()
+    stock = tuned(input_ids=ids).logits
+    for method in ("h2o", "kvquant", "act"):
+        with trainless.patched(model, method, **SAVED[method]):
+            with pytest.raises(
+                trainless.InputError, match=r"prefix-tuning adapter fills it.*prompt tuning or LoRA"
+            ):
+                tuned(input_ids=ids)
+    with trainless.patched(model, "attn_temperature", temperature=0.5):
+        warm = tuned(input_ids=ids).logits
+    assert (warm - stock).abs().max() > 1e-3
+    same([tuned(input_ids=ids).logits], [stock])

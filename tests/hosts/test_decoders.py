@@ -211,10 +211,16 @@ def test_packed_latents_are_what_is_held() -> None:
     assert any("works on what its cache returns" in why for why in report.reasons.values())
 
 
+BORROWING = {
+    "num_hidden_layers": 6,
+    "layer_types": ["sliding_attention", "full_attention"] * 3,
+    "num_kv_shared_layers": 2,
+}
+
+
 def test_what_is_remembered_grows_with_borrowed_keys() -> None:
-    """Gemma 4's last layers read others' keys: single steps give there what one turn of as many tokens gives."""
-    kinds = ["sliding_attention", "full_attention"] * 3
-    model = zoo.build("gemma4_text", num_hidden_layers=6, layer_types=kinds, num_kv_shared_layers=2)
+    """Gemma 3n's last layers read others' keys: single steps give there what one turn of as many tokens gives."""
+    model = zoo.build("gemma3n_text", **BORROWING)
     ids, more = zoo.prompt(24), zoo.prompt(4, 7)
     with trainless.patched(model, "act", alpha=1.5, skip_layers=0, min_rows=2) as patch:
         cache = DynamicCache(config=model.config)
@@ -231,6 +237,18 @@ def test_what_is_remembered_grows_with_borrowed_keys() -> None:
     with trainless.patched(model, "act", alpha=1.5, skip_layers=4, min_rows=2):
         with pytest.raises(trainless.InputError, match="start with an empty cache"):
             model(more, past_key_values=stock)
+
+
+def test_layers_that_are_given_the_last_rows_only_are_passed_over() -> None:
+    """Gemma 4 gives its last layers the rows whose logits are asked for: nothing can be said over all of them."""
+    model = zoo.build("gemma4_text", **BORROWING)
+    said = trainless.explain(model, "act", skip_layers=0)
+    assert said.ok and said.methods[0].layers == (0, 1, 2, 3)
+    assert any("last rows of a prompt only" in reason for reason in said.methods[0].skipped)
+    assert trainless.explain(model, "head_gain", gain=0.5).methods[0].sites == 6
+    with trainless.patched(model, "act", skip_layers=0, alpha=1.5, min_rows=2) as patch:
+        model.generate(**zoo.padded(zoo.prompt(20), zoo.prompt(11)), max_new_tokens=4)
+        assert patch.report().methods[0].acted
 
 
 # ---------------------------------------------------------------- which rows are one sequence
@@ -352,3 +370,17 @@ def test_probabilities_that_have_no_columns_are_refused(method: str, given: dict
         assert all((a - b).abs().max() < 1e-6 for a, b in zip(found.attentions, stock, strict=True))
         with pytest.raises(trainless.Unsupported, match=rf"{method}: output_attentions"):
             model(ids[:, :1], past_key_values=found.past_key_values, output_attentions=True)
+
+
+# ---------------------------------------------------------------- advice
+
+
+def test_another_part_is_advised_only_where_it_is_a_way_out() -> None:
+    vit = transformers.ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    model = _on_meta("ViTModel", vit)
+    with pytest.raises(trainless.NoMatch, match="none of them can be patched: not causal") as caught:
+        trainless.patch(model, "h2o")
+    assert "where" not in str(caught.value)
+    assert trainless.explain(model, "attn_temperature", temperature=0.5).ok

@@ -13,7 +13,7 @@ import diffusers
 from diffusers.models.attention_processor import JointAttnProcessor2_0
 
 import trainless
-from trainless.hosts.denoisers import TABLE, layout_of
+from trainless.hosts.denoisers import TABLE, Unknown, layout_of
 from trainless.hosts.denoisers.listing import families
 from trainless.hosts.diffusers_sizes import Sizes
 from trainless.patchers import entropy
@@ -255,3 +255,89 @@ def test_the_list_of_families_says_what_patching_says():
     assert any("frames" in left for left in listed["UNetMotionModel"].methods["clear"].left_out)
     assert "one frame" in listed["WanTransformer3DModel"].methods["entropy"].reason
     assert {name.rpartition(".")[2] for name in TABLE} <= set(listed)
+
+
+# ---------------------------------------------------------------- calls that say too little
+
+
+def _read(name, h=24, w=16, **change):
+    """What is read of a case's call with some arguments changed."""
+    case = CASES[name]()
+    given = {**case.call(h, w), **change}
+    layout = layout_of(case.model)
+    return layout.read(case.model, given)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        (
+            "qwen_padded",
+            {"img_shapes": [[(1, 12, 8)], [(1, 8, 12)]]},
+            "rows of the batch have images of different",
+        ),
+        ("qwen_edit", {"img_shapes": [[(1, 12, 8), (1, 5, 5)]]}, "137 image tokens|gives"),
+        ("qwen_padded", {"img_shapes": [[(2, 12, 4)]] * 2}, "2 frames"),
+        ("z_image", {"x": [torch.zeros(4, 1, 8, 8), torch.zeros(4, 1, 8, 12)]}, "different sizes"),
+        ("z_image", {"x": [[torch.zeros(4, 1, 8, 8)]]}, "omni"),
+        ("flux", {"img_ids": None}, "no tensor img_ids"),
+        ("ltx", {"height": None}, "no num_frames"),
+        ("sd3", {"hidden_states": torch.zeros(1, 4, 8)}, "3-D"),
+        ("ideogram4", {"indicator": torch.zeros(2, 103).long()}, "indicator does not mark"),
+        ("joyimage", {"hidden_states": torch.zeros(1, 16, 3, 8, 8)}, "3 frames"),
+        ("cogvideox", {"hidden_states": torch.zeros(1, 5, 4, 8, 8)}, "5 frames"),
+    ],
+)
+def test_what_a_call_does_not_say(name, change, said):
+    with pytest.raises(Unknown, match=said):
+        _read(name, **change)
+
+
+def test_a_reference_that_is_read_into_the_cache_is_left_alone():
+    """GLM-Image: the call that writes the cache has no image of its own."""
+    from diffusers.models.transformers.transformer_glm_image import GlmImageKVCache
+
+    case = CASES["glm_image"]()
+    model, cache = lively(case.model), GlmImageKVCache(2)
+    cache.set_mode("write")
+    given = {**case.call(24, 16), "encoder_hidden_states": torch.zeros(1, 0, 32)}
+    stock = model(**given)[0]
+    for method in ("entropy", "clear"):
+        with trainless.patched(model, method) as patch:
+            assert torch.equal(model(**{**given, "kv_caches": cache})[0], stock)
+            assert patch.report().methods[0].acted == 0
+
+
+def test_hidream_is_given_packed_latents_too():
+    case = CASES["hidream"]()
+    model, given = lively(case.model), case.call(24, 16)
+    tokens, mask, sizes, ids = model.patchify(given["hidden_states"])
+    packed = {"hidden_states": tokens, "hidden_states_masks": mask, "img_sizes": sizes, "img_ids": ids}
+    for method, options in (("entropy", {}), ("clear", {"radius": 3, "force": True})):
+        with trainless.patched(model, method, **options):
+            assert torch.equal(model(**{**given, **packed})[0], model(**given)[0])
+
+
+def test_tokens_in_blocks_are_no_grid():
+    """Kandinsky 5 with sparse attention: the image's tokens are known, and do not lie row by row."""
+    (image,) = _read("kandinsky5", sparse_params={"to_fractal": True}).of("image", 0)
+    assert image.keys == 96 and image.grid is None
+    (image,) = _read("kandinsky5").of("image", 0)
+    assert image.grid == (12, 8)
+
+
+def test_image_prompts_stand_where_text_does():
+    """Kandinsky 2.2: the keys of an image prompt, counted from what projects it."""
+    model = diffusers.UNet2DConditionModel(
+        sample_size=16, block_out_channels=(8, 16), encoder_hid_dim=8, encoder_hid_dim_type="image_proj",
+        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"), cross_attention_dim=8,
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn", attention_head_dim=4, norm_num_groups=4,
+        up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"), layers_per_block=1,
+    )  # fmt: skip
+    given = {
+        "sample": torch.randn(1, 4, 24, 16), "timestep": 900, "encoder_hidden_states": None,
+        "added_cond_kwargs": {"image_embeds": torch.randn(1, 8)},
+    }  # fmt: skip
+    with trainless.patched(model, "entropy") as patch:
+        model(**given)
+        assert patch.report().methods[0].acted == patch.report().methods[0].sites

@@ -147,3 +147,12 @@ def test_a_denoiser_that_came_back_is_in_use_again():
         assert patch.report().notes == []
         pipe.unet = torch.compile(first)  # calls the same module
         assert patch.report().notes == []
+
+
+def test_a_compiled_denoiser_is_the_one_that_the_pipeline_uses():
+    pipe = stable_diffusion()
+    pipe.unet = torch.compile(pipe.unet)
+    with trainless.patched(pipe, "attn_temperature", temperature=1.1) as patch:
+        assert patch.report().notes == []
+        pipe.unet = models.build("unet", seed=1)
+        assert "unet of the StableDiffusionPipeline was exchanged" in patch.report().notes[0]

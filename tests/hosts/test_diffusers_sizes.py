@@ -107,6 +107,22 @@ def test_pixels_are_latents_where_a_pipeline_paints_pixels():
         assert not torch.equal(pipe.unet(**given)[0], stock)
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        tiny.flux, tiny.flux2, tiny.chroma, tiny.qwen, tiny.bria, tiny.krea2, tiny.z_image, tiny.ernie, tiny.aura,
+        tiny.lumina2, tiny.cogview4, tiny.hidream, tiny.kandinsky3, lambda: models.build("sd3"),
+    ],
+)  # fmt: skip
+def test_denoisers_alone_whose_class_goes_with_one_autoencoder(make):
+    """Sixteen pixels a token, eight a latent in the UNet: as their pipelines count with the published autoencoder."""
+    model = make()
+    site = DiffusersHost().sites(model)[0]
+    rows, columns = site.facts["sizes"].latents((512, 768))
+    patch = site.facts["patch"] or (2, 2)
+    assert (rows // patch[0], columns // patch[1]) == (32, 48)
+
+
 def test_an_autoencoder_that_is_not_eightfold():
     pipe = stable_diffusion(models.build("unet"))
     pipe = tiny.pipeline("StableDiffusionPipeline", pipe.unet, vae=tiny.vae(2))
@@ -208,3 +224,33 @@ def test_integers_of_numpy_are_integers():
 
 def _site(pipe):
     return DiffusersHost(pipe).sites(pipe.unet)[0]
+
+
+def test_pixels_of_a_latent_can_be_said_for_a_denoiser_alone():
+    model = models.build("unet")
+    latent = model.config.sample_size
+    given = models.inputs("unet", height=latent, width=latent)
+    stock = model(**given)[0]
+    patch = trainless.patch(model, "entropy", trained=8 * latent, pixels_per_latent=8)
+    assert torch.equal(model(**given)[0], stock)
+    patch.remove()
+    with trainless.patched(model, "entropy", trained=8 * latent, pixels_per_latent=4):
+        assert not torch.equal(model(**given)[0], stock)
+
+
+@pytest.mark.parametrize(
+    ("make", "given", "said"),
+    [
+        (
+            lambda: models.build("sd3"),
+            {"trained": 128, "pixels_per_latent": 16},
+            "SD3Transformer2DModel makes",
+        ),
+        (lambda: models.build("unet"), {"pixels_per_latent": 8}, "nothing without"),
+        (lambda: models.build("unet"), {"trained": 128, "pixels_per_latent": 0}, "whole pixels"),
+        (lambda: models.build("unet"), {"trained": 128, "pixels_per_latent": 1000}, "whole pixels"),
+    ],
+)
+def test_pixels_of_a_latent_that_cannot_be(make, given, said):
+    with pytest.raises(trainless.InputError, match=said):
+        trainless.patch(make(), "entropy", **given)

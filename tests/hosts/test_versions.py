@@ -10,7 +10,8 @@ from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 import trainless
-from trainless.hosts import transformers_cache, transformers_contract, transformers_version
+from trainless.hosts import transformers_contract, transformers_version
+from trainless.hosts.base import Lease
 from trainless.hosts.transformers_contract import CACHE, GENERATE, REGISTRY, problem
 
 
@@ -87,8 +88,10 @@ def test_masks_of_another_size_are_refused(monkeypatch: pytest.MonkeyPatch, quie
         trainless.patch(models.build("llama"), "h2o", heavy=4, recent=4)
 
 
-def test_chunks_whose_cache_is_not_found_are_refused(monkeypatch: pytest.MonkeyPatch, quiet: None) -> None:
-    """What happened on the first version that called its caches otherwise: each chunk was evicted by itself."""
+def test_chunks_that_are_not_seen_as_one_prompt_are_refused(
+    monkeypatch: pytest.MonkeyPatch, quiet: None
+) -> None:
+    """As on the first version that called its caches otherwise, where each chunk was evicted by itself."""
     model = models.build("llama")
     ids = models.prompt(20)
     given = {
@@ -97,7 +100,7 @@ def test_chunks_whose_cache_is_not_found_are_refused(monkeypatch: pytest.MonkeyP
         "do_sample": False,
         "pad_token_id": 0,
     }
-    monkeypatch.setattr(transformers_cache, "cache_in", lambda arguments: None)
+    monkeypatch.setattr(Lease, "deferring", property(lambda self: False, lambda self, value: None))
     with trainless.patched(model, "h2o", heavy=4, recent=4):
         model.generate(ids, **given)
         with pytest.raises(trainless.Unsupported, match=r"prefill_chunk_size.*99\.0\.0.*in chunks"):

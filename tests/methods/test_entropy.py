@@ -214,7 +214,7 @@ def test_a_model_that_does_not_say_its_size_asks_for_it():
         trainless.patch(models.build("flux"), "entropy")
 
 
-@pytest.mark.parametrize("trained", [0, -8, True, (1, 2, 3), (64, 0), 64.5, "big"])
+@pytest.mark.parametrize("trained", [0, -8, True, (1, 2, 3), (64, 0), 64.5, "big", 10**18])
 def test_bad_sizes(trained):
     with pytest.raises(trainless.InputError, match="trained"):
         trainless.patch(models.build("unet"), "entropy", trained=trained)

@@ -151,3 +151,19 @@ def test_defaults_act_on_an_ordinary_prompt(method):
     with trainless.patched(model, method) as patch:
         model.generate(models.prompt(24), max_new_tokens=3, do_sample=False)
         assert patch.report().methods[0].acted > 0
+
+
+@pytest.mark.parametrize(
+    ("method", "given"),
+    [
+        ("random", {}),
+        ("tova", {"ratio": 0.2, "protect": "prompt"}),
+        ("snapkv", {}),
+        ("streaming", {"ratio": 0.3}),
+    ],
+)
+def test_verify_knows_shares_and_draws(method, given):
+    model = models.build("llama", dtype=torch.float32, exact=False)
+    with trainless.patched(model, method, **given) as patch:
+        outcome = patch.verify()
+        assert outcome, str(outcome)

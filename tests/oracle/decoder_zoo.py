@@ -67,6 +67,7 @@ SET = {"num_key_value_heads", "head_dim", "pad_token_id", "bos_token_id", "eos_t
 MIXED = ["linear_attention", "full_attention"] * 2
 WINDOWS = ["sliding_attention", "full_attention"] * 2
 EACH = {"num_key_value_heads": 4}
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 HYBRID = {"layers_block_type": ["linear_attention", "hybrid"] * 2}
 LATENT = (
     "axk1", "axk2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "longcat_flash", "minicpm3", "youtu",
@@ -80,21 +81,29 @@ MORE: dict[str, dict[str, Any]] = {
     **{kind: {"layer_types": ["conv", "full_attention"] * 2} for kind in ("lfm2", "lfm2_moe")},
     "bailing_hybrid": {**EACH, "layer_types": MIXED, "num_expert_group": 1, "num_experts_per_token": 2},
     "bamba": {"attn_layer_indices": [1, 3]},
-    "deepseek_v2": {**EACH, "topk_method": "greedy", "num_experts_per_tok": 2},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
+    "deepseek_v2": {
+        **EACH, "topk_method": "greedy", "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2,
+    },
     "dots1": {
         "first_k_dense_replace": 1, "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2,
     },
     **{kind: {"layer_types": WINDOWS} for kind in ("gemma3_text", "gemma3n_text", "kolibri1")},
     "gemma4_text": {"global_head_dim": 16, "layer_types": WINDOWS, "num_experts": None},
     "gemma4_unified_text": {"global_head_dim": 16, "layer_types": WINDOWS},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]], "num_layers": 4, "num_heads": 4},
     "inkling_text": {"layer_types": ["hybrid_sliding", "hybrid"] * 2},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
     "kimi_linear": {
-        **EACH, "n_routed_experts": ..., "num_experts_per_token": 2, "layer_types": MIXED,
+        **EACH, "n_routed_experts": ..., "num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": MIXED,
         "linear_attn_config": {"num_heads": 4, "head_dim": 8, "short_conv_kernel_size": 4},
     },
     "nemotron_h": {"layers_block_type": ["linear_attention", "full_attention", "moe", "full_attention"]},
     "phi3": {"sliding_window": ...},
+    "qwen4_exp_text": {
+        "layer_types": ["linear_attention", "indexed_attention"] * 2, "indexer_n_heads": 2, "indexer_kv_heads": 1,
+        "indexer_head_dim": 8, "indexer_budget": 8, "indexer_compress_ratio": 2, "hc_lowrank": 8,
+    },
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "zamba": {**HYBRID, "attn_layer_period": 2, "attn_layer_offset": 1},
     "zamba2": HYBRID,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ from oracle import models
 from torch import Tensor
 
 import trainless
-from trainless.hosts import transformers_cache
+from trainless.hosts import transformers
 from trainless.kernels.quant_kv import format as packed_format
 from trainless.kv import CompressingLayer, store
 from trainless.kv.slots import Slots
@@ -157,14 +159,16 @@ def test_codes_that_are_read_wrongly_are_found(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_wrong_layer_of_the_cache_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Methods keep what they remember on a layer that stands beside the one that the call has updated."""
     made = trainless.patch(llama(), "act", alpha=1.5, skip_layers=0)
-    own = transformers_cache._adopt
+    own, beside = transformers.call_of, {}
 
-    def wrong(runtime: Any, cache: Any, index: int) -> Any:
-        own(runtime, cache, index)
-        return own(runtime, cache, (index + 1) % 3)
+    def wrong(*args: Any) -> Any:
+        call = own(*args)
+        layer = beside.setdefault(id(call.layer), (call.layer, copy.copy(call.layer)))[1]
+        return dataclasses.replace(call, layer=layer)
 
-    monkeypatch.setattr(transformers_cache, "_adopt", wrong)
+    monkeypatch.setattr(transformers, "call_of", wrong)
     found = made.verify()
     assert "cache" in failures(found) and "another layer of the cache" in detail(found, "cache"), str(found)
 
@@ -191,3 +195,20 @@ def test_latents_in_the_cache_are_followed_through_their_expansion() -> None:
     made = trainless.patch(model, "streaming", sinks=2, recent=10)
     found = made.verify()
     assert status(found)["streaming", "result"] == status(found)["streaming", "kept"] == "ok", str(found)
+
+
+@pytest.mark.parametrize("method", ["act", "kvquant"])
+def test_several_attentions_over_one_update_are_no_fault(method: str) -> None:
+    """DiffLlama attends twice over the keys that it puts into its cache once."""
+    from transformers import DiffLlamaConfig, DiffLlamaForCausalLM
+
+    torch.manual_seed(0)
+    model = DiffLlamaForCausalLM(DiffLlamaConfig(
+        vocab_size=67, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, pad_token_id=0, initializer_range=0.3,
+    )).eval()  # fmt: skip
+    given = {"skip_layers": 0, "alpha": 1.5} if method == "act" else {"group": 8, "residual": 8}
+    found = trainless.patch(model, method, **given).verify()
+    assert found and status(found)["whole patch", "cache"] == status(found)[method, "result"] == "ok", str(
+        found
+    )

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
+from hosts import tiny_pipelines
 from oracle import models
 from torch import Tensor, nn
 
 import trainless
 from trainless.hosts.base import runtime_of
 from trainless.hosts.denoisers.words import Sequence
-from trainless.patchers import entropy
+from trainless.patchers import Method, entropy
+from trainless.seams import Contribution, Site
+from trainless.verify import layout
 
-from .toys import detail, failures, status
+from .toys import detail, failures, patch, status
 
 FAMILIES = ["flux", "sd3", "unet", "pixart"]
 
@@ -116,10 +119,25 @@ def hunyuan() -> tuple[nn.Module, dict[str, Any]]:
     return model, given
 
 
+@dataclasses.dataclass(frozen=True)
+class Sharp(Method):
+    """The factor of ``entropy`` for a model that was trained at 16 x 16 latents, whatever those are in pixels."""
+
+    name: ClassVar[str] = "sharp"
+    hosts: ClassVar[frozenset[str]] = frozenset({"diffusers"})
+    roles: ClassVar[frozenset[str]] = frozenset({"self", "joint"})
+
+    def refuses(self, site: Site) -> str | None:
+        return site.facts.get("no_images")
+
+    def contribute(self, site: Site) -> list[Contribution]:
+        return [Contribution("scale", lambda call, stats, state: entropy.factor(call, (16, 16)))]
+
+
 @pytest.mark.parametrize("method", ["clear", "entropy"])
 def test_padding_after_a_prompt_changes_nothing(method: str) -> None:
     model, given = hunyuan()
-    made = clear(model) if method == "clear" else trainless.patch(model, "entropy", trained=256)
+    made = clear(model) if method == "clear" else patch(model, Sharp())
     found = made.verify(given)
     assert status(found)["whole patch", "tokens"] == status(found)["whole patch", "prompt"] == "ok", str(
         found
@@ -128,7 +146,7 @@ def test_padding_after_a_prompt_changes_nothing(method: str) -> None:
 
 def test_padding_that_is_counted_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     model, given = hunyuan()
-    made = trainless.patch(model, "entropy", trained=256)
+    made = patch(model, Sharp())
     monkeypatch.setattr(
         entropy, "_seen", lambda call: torch.ones(1, 1, 1, call.key.shape[2], dtype=torch.bool)
     )
@@ -153,6 +171,16 @@ class Stated:
 
     def painted(self, pixels: tuple[int, int]) -> tuple[int, ...]:
         return self.tokens
+
+
+def test_a_real_pipeline_says_its_size() -> None:
+    pipe = tiny_pipelines.pipeline("BriaPipeline", tiny_pipelines.bria(), vae=tiny_pipelines.vae())
+    made = trainless.patch(pipe, "clear", radius=4, force=True)
+    sites = [site for site, _ in made.bindings[0].contributions]
+    assert layout._size(sites) == ("ok", layout._size(sites)[1])  # type: ignore[index]
+    for site in sites:  # what was believed of this pipeline once: its packing counted twice
+        site.facts["trained_latent"] = tuple(side // 2 for side in site.facts["trained_latent"])  # type: ignore[index]
+    assert layout._size(sites)[0] == "failed"  # type: ignore[index]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..tables import WIDTH, columns, cut, folded, harmless
-from .counts import acted, idle
+from .counts import Counts, acted, idle
 from .keys import Job
 from .voice import Voice
 
@@ -37,7 +37,8 @@ def conclude(
     for line in reasons(there, bool(report["ok"])):
         voice.fault(line)
     if report["patch"]:
-        voice.say(_patched(report["patch"]))
+        # Who asked for a patch and got none of it has to know, however quiet it should be.
+        (voice.fault if idle(report["patch"]) else voice.say)(_patched(report["patch"]))
     total = f"{report['ok']:,} ok, {report['errors']:,} errors"
     missing = f", {report['missing']:,} missing" if report["missing"] else ""
     line = f"{total}{missing} of {report['total']:,}"
@@ -90,10 +91,10 @@ def reasons(there: Sequence[tuple[Job, Mapping[str, Any]]], some_worked: bool) -
     return lines
 
 
-def _patched(counts: Mapping[str, Mapping[str, Any]]) -> str:
+def _patched(counts: Counts) -> str:
     """What the patch did; one that changed nothing is no gain, however well the run went."""
-    line = acted({name: dict(entry) for name, entry in counts.items()})
-    if idle({name: dict(entry) for name, entry in counts.items()}):
+    line = acted(counts)
+    if idle(counts):
         return f"{line}: the patch changed nothing, and these are the results of the unpatched model"
     still = [name for name, entry in counts.items() if not entry["acted"]]
     return f"{line} ({', '.join(still)} changed nothing)" if still else line

@@ -101,7 +101,7 @@ def exchanged(model: Any, parts: list[Component]) -> list[str]:
         name = part.prefix.removesuffix(".")
         if name and "." not in name and not isinstance(model, nn.Module):
             now = getattr(model, name, None)
-            if getattr(now, "_orig_mod", now) is not part.module:
+            if now is not part.module and getattr(now, "_orig_mod", None) is not part.module:
                 names.append(name)
     return names
 

@@ -98,8 +98,9 @@ class Watch(Protocol):
     def wants(self) -> bool:
         """Whether the call under way is to be looked at: not those of other threads, nor one within another."""
 
-    def around(self, made: Made, proceed: Callable[[], Tensor]) -> Tensor:
-        """``proceed()`` gives the output (B, Lq, H, D); what this returns is what the model gets."""
+    def around(self, made: Made, proceed: Callable[[], Tensor], stock: Callable[[], Tensor]) -> Tensor:
+        """``proceed()`` gives the output (B, Lq, H, D), ``stock()`` that of the user's own attention for the call as
+        it was made; what this returns is what the model gets."""
 
     def told(self, call: AttentionCall) -> None:
         """The same call, as the host describes it to methods; not where no method is asked about it."""

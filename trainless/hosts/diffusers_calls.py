@@ -186,7 +186,7 @@ class Interception(TorchFunctionMode):
             watch.told(call)
             return attend(self.runtime, call, delegate)
 
-        return watch.around(made, proceed).transpose(1, 2)
+        return watch.around(made, proceed, lambda: delegate(call)).transpose(1, 2)
 
     def _is_beside(self, key: Tensor) -> bool:
         """True for attention over other keys, an image prompt's; a second pass over the same is refused."""

@@ -334,7 +334,7 @@ PER_TOKEN: Mapping[str, int] = dict.fromkeys(
         "BriaFiboTransformer2DModel", "BriaFibo2Transformer2DModel", "QwenImageTransformer2DModel",
         "OvisImageTransformer2DModel", "LongCatImageTransformer2DModel", "NucleusMoEImageTransformer2DModel",
         "Krea2Transformer2DModel", "Ideogram4Transformer2DModel", "ErnieImageTransformer2DModel",
-        "ZImageTransformer2DModel",
+        "ZImageTransformer2DModel", "Flux3Transformer2DModel", "QwenImage21Transformer2DModel",
     ),
     16,
 )  # fmt: skip
@@ -343,14 +343,19 @@ PER_LATENT: Mapping[str, int] = dict.fromkeys(
         "SD3Transformer2DModel", "AuraFlowTransformer2DModel", "CogView3PlusTransformer2DModel",
         "CogView4Transformer2DModel", "GlmImageTransformer2DModel", "HunyuanDiT2DModel", "LuminaNextDiT2DModel",
         "Lumina2Transformer2DModel", "HiDreamImageTransformer2DModel", "OmniGenTransformer2DModel",
-        "DiTTransformer2DModel", "Kandinsky3UNet",
+        "DiTTransformer2DModel", "JoyImageEditTransformer3DModel", "JoyImageEditPlusTransformer3DModel",
+        "Kandinsky5Transformer3DModel", "HunyuanVideoTransformer3DModel", "CogVideoXTransformer3DModel",
+        "MochiTransformer3DModel", "AllegroTransformer3DModel", "LatteTransformer3DModel",
+        "Kandinsky3UNet", "DreamLiteUNetModel", "UNetMotionModel", "UNetSpatioTemporalConditionModel",
+        "UNet3DConditionModel", "I2VGenXLUNet",
     ),
     8,
 )  # fmt: skip
 # Denoisers whose config's ``sample_size`` is the size of training in latents: the one that their pipelines make.
 STATE_THEIR_SIZE = frozenset(
     {
-        "UNet2DConditionModel", "UNet2DModel", "SD3Transformer2DModel", "PixArtTransformer2DModel",
+        "UNet2DConditionModel", "UNet2DModel", "UNetMotionModel", "UNet3DConditionModel", "UVit2DModel",
+        "SD3Transformer2DModel", "PixArtTransformer2DModel",
         "DiTTransformer2DModel", "HunyuanDiT2DModel", "CogView3PlusTransformer2DModel",
         "CogView4Transformer2DModel", "LuminaNextDiT2DModel", "Lumina2Transformer2DModel",
     }

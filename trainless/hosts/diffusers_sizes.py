@@ -28,7 +28,11 @@ from .diffusers_size_table import (
 )
 
 Size = tuple[int, int]
-UNETS = (diffusers.UNet2DConditionModel, diffusers.UNet2DModel, diffusers.Kandinsky3UNet)
+UNETS = (
+    diffusers.UNet2DConditionModel, diffusers.UNet2DModel, diffusers.Kandinsky3UNet, diffusers.UNetMotionModel,
+    diffusers.DreamLiteUNetModel, diffusers.UNetSpatioTemporalConditionModel, diffusers.UNet3DConditionModel,
+    diffusers.I2VGenXLUNet,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -61,9 +65,21 @@ class Sizes:
             raise InputError(self._gives_no_size())
         return self.latents(pixels)
 
-    def latents(self, pixels: Size) -> Size:
-        """Latents of an image of ``pixels`` (height, width); Unsupported, by name, where that is not known."""
+    def latents(self, pixels: Size, per_latent: int | None = None) -> Size:
+        """Latents of an image of ``pixels`` (height, width); Unsupported, by name, where that is not known.
+
+        per_latent: pixels along one side of a latent, as the user says; for a denoiser that does not say it itself,
+        InputError where it is known and another.
+        """
         counted = self.counted(pixels)
+        if per_latent is not None:
+            said = self._said(pixels, per_latent)
+            if counted is not None and counted != said:
+                raise InputError(
+                    f"pixels_per_latent={per_latent}: {_text(pixels)} pixels would be {_text(said)} {self._unit}, and a "
+                    f"{self.name} makes {_text(counted)} of them; leave it out"
+                )
+            counted = said
         if counted is None:
             raise Unsupported(self._pixels_unknown(pixels))
         found = self.painted(pixels)
@@ -145,6 +161,10 @@ class Sizes:
                 "those that the pipeline was made with"
             ) from error
 
+    def _said(self, pixels: Size, per_latent: int) -> Size:
+        side = per_latent * (1 if self._in_latents else patch_side(self.denoiser))
+        return pixels[0] // side, pixels[1] // side
+
     def _bare(self) -> int | None:
         """Pixels along one side of a token (a latent, in a UNet) where no pipeline of a known class says it."""
         if is_listed(self.denoiser, PER_TOKEN):
@@ -181,7 +201,8 @@ class Sizes:
         if self.pipeline is None:
             return (
                 f"how many pixels a latent of a {self.name} is depends on the autoencoder that it works with, so "
-                f"{_text(pixels)} pixels cannot be counted; patch the pipeline instead of its denoiser"
+                f"{_text(pixels)} pixels cannot be counted; patch the pipeline instead of its denoiser, or give "
+                "pixels_per_latent (8 with the autoencoders of Stable Diffusion)"
             )
         return (
             f"how a {self.name} counts pixels is not known (it is none of the pipelines of diffusers that are "

@@ -110,7 +110,13 @@ def _routed(
             )
             return out
 
-        return runtime.watch.around(made, proceed), weights[0]
+        def stock() -> Tensor:
+            own = _user_function(module)
+            given = query, key, value, attention_mask
+            found: Tensor = own(module, *given, scaling=scaling, dropout=dropout, **kwargs)[0]
+            return found
+
+        return runtime.watch.around(made, proceed, stock), weights[0]
     here = runtime.call
     facts = here.facts
     entering, here.residual = here.residual, None

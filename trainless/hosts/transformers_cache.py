@@ -82,9 +82,7 @@ def _adopt(runtime: Runtime, cache: Cache, index: int) -> Any:
     if index >= len(cache.layers):
         return None
     if runtime.plan.needs_layer:
-        before = cache.layers[index]
-        cache.layers[index] = _ours(runtime, before, index)
-        runtime.facts["new"] = cache.layers[index] is not before
+        cache.layers[index] = _ours(runtime, cache.layers[index], index)
     return cache.layers[index]
 
 
@@ -104,7 +102,10 @@ def _ours(runtime: Runtime, layer: Any, index: int) -> Any:
             )
         if not isinstance(layer, DummyLayer):
             _must_be_empty(plan.entries[0].method, layer, index)
-        return stateful(layer)
+            return stateful(layer)
+        made = stateful(layer)
+        made.untold = True  # how much of the sequence there is already, which its first call tells
+        return made
     if isinstance(layer, CompressingLayer):
         mine: set[Any] = {e.owner for e in plan.of["kv"]}
         if mine <= layer.leases:

@@ -124,7 +124,7 @@ def _layer(module: nn.Module, runtime: Runtime, query: Tensor, key: Tensor, valu
             )
         # What the call does to the layer is done: what methods remember is all that is left of it.
         return SimpleNamespace(states=layer.states) if isinstance(layer, CompressingLayer) else layer
-    if int(layer.get_seq_length()) != facts["past"] + lq:
+    if site.role == "self" and int(layer.get_seq_length()) != facts["past"] + lq:
         raise Unsupported(
             f"{_first(runtime)}: {site.name} did not put its {lq} tokens into the cache layer that the patch holds "
             "for it; this way of caching is not supported"
@@ -146,7 +146,7 @@ def _follow(runtime: Runtime, layer: Any, lq: int, lk: int) -> None:
     facts["past"] = facts.pop("total", lk) - lq
     if not isinstance(layer, StatefulMixin):
         return
-    if facts.pop("new", False) and facts["past"]:
+    if vars(layer).pop("untold", False) and facts["past"]:
         raise InputError(
             f"{_first(runtime)}: {runtime.site.name} reads {facts['past']} tokens that the patch never saw; "
             "start with an empty cache after patching"

@@ -48,7 +48,7 @@ class Noted:
         return None if found is None or found.shape[0] not in (1, batch) else found.expand(batch, -1)
 
     def _find_real(self, rows: int) -> Tensor | None:
-        if self.padding is not None:
+        if self.padding is not None and self.padding.shape[1] >= rows:
             real = self.padding[:, -rows:].bool()
         elif isinstance(self.custom, Tensor) and self.custom.dim() == 4:
             own = self.custom[..., -rows:]
@@ -135,12 +135,13 @@ def _enter(reader: Reader, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Non
     noted = Noted(positions=positions, attentions=bool(asked), by=reader)
     if isinstance(mask, Tensor) and mask.dim() == 2:
         noted.padding = mask
-    elif outer is not None:
-        # What a model passes on inside is made of what it was given itself.
+    elif outer is not None and outer.by.own == "attention_mask":
+        # What a model passes on inside is made of what it was given itself. (Encoders and decoders of one model are
+        # given a mask of their own each, or none.)
         noted.padding, noted.custom = outer.padding, outer.custom
         if positions is None:
             noted.positions = outer.positions
-    else:
+    elif outer is None or isinstance(mask, Tensor):
         noted.custom = mask
     reader.given.noted.append(noted)
 

@@ -24,18 +24,23 @@ from .transformers_version import DummyLayer, WindowBesideRecurrence
 # Layers that can be replaced by ones that evict or pack; the second also holds the state of a recurrence.
 PLAIN = (DynamicLayer, LinearAttentionAndFullAttentionLayer)
 
+# The method of a decoder that drops the rows of a prompt which nobody asks for, before the layers that borrow keys.
+CUTS = "_maybe_slice_kv_shared_inputs"
+
 
 @dataclass(frozen=True)
 class Held:
     """What is known of the cache of one module.
 
     kinds: classes of the layers it may use, empty where nothing is known. window: tokens that they hold at most,
-    the one under way included. depths: how many layers there are for it, in the mean of its kind.
+    the one under way included. depths: how many layers there are for it, in the mean of its kind. cut: whether the
+    decoder gives layers without a cache of their own only those rows of a prompt whose logits are asked for.
     """
 
     kinds: tuple[type, ...] = ()
     window: int | None = None
     depths: float = 1
+    cut: bool = False
 
     @property
     def borrows(self) -> bool:
@@ -63,6 +68,8 @@ class Held:
     @property
     def no_state(self) -> str | None:
         """Why nothing can be remembered of a sequence here, key by key."""
+        if self.borrows and self.cut:
+            return "it reads another layer's keys, for the last rows of a prompt only, and the method looks over all"
         known = (
             *PLAIN, DummyLayer, DynamicSlidingWindowLayer, DynamicIndexedLayer,
             WindowBesideRecurrence,
@@ -103,7 +110,8 @@ class Layers:
             mine = layers[index : index + 1]
         windows = [w for layer in mine if isinstance(w := getattr(layer, "sliding_window", None), int)]
         kinds = tuple(dict.fromkeys(type(layer) for layer in mine))
-        return Held(kinds, min(windows) if windows else None, depths)
+        cut = callable(getattr(type(owner), CUTS, None))
+        return Held(kinds, min(windows) if windows else None, depths, cut)
 
 
 def _build(config: Any) -> list[Any]:

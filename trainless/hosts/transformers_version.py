@@ -40,13 +40,13 @@ CACHE_NAME = (
 )
 
 
-def _kind(name: str) -> type:
+def _kind(name: str) -> Any:
     """The class of cache layers called so; where this version has none, a class of which there is no layer."""
     return getattr(cache_utils, name, None) or type(name, (), {})
 
 
-DummyLayer = _kind("DummyLayer")  # of an attention that reads the keys of another one; not in 5.17
-WindowBesideRecurrence = _kind("LinearAttentionAndSlidingWindowAttentionLayer")
+DummyLayer: Any = _kind("DummyLayer")  # of an attention that reads the keys of another one; not in 5.17
+WindowBesideRecurrence: Any = _kind("LinearAttentionAndSlidingWindowAttentionLayer")
 
 
 def untested() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor
 
 from ..seams import AttentionCall, Contribution, Evict, Probes, Site, State, Statistics
 from .base import option
+
+EVERYTHING = 1 << 62  # tokens
 
 
 def ratio_option() -> Any:
@@ -30,6 +33,8 @@ def evicting(rule: Evict, site: Site, ratio: float | None = None) -> list[Contri
     which a ``ratio`` of 1 was asked must not: it is inert and its scores are not computed.
     """
     limit = site.facts.get("max_positions")
+    if ratio == 1.0:
+        rule = replace(rule, capacity=EVERYTHING)
     inert = ratio == 1.0 or (limit is not None and rule.fixed >= limit)
     if rule.last:
         found = [

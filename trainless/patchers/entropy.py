@@ -33,6 +33,9 @@ HIDDEN = (
 )  # an additive mask at or below this hides its key; diffusers writes -10000 or the dtype's minimum
 
 
+LARGEST = 1 << 20  # pixels of a side: what is larger is no size of an image
+
+
 @register
 @dataclass(frozen=True)
 class Entropy(Method):
@@ -58,10 +61,18 @@ class Entropy(Method):
         None,
         help="size of the training images in pixels, a side or (height, width); the model's own by default",
     )
+    pixels_per_latent: int | None = option(
+        None, help="pixels along a side of a latent, for a denoiser alone that goes with several autoencoders"
+    )
 
     def check(self) -> None:
         if self.trained is not None:
             _size(self.trained)
+        side = self.pixels_per_latent
+        if side is not None and not 1 <= side <= 128:
+            raise InputError(f"pixels_per_latent={side!r}: give whole pixels from 1 to 128, such as 8")
+        if side is not None and self.trained is None:
+            raise InputError("pixels_per_latent counts trained= and is nothing without it; give both")
 
     def refuses(self, site: Site) -> str | None:
         reason = site.facts.get("no_images")
@@ -81,10 +92,15 @@ class Entropy(Method):
         if sizes is None:
             raise Unsupported(f"entropy: how pixels are counted at {site.name} is not known")
         try:
-            found = sizes.trained() if self.trained is None else sizes.latents(_size(self.trained))
+            found = self._found(sizes)
         except TrainlessError as error:
             raise type(error)(f"entropy: {error}") from None
         return int(found[0]), int(found[1])
+
+    def _found(self, sizes: Any) -> Any:
+        if self.trained is None:
+            return sizes.trained()
+        return sizes.latents(_size(self.trained), self.pixels_per_latent)
 
 
 def factor(call: AttentionCall, latent: tuple[int, int]) -> float | Tensor | None:
@@ -148,6 +164,6 @@ def _size(trained: Any) -> tuple[int, int]:
         sides = [operator.index(n) for n in pair if not isinstance(n, bool)]  # numpy's integers, too
     except TypeError:
         sides = []
-    if len(sides) != 2 or len(pair) != 2 or min(sides) < 1:
+    if len(sides) != 2 or len(pair) != 2 or not 1 <= min(sides) <= max(sides) <= LARGEST:
         raise InputError(f"trained={trained!r}: give a side in pixels, such as 1024, or (height, width)")
     return sides[0], sides[1]

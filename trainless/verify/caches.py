@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from ..kernels.quant_kv import RAW, Segment
-from ..seams import Evict, Quantise, tokens_of
+from ..kv import ExpandedLayer
+from ..seams import Evict, Quantise
+from ..seams.eviction import draws
 from .dense import wide
 
 Problem = str
@@ -53,6 +55,7 @@ class History:
         self.scores: Tensor | None = None  # (B, Hc, T)
         self.prompt: list[int] = []
         self.packed: set[int] = set()  # columns of row 0, head 0 that are codes
+        self.expanded = False  # whether attention is given something that is made of what is cached
         self.calls = 0
         self.stamp: Any = None
 
@@ -70,7 +73,7 @@ class History:
     def feed(self, update: Update, key: Tensor, value: Tensor, heads: int, real: Tensor | None) -> None:
         """The new tokens; key, value (B, Hkv, Lk, D) are what the attention was handed, real (B, n) what exists."""
         b, hc, n, _ = update.key.shape
-        of_key, slots = self._read_slots(update, key)
+        of_key, slots = self._read_slots(update, key, value)
         new_key, new_value = self._new(update, key, value, of_key, slots)
         share = heads // new_key.shape[1]
         new_key, new_value = (t.repeat_interleave(share, 1) for t in (new_key, new_value))
@@ -96,13 +99,14 @@ class History:
         if not self.calls:
             self.prompt = [int(r) for r in self.real.sum(1)]
 
-    @staticmethod
-    def _read_slots(update: Update, key: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _read_slots(self, update: Update, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor | None]:
         """(the cache head behind each key head, slots of the new tokens where keys are made from what is cached)."""
         hc, hkv = update.keys.shape[1], key.shape[1]
         number = torch.arange(hkv, device=key.device)
-        if update.keys.shape == key.shape:
+        alike = update.keys.shape == key.shape and update.values.shape == value.shape
+        if alike and not isinstance(update.layer, ExpandedLayer):
             return number, None
+        self.expanded = True
         if update.keys.shape[2] != key.shape[2]:
             raise Lost(
                 f"attention was given {key.shape[2]} keys and its cache handed back {update.keys.shape[2]}"
@@ -228,10 +232,9 @@ class History:
         problems = []
         for row, length in enumerate(self.prompt):
             age = int(number[row, -1]) + 1
-            recent = max(tokens_of(policy.recent, length), 1)
-            held = self.real[row] & (
-                (number[row] >= age - recent) | (number[row] < tokens_of(policy.sinks, length))
-            )
+            parts = policy.parts(length)
+            first = length if policy.protect else parts.sinks
+            held = self.real[row] & ((number[row] >= age - max(parts.recent, 1)) | (number[row] < first))
             for head in range(kept.shape[1]):
                 before, now = self.alive[row, head], kept[row, head]
                 want = min(int(before.sum()), policy.total(length))
@@ -252,6 +255,8 @@ class History:
                 )
                 if policy.score is not None and worth is None:
                     continue
+                if policy.seed is not None:
+                    value = draws(policy.seed, torch.tensor(head, device=number.device), number[row])
                 margin = slack * max(float(value[before].abs().max()), 1e-30) if worth is not None else 0.0
                 if float(value[free].min()) < float(value[gone].max()) - margin:
                     problems.append(
@@ -320,6 +325,8 @@ class History:
 
     def _take(self, which: int, numbers: Tensor, positions: Tensor) -> None:
         """From now on attention meets these numbers."""
+        if self.expanded:
+            return
         held = self.key if which == 0 else self.value
         assert held is not None and self.of_head is not None
         if numbers.shape[-1] != held.shape[-1]:

@@ -31,6 +31,7 @@ class Heard:
 
     made: Made
     updates: list[Update]  # of caches, by the module around the call, since its last one
+    last: Update | None = None  # of the same forward, also before its last call
     call: AttentionCall | None = None
     values: list[Value] = dataclasses.field(default_factory=list)
     groups: dict[int, Groups] = dataclasses.field(

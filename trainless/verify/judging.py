@@ -44,6 +44,7 @@ class Judge:
         self.runtime, self.record, self.histories = runtime, record, histories
         self.originals, self.mask = originals, mask
         self.made, self.updates, self.call = heard.made, heard.updates, heard.call
+        self.last = heard.last
         self.values, self.groups = heard.values, heard.groups
 
     def check(self, out: Tensor, stock: Tensor | None) -> None:
@@ -106,7 +107,9 @@ class Judge:
         """The call in plain terms. A reading is trusted once it gives the model's own attention."""
         key, value = made.key, made.value
         if history is not None and history.key is not None and history.value is not None:
-            key, value = history.key, history.value
+            # What a module makes of numbers that its cache made of codes is taken as it comes.
+            if not (history.expanded and history.packed and made.key.shape[2] == history.key.shape[2]):
+                key, value = history.key, history.value
         h = made.query.shape[1]
         key, value = (t.repeat_interleave(h // t.shape[1], 1) for t in (key, value))
         causal = bool(getattr(self.runtime.site.module, "is_causal", True)) and made.causal is not False
@@ -266,6 +269,15 @@ class Judge:
         if call is None or not plan.needs_layer or call.layer is None:
             return None
         layer = call.layer
+        aside = not hasattr(layer, "update")  # something that stands in for a layer, for a further attention
+        if not updates and self.last is not None and (self.last.layer is layer or aside):
+            # Some modules attend several times over the keys of one update.
+            if isinstance(layer, CompressingLayer):
+                if id(layer) in self.histories:
+                    self.histories[id(layer)].lose()
+                raise Lost("several attentions over the keys of one update are not followed")
+            record.held["cache"] += 1
+            return None
         if not updates:
             record.fail("cache", "methods keep the sequence on a layer that this call did not update")
             return None
@@ -320,7 +332,10 @@ class Judge:
             b, _, lq, _ = found.probabilities.shape
             rows = torch.ones(b, lq, dtype=torch.bool, device=found.lse.device) if real is None else real
             if policy.last:
-                rows = rows & (rows.long().flip(1).cumsum(1).flip(1) <= policy.last)
+                # Where the budget is a share, the prompt of a row may be scored by fewer.
+                few = [policy.parts(int(n)).last if policy.once else policy.last for n in rows.sum(1)]
+                counts = torch.tensor(few, device=rows.device)[:, None]
+                rows = rows & (rows.long().flip(1).cumsum(1).flip(1) <= counts)
             mass = found.probabilities * rows[:, None, :, None]
         chosen = None
         if plan.evictor is not None and policy is not None and policy.chosen:

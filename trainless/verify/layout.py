@@ -61,7 +61,7 @@ class Isolating:
         if threading.get_ident() == self.thread:
             self.call = call
 
-    def around(self, made: Made, proceed: Callable[[], Tensor]) -> Tensor:
+    def around(self, made: Made, proceed: Callable[[], Tensor], stock: Callable[[], Tensor]) -> Tensor:
         self.inside, self.call = True, None
         try:
             out = proceed()

@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 from ..errors import TrainlessError
 from ..hosts.base import Made, Runtime
 from ..kv import CompressingLayer
-from ..seams import BESIDE, AttentionCall, AttentionPlan, Entry, Groups, RowEdit, Statistics
+from ..seams import BESIDE, AttentionCall, Entry, Groups, RowEdit, Statistics
 from .caches import History, Lost, Update
 from .heard import Heard, Record, Value
 from .judging import Judge
@@ -87,13 +87,15 @@ class SiteWatch:
 
     # ------------------------------------------------------------------ a call
 
-    def around(self, made: Made, proceed: Callable[[], Tensor]) -> Tensor:
+    def around(self, made: Made, proceed: Callable[[], Tensor], stock: Callable[[], Tensor]) -> Tensor:
         self.record.calls += 1
-        heard = Heard(made, self.watching.updates_of(self.runtime.site.module))
-        self.inside = True
+        module = self.runtime.site.module
+        again = self.watching.last.get(module)
+        heard = Heard(made, self.watching.updates_of(module), again)
+        with torch.no_grad():
+            own = stock() if self._fits_stock(heard.updates) else None
+        self.inside, self.heard = True, heard
         try:
-            stock = self._stock(proceed) if self._fits_stock(heard.updates) else None
-            self.heard = heard
             out = proceed()
         finally:
             self.inside, self.heard = False, None
@@ -102,7 +104,7 @@ class SiteWatch:
         judge = Judge(self.runtime, self.record, heard, watching.histories, watching.originals, mask)
         with torch.no_grad():
             try:
-                judge.check(out, stock)
+                judge.check(out, own)
             except (Lost, TrainlessError) as error:
                 self.record.skip("result", str(error))
             except torch.OutOfMemoryError:
@@ -112,16 +114,6 @@ class SiteWatch:
     def _fits_stock(self, updates: list[Update]) -> bool:
         """Whether the user's own attention can run on what this call brings: not where its cache has dropped keys."""
         return not any(isinstance(u.layer, CompressingLayer) and u.layer.evicted for u in updates)
-
-    def _stock(self, proceed: Callable[[], Tensor]) -> Tensor:
-        """What the user's own attention gives for the same call."""
-        runtime = self.runtime
-        plan, residual = runtime.plan, runtime.call.residual
-        runtime.plan = AttentionPlan([])
-        try:
-            return proceed()
-        finally:
-            runtime.plan, runtime.call.residual = plan, residual
 
 
 def _edited(told: Value, edit: Callable[[Tensor, int], Tensor], p: Tensor, start: int) -> Tensor:
@@ -146,6 +138,7 @@ class Watching:
         self.masks: dict[str, Tensor | None] = {}
         self.current: list[nn.Module] = []
         self.pending: dict[nn.Module, list[Update]] = {}
+        self.last: dict[nn.Module, Update] = {}  # of the forward under way
         self.caches: list[Any] = []
 
     @contextmanager
@@ -202,6 +195,7 @@ class Watching:
             return
         self.current.append(module)
         self.pending[module] = []
+        self.last.pop(module, None)
         for given in (*kwargs.values(), *args):
             inner = (
                 (given.self_attention_cache, given.cross_attention_cache)
@@ -238,7 +232,9 @@ class Watching:
                 history.stamp = None
         keys, values = update(key, value, index, *args, **kwargs)
         layer = cache.layers[index] if layer is None else layer
-        self.pending[self.current[-1]].append(Update(layer, key, value, keys, values))
+        made = Update(layer, key, value, keys, values)
+        self.pending[self.current[-1]].append(made)
+        self.last[self.current[-1]] = made
         return keys, values
 
     def updates_of(self, module: nn.Module) -> list[Update]:
