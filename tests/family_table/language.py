@@ -262,7 +262,8 @@ def _ruled(t: Texts, tried: Try, sites: list[Any]) -> Tensor | None:
     numbered = all(site.layer == getattr(site.module, "layer_idx", None) for site in sites)
     if t.oracle and numbered and (plain or not tried.cache):
         rule, names = tried.rule(sites), {site.name for site in sites}
-        with _applied(rule, names), install(t.model, rule):
+        with _applied(rule, names), install(t.model, rule) as oracle:
+            oracle.whole = True
             return logits(t.model, t.row, cache=forgetful(t.model))
     if t.turned and tried.dense is not None:
         rules = {

@@ -157,6 +157,7 @@ class Oracle:
     sites: dict[int, Site] = field(default_factory=dict)
     real: dict[str, Tensor] = field(default_factory=dict)
     traces: dict[str, list[Trace]] = field(default_factory=dict)
+    whole: bool = False  # there is no padding, although a token may be hidden from itself
 
     def trace(self, layer: int, call: int = -1, part: str = "", role: str = "self") -> Trace:
         """The trace of one call of a layer in the present sequence."""
@@ -200,6 +201,7 @@ class Oracle:
         if site.role == "self":
             # A real token always sees itself, a padding token never does.
             real = visible[:, 0, :, past:].diagonal(dim1=-2, dim2=-1)
+            real = torch.ones_like(real) if self.whole else real
             before = self.real[site.name] if past else real[:, :0]
             real_keys = torch.cat([before, real], dim=1)
             self.real[site.name] = real_keys
