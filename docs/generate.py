@@ -20,6 +20,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 import advice
+import family_tables
 import picture
 
 ROOT = Path(__file__).parent.parent
@@ -108,10 +109,19 @@ def recipe_table() -> str:
 
     def line(name: str) -> list[str]:
         recipe = load_recipe(name)
-        fits = "; ".join(", ".join(names) for names in recipe.fits.values()) if recipe.fits else "any"
+        fits = "; ".join(map(some, recipe.fits.values())) if recipe.fits else "any"
         return [code(name), recipe.description, ", ".join(code(use.method.name) for use in recipe.uses), fits]
 
     return rows(("recipe", "for", "methods", "fits"), map(line, packaged()))
+
+
+def some(names: Sequence[str], most: int = 8) -> str:
+    rest = len(names) - most
+    return (
+        ", ".join(names)
+        if rest < 2
+        else f"{', '.join(names[:most])} and {rest} others ([families](families.md))"
+    )
 
 
 def cli_help() -> str:
@@ -264,6 +274,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "measurements": measurements,
     "goals": advice.tables,
     "goal-memory": advice.memory,
+    **family_tables.BLOCKS,
 }
 
 

@@ -163,7 +163,19 @@ def _default_parts(sites: list[Site], method: Method, part: str | None, parts: l
         return [s for s in sites if s.parts & method.parts]
     # A model that reads or hears more than text: its text, unless asked otherwise.
     text = [s for s in sites if "text" in s.parts]
+    if (
+        not text
+        and all("vision" in s.parts for s in sites)
+        and any(p.main and _writes(p.module) for p in parts)
+    ):
+        return []  # its text is out of reach, and what it sees was not asked for
     return text or sites
+
+
+def _writes(module: Any) -> bool:
+    """Whether the model generates text; one that only sees does not."""
+    asked = getattr(module, "can_generate", None)
+    return callable(asked) and bool(asked())
 
 
 def _site_refusal(method: Method, site: Site) -> str | None:

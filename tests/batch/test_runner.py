@@ -125,7 +125,9 @@ def test_a_patch_that_cannot_work_stops_the_run_instead_of_failing_every_item(tm
 def test_ctrl_c_finishes_the_batch_in_hand(tmp_path, capfd):
     engine = Echo()
     batches = cut_batches(make(9), engine, 3)
-    before = signal.getsignal(signal.SIGINT)  # a shell starts what it puts into the background with it ignored
+    before = signal.getsignal(
+        signal.SIGINT
+    )  # a shell starts what it puts into the background with it ignored
     with Interrupt() as interrupt:
 
         def press():

@@ -36,6 +36,7 @@ HARMLESS = {
     "encoder_hidden_states",
     "encoder_attention_mask",
     "logits_to_keep",
+    "output_router_logits",
 }
 
 
@@ -53,7 +54,8 @@ class Site:
 class Call:
     """One attention call. ``visible`` (B, H, Lq, Lk) is what the model's own mask allows, ``real``
     (B, Lq) the queries that are no padding, ``real_keys`` (B, Lk) likewise; ``past`` = Lk - Lq. ``seen``
-    is ``visible`` without what rules have evicted; it is set before the softmax."""
+    is ``visible`` without what rules have evicted; it is set before the softmax. ``sinks``: a logit for each head
+    that takes its part of every row, (1, H, 1, 1), or None."""
 
     site: Site
     query: Tensor
@@ -65,6 +67,7 @@ class Call:
     past: int
     model: nn.Module
     seen: Tensor | None = None
+    sinks: Tensor | None = None
 
     @property
     def groups(self) -> int:
@@ -123,6 +126,10 @@ class Rule:
         """The logits before masking, (B, H, Lq, Lk)."""
         return logits
 
+    def learned(self, call: Call, sinks: Tensor) -> Tensor:
+        """The learned sink of each head, one more logit in its rows, (1, H, 1, 1)."""
+        return sinks
+
     def seen(self, call: Call, seen: Tensor) -> Tensor:
         """The pairs that take part in the softmax, (B, H, Lq, Lk)."""
         return seen
@@ -150,6 +157,7 @@ class Oracle:
     sites: dict[int, Site] = field(default_factory=dict)
     real: dict[str, Tensor] = field(default_factory=dict)
     traces: dict[str, list[Trace]] = field(default_factory=dict)
+    whole: bool = False  # there is no padding, although a token may be hidden from itself
 
     def trace(self, layer: int, call: int = -1, part: str = "", role: str = "self") -> Trace:
         """The trace of one call of a layer in the present sequence."""
@@ -182,8 +190,9 @@ class Oracle:
         scaling: float,
         bias: Tensor | None,
         softcap: float | None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
-        """Attention of one call, (B, H, Lq, D)."""
+        """Attention of one call, (B, H, Lq, D). sinks: a logit for each head (H,) that takes its part of every row."""
         site = self.site(module)
         batch, heads, lq, _ = query.shape
         lk = key.shape[2]
@@ -192,6 +201,7 @@ class Oracle:
         if site.role == "self":
             # A real token always sees itself, a padding token never does.
             real = visible[:, 0, :, past:].diagonal(dim1=-2, dim2=-1)
+            real = torch.ones_like(real) if self.whole else real
             before = self.real[site.name] if past else real[:, :0]
             real_keys = torch.cat([before, real], dim=1)
             self.real[site.name] = real_keys
@@ -211,11 +221,13 @@ class Oracle:
         if bias is not None:
             z = z + bias
         seen = visible
+        call.sinks = None if sinks is None else sinks[None, :, None, None].to(z)
         for rule in rules:
+            call.sinks = None if call.sinks is None else rule.learned(call, call.sinks)
             z = rule.logits(call, z)
             seen = rule.seen(call, seen)
         call.seen = seen
-        before_edits = masked_softmax(z, seen)
+        before_edits = masked_softmax(z, seen, call.sinks)
         p = before_edits
         for rule in rules:
             p = rule.probabilities(call, p)
@@ -228,12 +240,15 @@ class Oracle:
         return out
 
 
-def masked_softmax(logits: Tensor, seen: Tensor) -> Tensor:
-    """Softmax over the pairs that are seen; a row that sees nothing is all zeros."""
+def masked_softmax(logits: Tensor, seen: Tensor, sinks: Tensor | None = None) -> Tensor:
+    """Softmax over the pairs that are seen; a row that sees nothing is all zeros. sinks: a logit of each row besides."""
     weights = torch.where(seen, logits, torch.full_like(logits, -torch.inf))
     top = weights.amax(dim=-1, keepdim=True)
-    weights = torch.exp(weights - torch.where(top.isinf(), torch.zeros_like(top), top))
+    top = torch.where(top.isinf(), torch.zeros_like(top), top)
+    weights = torch.exp(weights - top)
     total = weights.sum(dim=-1, keepdim=True)
+    if sinks is not None:
+        total = total + torch.exp(sinks - top)
     return torch.where(total > 0, weights / total.clamp_min(torch.finfo(weights.dtype).tiny), weights)
 
 
@@ -250,6 +265,7 @@ def _attention(
     position_bias: Tensor | None = None,
     softcap: float | None = None,
     is_causal: bool | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     unknown = {k for k, v in kwargs.items() if v is not None and k not in HARMLESS}
@@ -267,7 +283,7 @@ def _attention(
         raise NotImplementedError("the oracle builds boolean masks only")
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
-    out = _oracles[module].attend(module, query, key, value, visible, scaling, position_bias, softcap)
+    out = _oracles[module].attend(module, query, key, value, visible, scaling, position_bias, softcap, s_aux)
     return out.transpose(1, 2).contiguous(), None
 
 

@@ -85,10 +85,14 @@ MORE: dict[str, dict[str, Any]] = {
     "deepseek_v2": {
         **EACH, "topk_method": "greedy", "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2,
     },
-    "dots1": {"first_k_dense_replace": 1},
+    "dots1": {
+        "first_k_dense_replace": 1, "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2,
+    },
+    **{kind: {"layer_types": WINDOWS} for kind in ("gemma3_text", "gemma3n_text", "kolibri1")},
     "gemma4_text": {"global_head_dim": 16, "layer_types": WINDOWS, "num_experts": None},
     "gemma4_unified_text": {"global_head_dim": 16, "layer_types": WINDOWS},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "num_layers": 4, "num_heads": 4},
+    "inkling_text": {"layer_types": ["hybrid_sliding", "hybrid"] * 2},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
     "kimi_linear": {
         **EACH, "n_routed_experts": ..., "num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": MIXED,

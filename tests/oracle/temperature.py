@@ -13,8 +13,9 @@ class AttnTemperature(Rule):
     """A = softmax(z / T), where z is the whole logit: scaled product, soft-capped, plus position bias.
 
     Published code divides after bias and mask were added, so the bias is divided too; with a soft cap
-    the capped value is divided, not the argument of the cap. Self-attention of every selected layer;
-    cross-attention is left alone. Masks are boolean, so dividing cannot disturb them.
+    the capped value is divided, not the argument of the cap. A learned sink is a logit of its rows.
+    Self-attention of every selected layer; cross-attention is left alone. Masks are boolean, so
+    dividing cannot disturb them.
     """
 
     def __init__(
@@ -25,3 +26,6 @@ class AttnTemperature(Rule):
 
     def logits(self, call: Call, logits: Tensor) -> Tensor:
         return logits / self.temperature
+
+    def learned(self, call: Call, sinks: Tensor) -> Tensor:
+        return sinks / self.temperature

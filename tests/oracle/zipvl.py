@@ -135,7 +135,7 @@ class ZipVL(Packed):
         logits = state.pop("logits")
         if call.past:
             return seen
-        p, narrowed = masked_softmax(logits, seen), seen.clone()
+        p, narrowed = masked_softmax(logits, seen, call.sinks), seen.clone()
         state["important"] = {}
         for row in range(seen.shape[0]):
             chunk = call.real[row].nonzero().flatten().tolist()

@@ -117,6 +117,14 @@ class Recipe:
             return
         accepted = [name for group in self.fits.values() for name in group]
         if not set(names) & set(accepted):
-            kinds = "; ".join(f"{kind} {', '.join(group)}" for kind, group in self.fits.items())
+            kinds = "; ".join(f"{kind} {_some(group)}" for kind, group in self.fits.items())
             it = " / ".join(names) or "of no type that a recipe can name"
             raise InputError(f"recipe {self.name} fits {kinds}; this model is {it}")
+
+
+def _some(names: list[str], most: int = 8) -> str:
+    """The first names of a list, and how many there are besides."""
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (
+        f" and {rest} others" if rest > 1 else "".join(f", {n}" for n in names[most:])
+    )

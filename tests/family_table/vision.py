@@ -1,0 +1,17 @@
+"""Vision-language models: every class that transformers lists for text from images, on prompts of text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from oracle import vision_zoo as zoo
+
+from .language import line_of
+
+
+def names() -> list[str]:
+    return zoo.kinds()
+
+
+def line(kind: str) -> dict[str, Any]:
+    return line_of(kind, zoo.build)

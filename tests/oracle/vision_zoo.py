@@ -1,0 +1,160 @@
+"""Tiny random vision-language models of the classes that transformers lists for text from images, for prompts of text.
+
+Their configs are made small field by field; what some need on top stands in MORE. A class that cannot be made small that
+way is told by ``build``'s ValueError.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as CLASSES
+
+from . import decoder_zoo
+from .decoder_zoo import VOCAB, _randomise
+
+LARGEST = 20_000_000  # parameters; towers of fixed widths count
+LAYERS = 4
+TOWERS = ("vision", "vq", "qformer", "perceiver", "audio", "visual", "image", "projector", "sam")
+COUNTS = (
+    "num_hidden_layers", "encoder_layers", "decoder_layers", "n_layer", "num_layers", "depth", "encoder_num_layers",
+    "num_blocks",
+)  # fmt: skip
+PATTERNS = ("layer_types", "mlp_layer_types", "layers_block_type")
+WIDE = (
+    "hidden_size", "d_model", "n_embd", "embed_dim", "dim", "out_hidden_size", "output_hidden_size",
+    "text_hidden_size", "projection_dim", "projector_hidden_size",
+)  # fmt: skip
+MOST: dict[str, int] = {
+    **dict.fromkeys(WIDE, 32),
+    **dict.fromkeys(
+        ("intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "intermediate_size_mlp"), 48
+    ),
+    **dict.fromkeys(
+        ("num_attention_heads", "encoder_attention_heads", "decoder_attention_heads", "attention_heads", "num_heads"), 4
+    ),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "moe_k", "top_k_experts"), 2),
+    **dict.fromkeys(("n_group", "topk_group"), 1),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 16),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank"), 16),
+    **dict.fromkeys(
+        ("head_dim", "global_head_dim", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "linear_key_head_dim",
+         "linear_value_head_dim", "hidden_size_per_layer_input"), 8,
+    ),
+    **dict.fromkeys(
+        ("num_key_value_heads", "num_global_key_value_heads", "linear_num_key_heads", "first_k_dense_replace"), 2
+    ),
+    "linear_num_value_heads": 4, "latent_query_num": 4, "vocab_size": VOCAB, "vocab_size_per_layer_input": VOCAB,
+}  # fmt: skip
+IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+TOKENS = ("_token_id", "_token_index", "_start_id", "_end_id", "_newline_id")
+ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+PARTIAL = {**ROPE, "partial_rotary_factor": 1.0}
+# Fields of the text config.
+MORE: dict[str, dict[str, Any]] = {
+    **{kind: {"rope_parameters": ROPE} for kind in ("qwen2_vl", "qwen2_5_vl", "paddleocr_vl", "glm_ocr")},
+    **{kind: {"rope_parameters": PARTIAL} for kind in ("glm46v", "glm4v", "glm4v_moe")},
+    **{kind: {"num_key_value_heads": 4} for kind in ("kimi_k25", "mistral4", "glm5_next")},
+}  # fmt: skip
+
+
+def kinds() -> list[str]:
+    return sorted(CLASSES)
+
+
+# Those whose layers differ in shape are made around the text config of tests/oracle/decoder_zoo.py.
+AROUND = {"gemma4": "gemma4_text", "gemma4_unified": "gemma4_unified_text"}
+TOWER = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8,
+    "num_key_value_heads": 4, "patch_size": 8, "pooling_kernel_size": 2, "position_embedding_size": 64,
+}  # fmt: skip
+
+
+def config_of(kind: str) -> Any:
+    if kind in AROUND:
+        return CONFIG_MAPPING[kind](
+            text_config=decoder_zoo.config_of(AROUND[kind]).to_dict(), vision_config=TOWER, audio_config=None,
+            image_token_id=VOCAB - 1, video_token_id=VOCAB - 2, audio_token_id=VOCAB - 3,
+        )  # fmt: skip
+    config = CONFIG_MAPPING[kind]()
+    _shrink(config, tower=False)
+    _number(config)
+    text = config.get_text_config(decoder=True)
+    for name, value in MORE.get(kind, {}).items():
+        setattr(text, name, value)
+    return config
+
+
+def _nested(config: Any) -> Iterator[tuple[str, Any]]:
+    for name, value in list(vars(config).items()):
+        if isinstance(value, PreTrainedConfig):
+            yield name, value
+
+
+def _shrink(config: Any, tower: bool) -> None:
+    for name, part in _nested(config):
+        _shrink(part, tower or any(word in name for word in TOWERS))
+    layers = 2 if tower else LAYERS
+    for name, value in list(vars(config).items()):
+        if isinstance(value, list) and name in PATTERNS and len(value) > layers:
+            different = list(dict.fromkeys(value))
+            setattr(config, name, [different[i % len(different)] for i in range(layers)])
+        elif isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            most = layers if name in COUNTS else MOST.get(name, value)
+            if value > most:
+                setattr(config, name, most)
+    rope = getattr(config, "rope_parameters", None)
+    if isinstance(rope, dict) and "mrope_section" in rope:
+        rope["mrope_section"] = [2, 1, 1]
+    if not tower and getattr(config, "head_dim", 0) is None and hasattr(config, "num_attention_heads"):
+        config.head_dim = MOST["head_dim"]
+
+
+def _number(config: Any) -> None:
+    """Tokens with a meaning of their own, at the end of the small vocabulary; none of them is in a prompt."""
+    numbers: dict[str, int] = {}
+    for part in (config, *(part for _, part in _nested(config))):
+        for name, value in list(vars(part).items()):
+            if name in IDS:
+                own: int | None = IDS[name]
+            elif name.endswith(TOKENS) and isinstance(value, int):
+                own = numbers.setdefault(name, VOCAB + len(numbers))
+            else:
+                continue
+            with contextlib.suppress(Exception):  # a name for a field of another part
+                setattr(part, name, own)
+    for part in (config, *(part for _, part in _nested(config))):
+        if getattr(part, "vocab_size", None) == VOCAB:
+            part.vocab_size = VOCAB + 24
+
+
+def build(kind: str, *, dtype: torch.dtype = torch.float64, seed: int = 0) -> Any:
+    """A tiny model of this model type. Raises ValueError where its config cannot be made small this way."""
+    torch.manual_seed(seed)
+    try:
+        config = config_of(kind)
+        cls = getattr(transformers, CLASSES[kind])
+        if config.is_encoder_decoder:
+            raise ValueError("an encoder and a decoder; not tried here")
+        with torch.device("meta"):
+            count = sum(p.numel() for p in cls(config).parameters())
+        if count > LARGEST:
+            raise ValueError(f"{count / 1e6:.0f} million parameters")
+        model = cls(config)
+        if getattr(model, "generation_config", None) is None:
+            raise ValueError("it writes no text")
+    except Exception as error:
+        text = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+        raise ValueError(f"{kind}: {type(error).__name__}: {text}") from error
+    _randomise(model, seed)
+    model = nn.Module.to(model, dtype).eval().requires_grad_(False)
+    generation = model.generation_config
+    generation.eos_token_id, generation.pad_token_id, generation.cache_implementation = None, 0, None
+    return model
