@@ -70,7 +70,7 @@ def test_groups_are_heads_that_share_by_mean(method):
         assert grouped.kept()[0][head] == want
 
 
-def test_a_prompt_within_the_window_or_the_capacity_is_left_alone():
+def test_a_prompt_within_the_capacity_is_left_alone():
     model = models.build("llama", dtype=torch.float32, exact=False)
     ids, mask = models.left_padded([18, 7])
     options = {
@@ -80,21 +80,21 @@ def test_a_prompt_within_the_window_or_the_capacity_is_left_alone():
         "return_dict_in_generate": True,
     }
     stock = model.generate(ids, output_logits=True, **options)
-    for given in (
-        {"capacity": 0.1},
-        {"capacity": 0.1, "window": 18},
-        {"capacity": 1.0, "window": 2},
-        {"capacity": 40},
-    ):
+    for given in ({"capacity": 1.0, "window": 2}, {"capacity": 1.0}, {"capacity": 40}):
         patch = trainless.patch(model, "snapkv", **given)
         found = model.generate(ids, output_logits=True, **options)
         assert all(torch.equal(a, b) for a, b in zip(found.logits, stock.logits, strict=True)), given
         patch.remove()
 
 
-def test_a_fraction_is_never_less_than_the_window():
-    layers = layers_after(models.build("llama"), "snapkv", models.prompt(24), capacity=0.1, window=6)
-    assert all(head == list(range(18, 24)) for layer in layers for head in layer.kept()[0])
+@pytest.mark.parametrize(
+    ("length", "capacity", "kept", "window"), [(24, 0.5, 12, 6), (24, 0.1, 2, 1), (7, 0.5, 3, 1)]
+)
+def test_a_fraction_is_kept_and_the_window_is_at_most_half_of_it(length, capacity, kept, window):
+    """So that short prompts, too, are cut to the share that was asked for."""
+    layers = layers_after(models.build("llama"), "snapkv", models.prompt(length), capacity=capacity, window=6)
+    for head in (head for layer in layers for head in layer.kept()[0]):
+        assert len(head) == kept and head[-window:] == list(range(length - window, length))
 
 
 @pytest.mark.parametrize("pooling", ["avg", "max"])
@@ -124,7 +124,7 @@ def test_rules_that_make_no_sense_are_refused():
     for given in ({"score": "probe_mass"}, {"last": 3}, {"pool": 4, "once": True}, {"pool": 3}):
         with pytest.raises(trainless.InputError):
             Evict(**given)
-    assert Evict(capacity=0.5, recent=8).total(10) == 8 and Evict(capacity=0.5, recent=8).total(4) == 4
+    assert Evict(capacity=0.5, recent=8).total(10) == 5 and Evict(capacity=0.5, recent=8).total(4) == 2
     assert Evict(capacity=6, recent=3).fixed == 6
     site = Site("a", torch.nn.Identity(), "transformers", causal=True, facts={"max_positions": 64})
     for method in ("tova", "snapkv"):
