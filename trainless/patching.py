@@ -230,10 +230,15 @@ class Patch:
 
     def _runtime(self, site: Site) -> Runtime:
         runtime = runtime_of(site.module)
+        part = self._part(site)
         if runtime is not None:
+            known = vars(part.module)[STATION].runtimes
+            if all(
+                one is not runtime for one in known
+            ):  # it came by a patch on another model around or inside
+                known.append(runtime)
             return runtime
         runtime = Runtime(site)
-        part = self._part(site)
         if site.kind == "attention":
             part.host.install(runtime)
         else:

@@ -167,3 +167,24 @@ def test_verify_knows_shares_and_draws(method, given):
     with trainless.patched(model, method, **given) as patch:
         outcome = patch.verify()
         assert outcome, str(outcome)
+
+
+@pytest.mark.parametrize("method", ["h2o", "tova", "streaming", "random"])
+def test_a_turn_of_one_token_is_no_prompt_among_longer_turns_either(method):
+    model = models.build("llama")
+    small = {"h2o": {"heavy": 1, "recent": 1}, "tova": {"capacity": 2}, "random": {"capacity": 2}}
+    given = {**small.get(method, {"sinks": 1, "recent": 1}), "protect": "prompt"}
+    turns = [torch.arange(3, 11)[None], *(torch.tensor([[n]]) for n in (5, 6, 7, 20, 21, 22, 23, 24))]
+    wide = torch.tensor([[0, 0, 0, 5], [8, 9, 10, 11]])
+    with trainless.patched(model, method, **given), torch.no_grad():
+        alone, cache = [], DynamicCache(config=model.config)
+        for turn in turns:
+            alone.append(model(turn, past_key_values=cache).logits[0, -1])
+        cache, mask, found = DynamicCache(config=model.config), torch.zeros(2, 0).long(), []
+        for turn in (turns[0].expand(2, -1), wide, *(turn.expand(2, -1) for turn in turns[2:])):
+            mask = torch.cat([mask, turn != 0], 1).long()
+            positions = (mask.cumsum(1) - 1)[:, -turn.shape[1] :]
+            out = model(turn, attention_mask=mask, position_ids=positions, past_key_values=cache)
+            found.append(out.logits[0, -1])
+    for a, b in zip(alone, found, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)

@@ -298,10 +298,12 @@ class TransformersHost:
         if runtime.site.facts.get("keys") == "tiled":
             _refuse_heads(runtime)
         self._find_out(runtime, model, station)
-        if runtime.hooked or not self._calls_differ(runtime):
+        if not self._calls_differ(runtime):
+            return
+        inputs.watch(runtime, model, station)
+        if runtime.hooked:
             return
         runtime.hooked = True
-        inputs.watch(runtime, model, station)
         module, journal, name = runtime.site.module, runtime.journal, runtime.site.name
         hook = functools.partial(before, runtime)
         journal.add(

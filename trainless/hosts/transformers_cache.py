@@ -28,7 +28,9 @@ from ..kv import (
 from ..seams import AttentionPlan, Entry
 from .base import Lease, Runtime
 from .transformers_contract import GENERATE, problem
+from .transformers_inputs import noted
 from .transformers_layers import PLAIN, depths_of, index_of
+from .transformers_outside import refuse_unprepared
 from .transformers_version import DummyLayer, cache_in, layers_of
 
 
@@ -45,6 +47,9 @@ def _note_layer(runtime: Runtime, module: nn.Module, args: tuple[Any, ...], kwar
         if runtime.site.role != "cross":
             facts["cross"] = True
             return
+    around = noted(runtime)
+    if around is not None:
+        refuse_unprepared(runtime, around.generating)
     # By type, not by name: some families call it layer_past, or pass it by position.
     cache = next((a for a in (*kwargs.values(), *args) if isinstance(a, Cache | EncoderDecoderCache)), None)
     if isinstance(cache, EncoderDecoderCache):
@@ -215,6 +220,7 @@ def cache_wrapper(model: nn.Module, runtimes: Sequence[Runtime]) -> Callable[...
             cache.activate_past_recording()
         return result
 
+    vars(prepare)["runtimes"] = runtimes
     return mark(prepare)
 
 

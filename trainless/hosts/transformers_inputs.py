@@ -19,8 +19,11 @@ from transformers import PreTrainedModel
 
 from ..journal import AttributeEdit, HookEdit, Journal
 from .base import Runtime
+from .transformers_outside import Generating, generating
 
-READER = "_trainless_inputs"  # where a pretrained model keeps its reader
+READER = (
+    "_trainless_inputs"  # where a pretrained model keeps its readers, one for each model that was patched
+)
 
 
 @dataclass
@@ -35,6 +38,7 @@ class Noted:
     positions: Tensor | None = None
     attentions: bool = False
     by: Any = None  # whose forward it is
+    generating: Generating | None = None  # what runs it, where patches have to prepare for that
     _real: dict[int, Tensor | None] | None = None
     _several: bool | None = None
 
@@ -133,6 +137,7 @@ def _enter(reader: Reader, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Non
         asked = outer.attentions if outer is not None else getattr(reader.config, "output_attentions", False)
     positions = reader.argument("position_ids", args, kwargs)
     noted = Noted(positions=positions, attentions=bool(asked), by=reader)
+    noted.generating = generating() if outer is None else outer.generating
     if isinstance(mask, Tensor) and mask.dim() == 2:
         noted.padding = mask
     elif outer is not None and outer.by.own == "attention_mask":
@@ -151,7 +156,8 @@ _uncompiled = torch.compiler.disable(_enter)
 
 def watch(runtime: Runtime, model: nn.Module, station: Journal) -> None:
     """Put readers at the pretrained models around the site, into ``station``, where there are none yet."""
-    if "inputs" in runtime.asked:
+    own = f"{READER}_{id(station):x}"  # patches on a model and on one inside it come off in any order
+    if "inputs" in runtime.asked and own in vars(model):
         return
     name = next((n for n, m in model.named_modules() if m is runtime.site.module), "")
     around = [
@@ -159,13 +165,13 @@ def watch(runtime: Runtime, model: nn.Module, station: Journal) -> None:
         for n, m in model.named_modules()
         if isinstance(m, PreTrainedModel) and (n == "" or name.startswith(f"{n}."))
     ]
-    standing = [r.given for _, m in around if (r := vars(m).get(READER)) is not None]
-    given = standing[0] if standing else Given()
+    standing = [r.given for _, m in around for n, r in vars(m).items() if n.startswith(READER)]
+    given = runtime.asked.get("inputs") or (standing[0] if standing else Given())
     for place, module in around:
-        if READER in vars(module):
+        if own in vars(module):
             continue
         reader, where = Reader(module, given), place or "model"
-        station.add(AttributeEdit(module, READER, reader, f"{where}.{READER}"))
+        station.add(AttributeEdit(module, own, reader, f"{where}.{own}"))
         before = functools.partial(module.register_forward_pre_hook, reader.enter, with_kwargs=True)
         station.add(HookEdit(module, before, f"forward hook on {where}"))
         after = functools.partial(module.register_forward_hook, reader.leave, always_call=True)

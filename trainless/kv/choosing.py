@@ -121,6 +121,10 @@ class Choosing(Slots):
             if self.positions is None
             else [a + o for a, o in zip(self.ages, own, strict=True)]
         )
+        if self.past and not self.lease.deferring:
+            own = [
+                n if n > 1 else 0 for n in own
+            ]  # a row's one token among others' turns: as it would be alone
         before = self.given or [[] for _ in now]
         self.given = [
             columns.joined(g, [(n - o, n)] if o else []) for g, n, o in zip(before, now, own, strict=True)
