@@ -22,7 +22,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 
 # A slice of the tests that meets each seam, for versions of libraries other than those of constraints.txt.
 SLICE := tests/hosts/test_versions.py tests/contract/test_generate.py tests/contract/test_assisted.py
-SLICE_OF := test_versions or streaming] or h2o] or snapkv] or kvquant] or act] or act-running] or temperature-sharp]
+SLICE += tests/verify/test_comparing.py
+SLICE_OF := test_versions or does_nothing_fails or streaming] or h2o] or snapkv] or kvquant] or act] or act-running] or temperature-sharp]
 
 .PHONY: demo test test-all check bench clean
 .DELETE_ON_ERROR:

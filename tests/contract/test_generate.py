@@ -125,7 +125,7 @@ def test_a_static_cache_is_refused_by_name_or_right(case: Case):
     ids = models.prompt(14)
     patch = trainless.patch(model, case.method, **case.parameters)
     if case.method in ("attn_temperature", "head_gain"):
-        same(_generate(model, ids, cache_implementation="static").logits, _generate(model, ids).logits, 1e-5)
+        same(_generate(model, ids, cache_implementation="static").logits, _generate(model, ids).logits, 3e-5)
     else:
         with pytest.raises(trainless.Unsupported, match=rf"{case.method}.*(static|Static)"):
             _generate(model, ids, cache_implementation="static")

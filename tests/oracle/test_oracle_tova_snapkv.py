@@ -27,7 +27,7 @@ def test_capacity_of_at_least_the_length_is_the_identity(rule):
 
 @pytest.mark.parametrize(
     "rule",
-    [lambda: Tova(6), lambda: Tova(0.4, shared=False), lambda: SnapKV(7, 3, 3), lambda: SnapKV(0.5, 2)],
+    [lambda: Tova(6), lambda: Tova(0.4, shared=False), lambda: SnapKV(7, 3, 3), lambda: SnapKV(0.5, 2, 3)],
 )
 def test_a_padded_batch_is_its_rows_alone(rule):
     model = models.build("llama")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..hosts.probes import Probe
+from ..hosts.transformers_version import CACHE_NAME, cache_out
 from ..verify.probing import tensors_in
 from .measure import Clock
 from .result import Row
@@ -72,11 +73,11 @@ class Text:
 
     def _prefill(self, keep: int) -> tuple[Tensor, Any]:
         found = self.model(input_ids=self.ids, use_cache=True, **keeping(self.model, keep))
-        return found.logits[:, -keep:], found.past_key_values
+        return found.logits[:, -keep:], cache_out(found)
 
     def _steps(self, cache: Any) -> list[Tensor]:
         return [
-            self.model(input_ids=self.more[:, i : i + 1], past_key_values=cache, use_cache=True).logits
+            self.model(input_ids=self.more[:, i : i + 1], **{CACHE_NAME: cache}, use_cache=True).logits
             for i in range(self.more.shape[1])
         ]
 

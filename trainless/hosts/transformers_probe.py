@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from ..errors import Unsupported
 from ..seams import Site
 from .probes import SEED, STEPS, Draw, Probe
+from .transformers_version import CACHE_NAME, cache_out, takes_cache
 
 SPARE = 8  # positions that some models keep for themselves (offsets of the padding index)
 MOST_LOGITS = 1 << 25  # elements; beyond that only the last rows of a prefill are kept
@@ -24,7 +25,7 @@ def probes(part: Any, sites: Sequence[Site], tokens: int) -> list[Probe]:
     text = model.main_input_name == "input_ids" and "input_ids" in takes
     if text and getattr(model.config, "is_encoder_decoder", False) and "decoder_input_ids" in takes:
         return [_seq2seq(model, tokens)]
-    if text and "past_key_values" in takes and decodes(model):
+    if text and takes_cache(takes) and decodes(model):
         return [_decoder(model, takes, tokens)]
     if text:
         return [_encoder(model, takes, tokens)]
@@ -41,7 +42,7 @@ def dense(part: Any, sites: Sequence[Site], tokens: int) -> list[Probe]:
     found = probes(part, sites, tokens)
     model = next(m for m in part.module.modules() if isinstance(m, PreTrainedModel))
     takes = inspect.signature(type(model).forward).parameters
-    if model.main_input_name == "input_ids" and "attention_mask" in takes and "past_key_values" in takes:
+    if model.main_input_name == "input_ids" and "attention_mask" in takes and takes_cache(takes):
         if decodes(model) and not getattr(model.config, "is_encoder_decoder", False):
             found.append(_padded(model, tokens))
     return found
@@ -63,8 +64,8 @@ def _padded(model: PreTrainedModel, tokens: int) -> Probe:
             given = {"input_ids": torch.cat([ids, more], 1)[:, start:stop], "attention_mask": mask[:, :stop]}
             if numbered:
                 given["position_ids"] = places[:, start:stop]
-            outputs.append(model(**given, past_key_values=cache, use_cache=True))
-            cache = outputs[-1].past_key_values
+            outputs.append(model(**given, **{CACHE_NAME: cache}, use_cache=True))
+            cache = cache_out(outputs[-1])
         return outputs
 
     return Probe(f"2 rows, {short} and {length} long, padded on the left", run, short=f"2 × {length} tokens")
@@ -92,9 +93,9 @@ def _decoder(model: PreTrainedModel, takes: Any, tokens: int) -> Probe:
 def cached(model: nn.Module, ids: Tensor, more: Tensor, prefill: dict[str, Any] | None = None) -> list[Any]:
     """A prefill of ``ids`` (B, L), then one step for each column of ``more`` (B, n); the outputs of all."""
     found = model(input_ids=ids, use_cache=True, **(prefill or {}))
-    outputs, cache = [found], found.past_key_values
+    outputs, cache = [found], cache_out(found)
     for i in range(more.shape[1]):
-        found = model(input_ids=more[:, i : i + 1], past_key_values=cache, use_cache=True)
+        found = model(input_ids=more[:, i : i + 1], **{CACHE_NAME: cache}, use_cache=True)
         outputs.append(found)
     return outputs
 
@@ -106,11 +107,11 @@ def _seq2seq(model: PreTrainedModel, tokens: int) -> Probe:
 
     def run() -> list[Any]:
         found = model(input_ids=source, decoder_input_ids=ids, use_cache=True)
-        outputs, cache = [found], found.past_key_values
+        outputs, cache = [found], cache_out(found)
         encoded = (found.encoder_last_hidden_state,)
         for i in range(STEPS):
             step = {"decoder_input_ids": more[:, i : i + 1], "encoder_outputs": encoded}
-            outputs.append(model(**step, past_key_values=cache, use_cache=True))
+            outputs.append(model(**step, **{CACHE_NAME: cache}, use_cache=True))
         return outputs
 
     return Probe(f"{length} random source tokens; {_named(length)}", run, short=f"{length} tokens")

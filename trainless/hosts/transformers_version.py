@@ -59,6 +59,11 @@ def cache_in(arguments: Mapping[str, Any]) -> Any:
     return next((arguments[n] for n in CACHE_NAMES if arguments.get(n) is not None), None)
 
 
+def cache_out(outputs: Any) -> Any:
+    """The cache among the outputs of a model's call, None when it gives none."""
+    return getattr(outputs, CACHE_NAME, None)
+
+
 def layers_of(cache: Any) -> list[Any]:
     """The layers of a cache, a decoder's own where there is one for each of two attentions; [] for none."""
     cache = getattr(cache, "self_attention_cache", cache)

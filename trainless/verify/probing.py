@@ -14,6 +14,7 @@ from ..errors import InputError
 from ..hosts import Component
 from ..hosts.base import Lease, Tally
 from ..hosts.probes import SEED, STEPS, Probe, default_probes
+from ..hosts.transformers_version import CACHE_NAMES
 from ..seams import Evict, Quantise, Site
 from .standing import Standing, runtimes, seed
 
@@ -95,7 +96,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
         yield value.detach().clone()
     elif isinstance(value, Mapping):
         for key, item in value.items():
-            if key != "past_key_values":
+            if key not in CACHE_NAMES:
                 yield from tensors_in(item)
     elif isinstance(value, (list, tuple)):
         for item in value:
