@@ -124,6 +124,19 @@ def test_attention_to_padding_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "result" in failures(made.verify())
 
 
+@pytest.mark.parametrize(
+    ("method", "given"),
+    [("tova", {"capacity": 6}), ("h2o", {"heavy": 3, "recent": 3}), ("random", {"capacity": 6})],
+)
+def test_padding_that_counts_for_tokens_is_found(
+    method: str, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = CompressingLayer.note
+    monkeypatch.setattr(CompressingLayer, "note", lambda self, real: own(self, None))
+    found = trainless.patch(llama(), method, **given).verify()
+    assert "kept" in failures(found), str(found)
+
+
 def test_wrong_codes_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     made = trainless.patch(llama(), "kvquant", group=8, residual=8, k_bits=8, v_bits=8)
     own = packed_format._codes

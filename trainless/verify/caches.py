@@ -166,6 +166,10 @@ class History:
         method itself said stays (bool (B, T)), for a policy that leaves it to the method.
         """
         assert self.alive is not None and self.real is not None
+        beyond = self._beyond()
+        if beyond is not None:
+            self.lose()
+            return [beyond], False
         kept = self._kept()
         problems = []
         if bool((kept & ~self.alive).any()):
@@ -179,6 +183,15 @@ class History:
         self.stamp = _stamp(self.layer)
         return problems, dropped
 
+    def _beyond(self) -> str | None:
+        """A token that the layer says it keeps and that its row never had: then it counts padding for tokens."""
+        assert self.real is not None
+        for row, heads in enumerate(self.layer.kept()):
+            length, last = int(self.real[row].sum()), max((max(p, default=-1) for p in heads), default=-1)
+            if last >= length:
+                return f"says that it keeps token {last} of a row of {length} tokens (row {row})"
+        return None
+
     def _kept(self) -> Tensor:
         """bool (B, Hc, T), from the positions that the layer says it keeps: numbers of real tokens."""
         assert self.alive is not None and self.real is not None
@@ -186,8 +199,6 @@ class History:
         for row, heads in enumerate(self.layer.kept()):
             columns = self.real[row].nonzero()[:, 0]
             for head, positions in enumerate(heads):
-                if positions and max(positions) >= len(columns):
-                    raise Lost(f"says that it keeps token {max(positions)} of {len(columns)}")
                 kept[row, head, columns[torch.tensor(positions, dtype=torch.long, device=columns.device)]] = (
                     True
                 )
