@@ -18,6 +18,7 @@ import trainless
 from trainless import patching, rows, softmax
 from trainless.attention import _Run
 from trainless.hosts import inputs, transformers_calls
+from trainless.kv import CompressingLayer
 from trainless.patchers import Method
 from trainless.seams import AttentionPlan, Contribution, ExtraKeys, MassMove, Pairs, Site
 
@@ -252,3 +253,20 @@ def test_a_probe_with_images_is_computed_in_full(family: str) -> None:
     found = made.verify(given)
     assert status(found)["var", "result"] == "ok", str(found)
     assert "(mass)" in detail(found, "result")
+
+
+def test_a_patch_that_refuses_calls_of_the_probe_is_not_called_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it got right elsewhere: a padded batch that only the patch has trouble with is not checked."""
+    score = CompressingLayer.score
+
+    def refusing(self: Any, *args: Any, **kwargs: Any) -> None:
+        if self.keys.shape[0] > 1:
+            raise trainless.Unsupported("not two rows")
+        return score(self, *args, **kwargs)
+
+    made = trainless.patch(llama(), "tova", capacity=6)
+    assert status(made.verify())["tova", "result"] == "ok"
+    monkeypatch.setattr(CompressingLayer, "score", refusing)
+    found = made.verify()
+    assert status(found)["tova", "result"] == status(found)["tova", "kept"] == "not checked"
+    assert "not two rows" in detail(found, "result")

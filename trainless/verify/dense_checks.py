@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ..binding import Binding
+from ..errors import TrainlessError
 from ..hosts.base import runtime_of
 from ..hosts.probes import SEED
 from ..seams import BESIDE, Evict, Quantise
@@ -36,6 +37,9 @@ class Seen:
     records: dict[nn.Module, Record] = field(default_factory=dict)
     inputs: InputsWatch | None = None
     failure: str | None = None
+    refused: bool = (
+        False  # whether that was an error of ours, on calls that the model itself has no trouble with
+    )
 
 
 def watched(trial: Trial) -> Seen:
@@ -44,7 +48,7 @@ def watched(trial: Trial) -> Seen:
     runtimes = [r for m in modules if (r := runtime_of(m)) is not None]
     watching = Watching(runtimes, _tops(trial))
     inputs = InputsWatch(runtimes)
-    failure = None
+    failure, refused = None, False
     with watching.on(), inputs.on():
         for probe in trial.dense_probes():
             trial.standing.fresh()
@@ -53,7 +57,8 @@ def watched(trial: Trial) -> Seen:
                 probe.run()
             except Exception as error:
                 failure = f"on {probe.name} the model raises {told(error)}"
-    return Seen({m: w.record for m, w in watching.sites.items()}, inputs, failure)
+                refused = isinstance(error, TrainlessError)
+    return Seen({m: w.record for m, w in watching.sites.items()}, inputs, failure, refused)
 
 
 def _tops(trial: Trial) -> list[nn.Module]:
@@ -123,7 +128,7 @@ def _attended(records: list[Record], seen: Seen) -> Answer:
     gap = max(r.gap for r in records)
     said = f"{held} of {calls} calls are as computed in full ({seams}), within {gap:.1g} of the largest value"
     said += f"; {over} over other keys left alone" if over else ""
-    return OK, f"{said}; not all: {why}" if why else said
+    return UNCHECKED if seen.refused else OK, f"{said}; not all: {why}" if why else said
 
 
 def _kept(records: list[Record], seen: Seen) -> Answer:
@@ -131,11 +136,11 @@ def _kept(records: list[Record], seen: Seen) -> Answer:
     if wrong:
         return FAILED, wrong
     held, dropped = sum(r.held["kept"] for r in records), sum(r.held["dropped"] for r in records)
-    why = _why(records, "kept")
+    why = "; ".join(reason for reason in (_why(records, "kept"), seen.failure) if reason)
     if not held:
-        return UNCHECKED, why or seen.failure or "the probe keeps no cache that could be compressed"
+        return UNCHECKED, why or "the probe keeps no cache that could be compressed"
     said = f"{held} kept sets are those of the rule; tokens were dropped after {dropped} calls"
-    return OK, f"{said}; not all: {why}" if why else said
+    return UNCHECKED if seen.refused else OK, f"{said}; not all: {why}" if why else said
 
 
 def _precision(records: list[Record], seen: Seen) -> Answer:
