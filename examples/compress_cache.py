@@ -74,6 +74,6 @@ with torch.inference_mode():
 # kvquant       5.52 MiB  'The bakery is a place where people can come to enjoy their'
 # h2o           6.72 MiB  'The bakery is a small, family-owned business that specializes'
 # streaming     5.84 MiB  'The notes are:\n\nThe notes are:\n\n'
-# {'bytes_kept': 6082560, 'bytes_stock': 18109440}
+# {'bytes_kept': 6128640, 'bytes_stock': 18109440}
 # both          6.02 MiB  'The bakery is a small, family-owned business that specializes'
 # everything kept, same bits: True
