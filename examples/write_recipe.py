@@ -46,14 +46,14 @@ with tempfile.TemporaryDirectory() as folder:
 
 # It prints:
 # examples/letters: Long letters on a small cache, with slightly sharper attention in the upper half.
-#   h2o.heavy = 0.1  [long-context.yaml:12] published: H2O code, ratio of the prompt
+#   h2o.heavy = 0.1  [long-context.yaml:20] published: H2O code, ratio of the prompt
 #   h2o.recent = 0.2  [write_recipe.yaml:10] ours: letters end with what matters
 #   h2o.gqa = sum  [default (ours)]
 #   h2o.normalise = False  [default (published)] H2O: Heavy-Hitter Oracle for Efficient Generative Inference
 #   h2o.positions = real  [default (published)] H2O: Heavy-Hitter Oracle for Efficient Generative Inference
 #   h2o.ratio = None  [default (ours)]
 #   h2o.protect = none  [default (ours)]
-#   h2o.where.layers = 2:  [long-context.yaml:15] ours: the first two layers attend broadly; they keep everything
+#   h2o.where.layers = 2:  [long-context.yaml:23] ours: the first two layers attend broadly; they keep everything
 #   attn_temperature.temperature = 0.95  [write_recipe.yaml:13] ours: an example, not tuned
 #   attn_temperature.where.layers = 2:  [write_recipe.yaml:15] ours: the second half of this example's four layers
 #
