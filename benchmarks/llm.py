@@ -33,7 +33,7 @@ import trainless
 from trainless.bench.measure import Clock, Variant, alternate, memory_method, peak_of
 from trainless.bench.subjects import Text, token_ids
 from trainless.models import describe, load
-from trainless.report import size
+from trainless.patch.report import size
 
 # What is timed, by name. Everything in "identity" is known before the call to change nothing.
 IDENTITY: list[dict[str, Any]] = [

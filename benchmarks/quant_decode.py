@@ -34,7 +34,7 @@ from trainless.bench.subjects import token_ids
 from trainless.kernels.common import Terms
 from trainless.kernels.quant_kv import blocked, choose, packed_rows, quantise, raw, reference, rows
 from trainless.models import load
-from trainless.report import size
+from trainless.patch.report import size
 
 GROUP, RESIDUAL = 64, 128
 STEPS = 8  # tokens of one turn of the whole model

@@ -24,13 +24,13 @@ from record import Claim, about, write
 from torch import Tensor, nn
 
 import trainless
-from trainless.attention import attend
 from trainless.bench.measure import Clock, alternate
 from trainless.bench.subjects import token_ids
-from trainless.hosts.base import Lease, Runtime
+from trainless.engine.attention import attend
+from trainless.engine.runtime import Runtime
 from trainless.models import describe, load
 from trainless.patchers import get
-from trainless.seams import AttentionCall, Entry, Site
+from trainless.seams import AttentionCall, Entry, Lease, Site
 
 METHOD = "zipvl"
 SLACK = 1.5

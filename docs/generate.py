@@ -40,7 +40,7 @@ def made() -> dict[Path, str]:
         text = page.read_text(encoding="utf-8")
         found[page] = BLOCK.sub(lambda m: f"{m[1]}{BLOCKS[m[2]]().rstrip()}\n{m[3]}", text)
     found[ROOT / "docs" / "img" / "seams.svg"] = picture.seams()
-    found[ROOT / "trainless" / "advice.json"] = advice.text()
+    found[ROOT / "trainless" / "preview" / "advice.json"] = advice.text()
     return found
 
 

@@ -21,8 +21,8 @@ FONT = "font-family='ui-sans-serif, Helvetica, Arial, sans-serif'"
 
 def docstring(method: str) -> dict[str, list[str]]:
     """The header of a method's file: word → its paragraphs (list items under Differs one by one)."""
-    from trainless.listing import header
     from trainless.patchers import get
+    from trainless.preview.listing import header
 
     text = sys.modules[get(method).__module__].__doc__ or ""
     twice = [w for w in WORDS if len(re.findall(rf"^{w}  ", text, re.MULTILINE)) > 1]

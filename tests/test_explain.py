@@ -105,8 +105,8 @@ def test_malformed_requests_raise() -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi"])
 def test_the_memory_estimate_is_what_a_cache_then_holds(family: str) -> None:
-    from trainless.binding import bind
-    from trainless.memory import estimate
+    from trainless.patch.binding import bind
+    from trainless.preview.memory import estimate
     from trainless.recipes import resolve
 
     model, length = models.build(family, dtype=torch.float32), 100

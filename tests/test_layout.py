@@ -13,34 +13,26 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "trainless"
 LONGEST = 500
 
-# From the bottom to the top; a unit may import units of earlier lines only. A unit is a file or a folder of
-# the package; hosts/base.py (what stands at a patched site) is one of its own, because the cache layers and
-# the engine below the hosts need it. `patch` and `verify` are two halves of one thing.
+# From the bottom to the top; a unit may import units of earlier lines only. A unit is a file or a folder of the
+# package. The walk of a call: hosts → engine → cache; of a patch: patch, over hosts; of a batch: batch.
 ORDER = [
-    {"errors"},
-    {"seams", "journal", "layers", "tables"},
-    {"kernels", "hosts.base", "report", "weights"},
-    {"kv", "patchers", "patterns", "rows", "probed", "subset", "extra"},
-    {"run"},
-    {"softmax"},
-    {"packed"},
-    {"attention", "recipes"},
+    {"errors", "tables"},
+    {"kernels", "seams"},
+    {"edits", "cache", "patchers"},
+    {"engine", "recipes"},
     {"hosts"},
-    {"calibration"},
-    {"binding"},
-    {"memory", "listing"},
-    {"explain", "patching", "support", "verify"},
-    {"advice"},
-    {"models"},
+    {"patch", "verify"},
+    {"preview", "models"},
     {"batch"},
     {"calibrators", "bench"},
     {"__init__"},
     {"cli"},
     {"__main__"},
 ]
-TOGETHER = {frozenset({"patching", "verify"})}
+# A patch verifies itself when it is asked to.
+TOGETHER = {frozenset({"patch", "verify"})}
 # A method sees the vocabulary and the kernels, and nothing of the machinery that runs it.
-METHODS_MAY_IMPORT = {"errors", "seams", "layers", "kernels"}
+METHODS_MAY_IMPORT = {"errors", "seams", "kernels"}
 LEVEL = {unit: level for level, units in enumerate(ORDER) for unit in units}
 
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -53,8 +45,6 @@ SOURCES = [
 
 def unit_of(parts: tuple[str, ...]) -> str:
     """The unit of a module given as its path inside the package."""
-    if parts[:2] == ("hosts", "base"):
-        return "hosts.base"
     return parts[0] if parts else "__init__"
 
 
@@ -113,10 +103,10 @@ def test_an_import_upwards_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (tmp_path / "hosts" / f"{name}.py").write_text("")
     file = tmp_path / "kernels.py"
     file.write_text(
-        "import trainless\nfrom .hosts.base import Lease\nfrom .hosts import base\nfrom .hosts import find_sites\n"
+        "import trainless\nfrom .seams import Lease\nfrom .hosts import base\nfrom .hosts.base import Host\n"
         "def f():\n    from trainless.cli.shared import say\n    from . import errors\n    import torch\n"
     )
-    assert imports(file) == {"__init__", "hosts.base", "hosts", "cli"}
+    assert imports(file) == {"__init__", "hosts", "seams", "cli"}
     (tmp_path / "errors.py").write_text("")
     assert "errors" in imports(file)
 

@@ -18,7 +18,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from .advice import Recommendation, recommend
     from .calibrators import calibrate
     from .errors import (
         CalibrationError,
@@ -30,10 +29,12 @@ if TYPE_CHECKING:
         TrainlessError,
         Unsupported,
     )
-    from .explain import Explanation, explain
-    from .hosts.images import image_tokens
-    from .listing import MethodInfo, methods
-    from .patching import Patch, patch, patched, unpatch
+    from .hosts.image_tokens import image_tokens
+    from .patch.api import patch, patched, unpatch
+    from .patch.handle import Patch
+    from .preview.advice import Recommendation, recommend
+    from .preview.explain import Explanation, explain
+    from .preview.listing import MethodInfo, methods
     from .recipes import load_recipe
     from .verify import Verification
 
@@ -66,7 +67,7 @@ __all__ = [
 ]
 
 _FROM = {
-    "advice": ("Recommendation", "recommend"),
+    "preview.advice": ("Recommendation", "recommend"),
     "calibrators": ("calibrate",),
     "errors": (
         "CalibrationError",
@@ -78,10 +79,10 @@ _FROM = {
         "TrainlessError",
         "Unsupported",
     ),
-    "explain": ("Explanation", "explain"),
-    "hosts.images": ("image_tokens",),
-    "listing": ("MethodInfo", "methods"),
-    "patching": ("Patch", "patch", "patched", "unpatch"),
+    "preview.explain": ("Explanation", "explain"),
+    "hosts.image_tokens": ("image_tokens",),
+    "preview.listing": ("MethodInfo", "methods"),
+    "patch.api": ("Patch", "patch", "patched", "unpatch"),
     "recipes": ("load_recipe",),
     "verify": ("Verification",),
 }

@@ -11,8 +11,9 @@ from oracle import Act, install, models
 
 import trainless
 from calibrators.conftest import FLAT, OPTIONS, build, make_examples, write
-from trainless import CalibrationError, InputError, Unsupported, calibration
+from trainless import CalibrationError, InputError, Unsupported
 from trainless.calibrators import _heads
+from trainless.patch import calibration
 
 RULE = {k: v for k, v in OPTIONS.items() if k != "batch_size"}
 

@@ -8,8 +8,8 @@ from oracle import models
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from trainless import calibration
 from trainless.errors import CalibrationError
+from trainless.patch import calibration
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ import torch
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from calibrators.conftest import byte_tokenizer, make_examples, write
-from trainless import calibration
 from trainless.cli import main
+from trainless.patch import calibration
 
 SETS = ["--set", "alpha=2", "--set", "act.beta=0.1", "--set", "min_rows=4", "--set", "skip_layers=0"]
 

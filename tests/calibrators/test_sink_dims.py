@@ -14,9 +14,10 @@ from oracle import models
 
 import trainless
 from calibrators.conftest import byte_tokenizer, write
-from trainless import CalibrationError, InputError, Unsupported, calibration
+from trainless import CalibrationError, InputError, Unsupported
 from trainless.calibrators.base import Session, Stopped, get
 from trainless.calibrators.sink_dims import TEXTS
+from trainless.patch import calibration
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "batch"))  # tiny models with processors
 

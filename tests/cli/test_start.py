@@ -39,9 +39,9 @@ def test_the_package_has_its_exports_without_importing_them_first():
     program = (
         "import sys, trainless\nassert 'torch' not in sys.modules\nassert set(trainless.__all__) <= set(dir(trainless))\n"
         "assert trainless.InputError.__name__ == 'InputError' and 'torch' not in sys.modules\n"
-        "import trainless.explain\nfrom trainless.explain import Explanation\nfrom trainless import *\n"
-        # One of the exports has the name of the file that it comes from.
-        "assert trainless.explain is explain and explain.__module__ == 'trainless.explain'\n"
+        "import trainless.patch.api\nfrom trainless.patch.api import unpatch as same\nfrom trainless import *\n"
+        # One of the exports has the name of the folder that it comes from.
+        "assert trainless.patch is patch and patch.__module__ == 'trainless.patch.api' and unpatch is same\n"
         "assert all(getattr(trainless, name) is not None for name in trainless.__all__)\n"
         "try:\n    trainless.nonsense\nexcept AttributeError as error:\n    assert 'nonsense' in str(error)\n"
     )

@@ -6,7 +6,7 @@ from oracle import models
 from transformers import DynamicCache
 
 import trainless
-from trainless.kv import CompressingLayer
+from trainless.cache import CompressingLayer
 
 from .cases import BUDGETED, EVICTORS, LANGUAGE, Case, named
 from .tools import build, same

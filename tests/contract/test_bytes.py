@@ -8,7 +8,7 @@ from oracle import models
 from transformers import DynamicCache
 
 import trainless
-from trainless.report import size
+from trainless.patch.report import size
 from trainless.seams import tokens_of
 
 from .cases import BUDGETED, EVICTORS, Case, named

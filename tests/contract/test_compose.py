@@ -5,7 +5,7 @@ import torch
 from oracle import H2O, Act, AttnTemperature, HeadGain, Streaming, install, models, replay
 
 import trainless
-from trainless.kv import CompressingLayer
+from trainless.cache import CompressingLayer
 from trainless.patchers import get
 from trainless.seams import Site
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import trainless
 from trainless.hosts import components, find_sites
-from trainless.support import support
+from trainless.preview.support import support
 
 SHARED = {
     "num_hidden_layers": 6,
@@ -167,8 +167,8 @@ def test_kept_sets_are_those_of_a_dense_rule(kind: str, method: str, rule: dict[
 
 @KINDS
 def test_estimated_bytes_are_those_of_the_cache(kind: str) -> None:
-    from trainless.binding import bind
-    from trainless.memory import estimate
+    from trainless.patch.binding import bind
+    from trainless.preview.memory import estimate
     from trainless.recipes import resolve
 
     model, length = _model(kind), 30

@@ -6,7 +6,7 @@ from oracle import Kept, models, replay
 from transformers import DynamicCache
 
 import trainless
-from trainless.kv import CompressingLayer
+from trainless.cache import CompressingLayer
 
 from .cases import CAUSAL, EVICTORS, LANGUAGE, VLMS, Case, named, pairs
 from .tools import CALLS, EXACT, LENGTHS, TOLERANCE, build, dense, differs, outputs, same, text, wide

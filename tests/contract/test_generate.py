@@ -6,7 +6,7 @@ from oracle import models
 from transformers import DynamicCache
 
 import trainless
-from trainless.kv import CompressingLayer
+from trainless.cache import CompressingLayer
 from trainless.patchers import get
 
 from .cases import LANGUAGE, MAIN_CAUSAL, Case, named

@@ -195,7 +195,7 @@ def test_an_error_in_the_block_wins_over_a_foreign_edit():
 
 def test_a_failure_while_patching_leaves_nothing(monkeypatch):
     """Transactional: whatever fails half-way, the model is as it was, with its other patches."""
-    from trainless.hosts.transformers import TransformersHost
+    from trainless.hosts.transformers.host import TransformersHost
 
     model = build("llama")
     first = trainless.patch(

@@ -141,8 +141,8 @@ def test_layers_of_torch_are_plain_and_biases_may_be_missing():
 
 
 def test_what_the_weights_seam_writes_is_checked_for_every_method():
+    from trainless.edits.weights import check
     from trainless.seams import Contribution, Site
-    from trainless.weights import check
 
     linear = _packed(nn.Linear(4, 4))
     site = Site("net.layer", nn.ModuleDict({"inner": linear}), "any")

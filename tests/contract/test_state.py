@@ -8,7 +8,7 @@ from oracle import models, replay
 from transformers import DynamicCache
 
 import trainless
-from trainless.kv import CompressingLayer, StatefulMixin
+from trainless.cache import CompressingLayer, StatefulMixin
 
 from .cases import LANGUAGE, Case, named
 from .tools import EXACT, build, dense, same

@@ -10,7 +10,7 @@ import transformers
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from trainless.hosts import transformers_version
+from trainless.hosts.transformers import version as transformers_version
 
 ROOT = Path(__file__).parents[2]
 LIMITS = (ROOT / "docs" / "limits.md").read_text("utf-8")

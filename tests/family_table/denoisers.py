@@ -16,8 +16,8 @@ from methods.publications import made_for
 from oracle import LinFusion, install_linfusion
 
 import trainless
-from trainless.hosts.denoisers.listing import Family, families
-from trainless.hosts.diffusers_sizes import Sizes
+from trainless.hosts.diffusers.denoisers.listing import Family, families
+from trainless.hosts.diffusers.sizes import Sizes
 from trainless.patchers import known
 
 from .outcomes import fault, one_line, passed, refused, said

@@ -14,10 +14,10 @@ from oracle import models
 from oracle.entropy import halved, unet_level
 from torch import nn
 
-from trainless.hosts.base import Lease, Runtime
-from trainless.hosts.diffusers import DiffusersHost
-from trainless.journal import Journal
-from trainless.seams import AttentionCall, Contribution, Entry
+from trainless.edits.journal import Journal
+from trainless.engine.runtime import Runtime
+from trainless.hosts.diffusers.host import DiffusersHost
+from trainless.seams import AttentionCall, Contribution, Entry, Lease
 
 TRAINED = 128  # pixels; the tiny models' sample_size is 16
 

@@ -17,7 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 import trainless
 from trainless.hosts import components, find_sites
-from trainless.hosts.transformers_inputs import Noted
+from trainless.hosts.transformers.inputs import Noted
 
 # ---------------------------------------------------------------- parts and roles
 

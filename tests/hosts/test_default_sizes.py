@@ -12,8 +12,8 @@ pytest.importorskip("diffusers")
 import diffusers
 from oracle import models
 
-from trainless.hosts.diffusers import DiffusersHost
-from trainless.hosts.diffusers_geometry import Context
+from trainless.hosts.diffusers.geometry import Context
+from trainless.hosts.diffusers.host import DiffusersHost
 
 from . import tiny_pipelines as tiny
 

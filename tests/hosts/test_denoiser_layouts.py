@@ -13,9 +13,9 @@ import diffusers
 from diffusers.models.attention_processor import JointAttnProcessor2_0
 
 import trainless
-from trainless.hosts.denoisers import TABLE, Unknown, layout_of
-from trainless.hosts.denoisers.listing import families
-from trainless.hosts.diffusers_sizes import Sizes
+from trainless.hosts.diffusers.denoisers import TABLE, Unknown, layout_of
+from trainless.hosts.diffusers.denoisers.listing import families
+from trainless.hosts.diffusers.sizes import Sizes
 from trainless.patchers import entropy
 
 from . import tiny_frames, tiny_packed, tiny_transformers, tiny_unets  # noqa: F401

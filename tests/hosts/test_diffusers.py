@@ -22,10 +22,10 @@ from oracle import install_entropy, models
 from torch.overrides import _get_current_function_mode_stack
 
 import trainless
-from trainless.hosts import diffusers_calls
-from trainless.hosts.denoisers import Unknown
-from trainless.hosts.denoisers.packed import leading_image
-from trainless.hosts.diffusers import DiffusersHost, denoiser_of, denoisers_of, text_encoders_of
+from trainless.hosts.diffusers import calls as diffusers_calls
+from trainless.hosts.diffusers.denoisers import Unknown
+from trainless.hosts.diffusers.denoisers.packed import leading_image
+from trainless.hosts.diffusers.host import DiffusersHost, denoiser_of, denoisers_of, text_encoders_of
 
 from .denoising import TRAINED, run, stable_diffusion, watched
 

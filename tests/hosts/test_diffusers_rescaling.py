@@ -11,7 +11,7 @@ import diffusers
 from oracle import models
 
 import trainless
-from trainless.hosts import diffusers_rescaling as rescaling
+from trainless.hosts.diffusers import rescaling as rescaling
 
 from . import tiny_pipelines as tiny
 from .denoising import stable_diffusion

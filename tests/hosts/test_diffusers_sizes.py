@@ -12,9 +12,9 @@ import diffusers
 from oracle import models
 
 import trainless
-from trainless.hosts import diffusers_size_table as table
-from trainless.hosts.diffusers import DiffusersHost
-from trainless.hosts.diffusers_sizes import Sizes
+from trainless.hosts.diffusers import size_table as table
+from trainless.hosts.diffusers.host import DiffusersHost
+from trainless.hosts.diffusers.sizes import Sizes
 
 from . import tiny_pipelines as tiny
 from .denoising import stable_diffusion

@@ -14,7 +14,7 @@ from contract.toys import toy, with_toys
 from oracle import models
 
 import trainless
-from trainless.hosts.diffusers_steps import Steps
+from trainless.hosts.diffusers.steps import Steps
 from trainless.seams import Contribution
 
 SEEN: list[int | None] = []

@@ -10,9 +10,10 @@ from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 import trainless
-from trainless.hosts import transformers_contract, transformers_version
-from trainless.hosts.base import Lease
-from trainless.hosts.transformers_contract import CACHE, GENERATE, REGISTRY, problem
+from trainless.hosts.transformers import contract as transformers_contract
+from trainless.hosts.transformers import version as transformers_version
+from trainless.hosts.transformers.contract import CACHE, GENERATE, REGISTRY, problem
+from trainless.seams import Lease
 
 
 @pytest.fixture(autouse=True)

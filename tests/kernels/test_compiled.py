@@ -85,7 +85,7 @@ def test_threads_groups_of_heads_and_the_batch_change_no_bit_of_a_window(dtype, 
 
 
 def _every_other_slot(segment):
-    from trainless.kv.store import _chosen
+    from trainless.cache.store import _chosen
 
     b, hkv, slots = *segment.key.shape[:2], segment.slots
     order = torch.arange(0, slots, 2).expand(b, hkv, -1)

@@ -52,7 +52,7 @@ def test_groups_are_heads_that_share_by_mean(method):
     grouped = layers_after(model, method, ids, **given)[0]
     calls = []
     with trainless.patched(model, method, **{**given, "capacity": 25}):
-        from trainless.kv import CompressingLayer
+        from trainless.cache import CompressingLayer
 
         cache = DynamicCache()
         real = CompressingLayer._grouped

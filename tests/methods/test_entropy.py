@@ -13,7 +13,7 @@ from hosts.denoising import stable_diffusion
 from oracle import install_entropy, models
 
 import trainless
-from trainless.hosts.diffusers_sizes import Sizes
+from trainless.hosts.diffusers.sizes import Sizes
 from trainless.patchers.entropy import factor
 from trainless.seams import AttentionCall, ImageTokens
 

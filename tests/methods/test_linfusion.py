@@ -17,7 +17,7 @@ from oracle.linfusion import _Linear
 from safetensors.torch import load_file, save_file
 
 import trainless
-from trainless.hosts.inputs import Inputs
+from trainless.hosts.modules.inputs import Inputs
 
 from .publications import SHAPES, made_for, publish, small
 

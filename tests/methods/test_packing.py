@@ -8,8 +8,8 @@ from oracle import H2O, KvQuant, ZipCache, models, replay
 from transformers import DynamicCache, StaticCache
 
 import trainless
-from trainless.kv import PackedLayer
-from trainless.memory import estimate
+from trainless.cache import PackedLayer
+from trainless.preview.memory import estimate
 
 WIDTH, HEADS, LAYERS = 8, 2, 3
 ZIP = {"interval": 5, "probes": (3, 4)}
@@ -76,7 +76,7 @@ def test_bytes_of_two_tiers_are_the_budget(dtype):
     "use", [["kvquant", {"group": 4, "residual": 5}], ["zipcache", ZIP]], ids=lambda u: u[0]
 )
 def test_the_estimate_is_what_a_prefill_then_holds(use):
-    from trainless.binding import bind
+    from trainless.patch.binding import bind
     from trainless.recipes import resolve
 
     model = build(torch.float32)
@@ -193,7 +193,7 @@ def test_a_prefill_in_chunks_is_one_prefill():
 @pytest.mark.parametrize("method", ["kvquant", "zipcache"])
 def test_dropped_and_moved_codes_are_those_of_the_oracle(method, monkeypatch):
     """Every hole is closed at once, so slots move at nearly every step; padded rows lose other tokens than full ones."""
-    monkeypatch.setattr("trainless.kv.packed.SLACK", 0)
+    monkeypatch.setattr("trainless.cache.packed.SLACK", 0)
     ids, mask = models.left_padded([46, 35])
     calls, keeps = [20, *[1] * 12, 5, *[1] * 9], H2O(6, 5)
     given = {"group": 3, "residual": 1} if method == "kvquant" else {"interval": 3, "probes": (1, 0)}

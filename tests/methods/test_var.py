@@ -11,7 +11,7 @@ from oracle import Var, float64_math, models, vlms
 from transformers import DynamicCache
 
 import trainless
-from trainless.calibration import save
+from trainless.patch.calibration import save
 
 CALLS = (1, 1, 5, 20, 1)
 LOOSE = {"move": 0.4, "min_nonsink": 0.3, "min_visual": 0.1, "max_sink_share": 0.3}

@@ -11,8 +11,8 @@ from hosts import tiny_pipelines as tiny
 from oracle import models
 
 import trainless
-from trainless.hosts.diffusers_rescaling import RESCALING
-from trainless.hosts.diffusers_size_table import PIPELINES
+from trainless.hosts.diffusers.rescaling import RESCALING
+from trainless.hosts.diffusers.size_table import PIPELINES
 from trainless.recipes import packaged, resolve
 
 SIZED = [

@@ -12,10 +12,10 @@ from oracle import models
 from torch import Tensor
 
 import trainless
-from trainless.hosts import transformers
+from trainless.cache import CompressingLayer, store
+from trainless.cache.slots import Slots
+from trainless.hosts.transformers import host as transformers
 from trainless.kernels.quant_kv import format as packed_format
-from trainless.kv import CompressingLayer, store
-from trainless.kv.slots import Slots
 
 from .toys import detail, failures, llama, status
 
@@ -158,7 +158,7 @@ def test_codes_of_other_widths_are_found(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_codes_that_are_read_wrongly_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    from trainless import packed
+    from trainless.engine import packed
 
     made = trainless.patch(llama(), "kvquant", group=8, residual=8)
     own = packed.packed_rows

@@ -15,10 +15,13 @@ from oracle import models
 from torch import Tensor
 
 import trainless
-from trainless import patching, rows, softmax
-from trainless.attention import _Run
-from trainless.hosts import inputs, transformers_calls
-from trainless.kv import CompressingLayer
+from trainless.cache import CompressingLayer
+from trainless.engine import row_edits as rows
+from trainless.engine import softmax
+from trainless.engine.attention import _Run
+from trainless.hosts.modules import inputs
+from trainless.hosts.transformers import calls as transformers_calls
+from trainless.patch import handle
 from trainless.patchers import Method
 from trainless.seams import AttentionPlan, Contribution, ExtraKeys, MassMove, Pairs, Site
 
@@ -173,7 +176,7 @@ def test_replaced_weights_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None
 
     assert "3 tensors replaced" in detail(patch(llama(), Replaces()).verify(), "result")
     # What a quantised tensor does that looks like a plain one: it takes what is written to it, and stays as it is.
-    monkeypatch.setattr(patching, "replace", lambda given, journal: None)
+    monkeypatch.setattr(handle, "replace", lambda given, journal: None)
     found = patch(llama(), Replaces()).verify()
     assert "result" in failures(found) and "is not what the method puts there" in detail(found, "result")
 
@@ -204,7 +207,7 @@ def test_inputs_of_modules_must_be_changed(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_turned_keys_that_are_turned_wrongly_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    from trainless.kv import CompressingLayer
+    from trainless.cache import CompressingLayer
 
     made = trainless.patch(llama(), "streaming", sinks=2, recent=10, positions="rolled")
     assert "kv/position" in detail(made.verify(), "result")

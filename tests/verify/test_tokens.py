@@ -12,8 +12,8 @@ from oracle import models
 from torch import Tensor, nn
 
 import trainless
-from trainless.hosts.base import runtime_of
-from trainless.hosts.denoisers.words import Sequence
+from trainless.engine.runtime import runtime_of
+from trainless.hosts.diffusers.denoisers.words import Sequence
 from trainless.patchers import Method, entropy
 from trainless.seams import Contribution, Site
 from trainless.verify import layout

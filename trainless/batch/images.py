@@ -89,7 +89,7 @@ class ImageEngine:
 
     def _scaled(self, size: tuple[int, int]) -> str | None:
         """Why a size is not painted as it is, by a pipeline that has no argument to switch that off; None when it is."""
-        from ..hosts.diffusers_rescaling import rescaling_of
+        from ..hosts.diffusers.rescaling import rescaling_of
 
         found = rescaling_of(self.description.pipeline_class)
         if found is None or found.paints is None:

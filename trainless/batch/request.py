@@ -185,7 +185,7 @@ def _load(run: _Run) -> tuple[Loaded, Callable[[], Counts]]:
         run.voice.detail(f"loaded in {time.perf_counter() - started:.1f} s")
     if run.recipe is None:
         return loaded, dict
-    from ..patching import patch
+    from ..patch.api import patch
 
     handle = patch(loaded.model, run.recipe)
     if first:
@@ -247,8 +247,9 @@ def _resolve(request: Request) -> Any:
 
 def _check_fit(description: Description, recipe: Any) -> None:
     """NoMatch, Conflict or a recipe for another model are found on a model without weights."""
-    from ..binding import bind, check
     from ..models import skeleton
+    from ..patch.binding import bind
+    from ..patch.conflicts import check
 
     _, bindings = bind(skeleton(description), recipe)
     check(bindings)

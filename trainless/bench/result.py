@@ -12,7 +12,7 @@ from typing import Any
 from ..batch.counts import Counts, acted, idle
 from ..errors import InputError
 from ..models.extras import installed
-from ..report import size
+from ..patch.report import size
 from ..tables import table, wrapped
 from ..verify import Verification
 

@@ -13,12 +13,13 @@ import torch
 from transformers import PreTrainedModel
 
 from ..batch.counts import Counts, totals
-from ..binding import bind, check
 from ..errors import InputError
 from ..hosts import Component
 from ..hosts.probes import Draw
-from ..hosts.transformers_probe import decodes, vocabulary
-from ..patching import patch, patched, patches_on
+from ..hosts.transformers.probe import decodes, vocabulary
+from ..patch.api import patch, patched, patches_on
+from ..patch.binding import bind
+from ..patch.conflicts import check
 from ..recipes import resolve
 from ..verify.probing import probes_for
 from ..verify.standing import quietly

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..hosts.probes import Probe
-from ..hosts.transformers_version import CACHE_NAME, cache_out
+from ..hosts.transformers.version import CACHE_NAME, cache_out
 from ..verify.probing import tensors_in
 from .measure import Clock
 from .result import Row

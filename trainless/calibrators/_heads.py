@@ -20,13 +20,13 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from .. import calibration
 from ..batch.items import Faults
 from ..batch.prompts import refuse
-from ..binding import bind
 from ..errors import CalibrationError, InputError, Unsupported, did_you_mean
+from ..patch import calibration
+from ..patch.api import patched, patches_on
+from ..patch.binding import bind
 from ..patchers import Method, option, parameters_of
-from ..patching import patched, patches_on
 from ..recipes import Recipe, Use, Where
 from ..recipes.typed import arms, hints_of
 from ..recipes.values import build, values_of

@@ -15,9 +15,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from .. import calibration
 from ..errors import InputError, did_you_mean
 from ..hosts import components
+from ..patch import calibration
 from ..patchers import ANY_MEASUREMENT
 from ..patchers import known as methods
 

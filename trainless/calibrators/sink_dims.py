@@ -33,8 +33,8 @@ from ..batch.prompts import read_prompts, refuse
 from ..batch.vision import ImagePrompts, moved
 from ..errors import CalibrationError, InputError, Unsupported, did_you_mean
 from ..hosts import components, find_sites
+from ..patch.api import patched, patches_on
 from ..patchers import Method
-from ..patching import patched, patches_on
 from ..recipes import Recipe, Use, Where
 from ..recipes.values import values_of
 from ..seams import AttentionCall, Contribution, Site, State, Statistics

@@ -38,9 +38,9 @@ def command(
     from ..bench import bench
     from ..bench.result import check_folder
     from ..errors import InputError
-    from ..explain import explain
     from ..models import describe, load, skeleton
     from ..models.extras import installed
+    from ..preview.explain import explain
 
     if out is not None:
         check_folder(out)

@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import nn
 
-from ..binding import Binding, find_conflicts
 from ..errors import TrainlessError
-from ..hosts.base import Lease
+from ..patch.binding import Binding
+from ..patch.conflicts import find_conflicts
 from ..recipes import PARTS, Recipe, Use
-from ..seams import Site
+from ..seams import Lease, Site
 
 LAYERS = 32  # deeper than what recipes name by number; slices from the end work at any depth
 _HOSTS = ("transformers", "diffusers")

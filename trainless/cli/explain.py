@@ -22,8 +22,8 @@ def command(
     what = chosen(recipe, patch, set_, where)
     if what is None:
         raise typer.BadParameter("name what to explain", param_hint="--patch or --recipe")
-    from ..explain import explain
     from ..models import describe, skeleton
+    from ..preview.explain import explain
 
     found = explain(skeleton(describe(model)), what)
     print(as_json(found) if json else found)

@@ -18,8 +18,8 @@ def command(
     With a method's name: that one, with what it costs and what it changes nothing at.
     Loads no weights.
     """
-    from ..listing import method_info, methods
     from ..patchers import broken, known
+    from ..preview.listing import method_info, methods
 
     if model in known(aliases=True) or model in {plugin.name for plugin in broken()}:
         one = method_info(model)

@@ -32,8 +32,8 @@ def list_(
     reasons: dict[str, str] = {}
     if model is not None:
         from ..errors import TrainlessError
-        from ..explain import explain, fits
         from ..models import describe, skeleton
+        from ..preview.explain import explain, fits
 
         empty = skeleton(describe(model))
         found = [(name, recipe) for name, recipe in found if fits(empty, recipe)]

@@ -18,7 +18,7 @@ def command(
     are from this project's own small models; `trainless bench` measures yours.
     Loads no weights.
     """
-    from ..advice import recommend
+    from ..preview.advice import recommend
 
     empty = None
     if model is not None:

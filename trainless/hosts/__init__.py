@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 
 from ..errors import InputError, Unsupported
-from ..seams import Site
-from .base import Host, Lease, unwrapped
+from ..seams import Lease, Site
+from .base import Host, unwrapped
 
 __all__ = [
     "Component",
@@ -61,11 +61,11 @@ def components(model: Any) -> list[Component]:
 
 def host_of(model: nn.Module) -> Host:
     """The host that takes care of ``model``; Unsupported when none does."""
-    from .transformers import TransformersHost
+    from .transformers.host import TransformersHost
 
     candidates: list[Host] = [TransformersHost()]
     if "diffusers" in sys.modules:
-        from .diffusers import DiffusersHost
+        from .diffusers.host import DiffusersHost
 
         # A diffusers model may hold a transformers text encoder, not the other way round.
         candidates.insert(0, DiffusersHost())
@@ -79,8 +79,8 @@ def host_of(model: nn.Module) -> Host:
 
 
 def _pipeline(pipeline: Any) -> list[Component]:
-    from .diffusers import DiffusersHost, denoisers_of, text_encoders_of
-    from .transformers import TransformersHost
+    from .diffusers.host import DiffusersHost, denoisers_of, text_encoders_of
+    from .transformers.host import TransformersHost
 
     # Some pipelines hand over from one denoiser to a second one; a patch on half the steps would be a trap.
     found = [

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..edits.journal import HookEdit, Journal
 from ..errors import InputError, Unsupported
-from ..journal import HookEdit, Journal
 
 _MODULE_FILE = nn.Module.__call__.__code__.co_filename
 RECHECK = 0.05  # seconds; a call that Ctrl-C has ended tells nobody

@@ -38,14 +38,14 @@ def default_probes(part: Any, sites: Sequence[Site], tokens: int) -> list[Probe]
     tokens: how long a prefill should be so that the patch has something to do; less when the model has
     fewer positions.
     """
-    module = importlib.import_module(f"{__package__}.{part.host.name}_probe")
+    module = importlib.import_module(f"{__package__}.{part.host.name}.probe")
     found: list[Probe] = module.probes(part, sites, tokens)
     return found
 
 
 def dense_probes(part: Any, sites: Sequence[Site], tokens: int) -> list[Probe]:
     """Probes small enough for every call to be computed in full, and with whatever calls may differ in (padding)."""
-    module = importlib.import_module(f"{__package__}.{part.host.name}_probe")
+    module = importlib.import_module(f"{__package__}.{part.host.name}.probe")
     found: list[Probe] = getattr(module, "dense", module.probes)(part, sites, tokens)
     return found
 

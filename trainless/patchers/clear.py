@@ -39,8 +39,8 @@ from torch import Tensor
 
 from ..errors import InputError, Unsupported
 from ..kernels import Window2d
-from ..layers import check_layers, layer_numbers
 from ..seams import AttentionCall, Contribution, ExtraKeys, Pairs, Site, State, Statistics
+from ..seams.layers import check_layers, layer_numbers
 from ._distilled import Distilled, check_keys, check_plain, distilled, shape_at
 from .base import Method, option, register
 

@@ -42,8 +42,8 @@ import torch
 from torch import Tensor
 
 from ..errors import CalibrationError, InputError
-from ..layers import check_layers, layer_numbers
 from ..seams import AttentionCall, Contribution, Groups, MassMove, Site, State, Statistics, tokens_of
+from ..seams.layers import check_layers, layer_numbers
 from .base import Method, option, register
 
 SINK, OTHER = 1, 2  # groups of image tokens

@@ -8,8 +8,8 @@ from fnmatch import fnmatchcase
 from typing import ClassVar, Literal, get_args
 
 from ..errors import InputError
-from ..layers import check_layers, layer_numbers
 from ..seams import Site
+from ..seams.layers import check_layers, layer_numbers
 
 __all__ = ["PARTS", "Where", "layer_numbers"]
 

@@ -2,8 +2,8 @@
 
 A method never forks a model's forward. It *contributes* to *sites*. A contribution is a kind, what
 it needs to know, and one function ``(call, statistics, state) -> value``. The engine
-(``attention.py``) merges the contributions of all methods at a site into an ``AttentionPlan`` and
-runs it; the cache layers (``kv``) carry out the rules of eviction and precision. Nothing in here knows a
+(``trainless.engine``) merges the contributions of all methods at a site into an ``AttentionPlan`` and
+runs it; the cache layers (``trainless.cache``) carry out the rules of eviction and precision. Nothing in here knows a
 model or a method.
 
 Shapes: B batch, H query heads, Hkv key/value heads, Lq queries and Lk keys of this call, D head width.
@@ -15,8 +15,9 @@ from .calls import AttentionCall, Groups, ImageTokens, Site, State, Statistics
 from .contributions import Contribution, Probes, Value
 from .eviction import Budget, Evict, check_budget, check_ratio, draws, tokens_of
 from .kinds import BESIDE, EXCLUSIVE, FACTS, KINDS, STATISTICS
+from .lease import Lease
 from .parameters import layer_of, parameter_of, unwrapped, why_not_plain
-from .plans import AttentionPlan, Entry, check_conflicts, conflicts
+from .plans import AttentionPlan, Entry
 from .precision import BITS, Quantise, check_bits
 from .values import ExtraKeys, Formed, MassMove, Pairs, RowEdit, Tokens
 
@@ -37,6 +38,7 @@ __all__ = [
     "Formed",
     "Groups",
     "ImageTokens",
+    "Lease",
     "MassMove",
     "Pairs",
     "Probes",
@@ -49,9 +51,7 @@ __all__ = [
     "Value",
     "check_bits",
     "check_budget",
-    "check_conflicts",
     "check_ratio",
-    "conflicts",
     "draws",
     "layer_of",
     "parameter_of",

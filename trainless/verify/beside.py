@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..hosts.base import Runtime
+from ..engine.runtime import Runtime
 from ..seams import Contribution, Site, parameter_of
 
 

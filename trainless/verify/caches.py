@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..cache import ExpandedLayer
 from ..kernels.quant_kv import RAW, Segment
-from ..kv import ExpandedLayer
 from ..seams import Evict, Quantise
 from ..seams.eviction import draws
 from .dense import wide

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from ..binding import Binding, entries_by_module, same_plan
-from ..hosts.base import Lease, runtime_of
-from ..seams import Evict, Quantise, Site, tokens_of
+from ..engine.runtime import runtime_of
+from ..patch.binding import Binding, entries_by_module, same_plan
+from ..seams import Evict, Lease, Quantise, Site, tokens_of
 from .outcome import FAILED, OK, UNCHECKED, Answer
 from .probing import difference, same_bits
 from .trial import Trial, given_by, rules_of, told, uninformed

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..hosts.base import Made
+from ..engine.watching import Made
 from ..seams import ExtraKeys, MassMove, Pairs, Tokens
 
 HIDDEN = -16000.0  # additive masks write "hidden" as a number below this

@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from ..binding import Binding
+from ..engine.runtime import runtime_of
 from ..errors import TrainlessError
-from ..hosts.base import runtime_of
 from ..hosts.probes import SEED
+from ..patch.binding import Binding
 from ..seams import BESIDE, Evict, Quantise
 from .beside import InputsWatch, replaced
 from .heard import Record

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..hosts.base import Made
+from ..engine.watching import Made
 from ..seams import AttentionCall, Entry, Groups, MassMove, Statistics
 from .caches import History, Update
 

@@ -8,9 +8,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..hosts.base import Made, Runtime
+from ..cache import CompressingLayer, PackedLayer
+from ..engine.runtime import Runtime
+from ..engine.watching import Made
 from ..kernels import Window2d
-from ..kv import CompressingLayer, PackedLayer
 from ..seams import (
     BESIDE,
     AttentionPlan,

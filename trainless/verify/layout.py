@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..engine.runtime import Runtime, runtime_of
+from ..engine.watching import Made
 from ..errors import TrainlessError, Unsupported
-from ..hosts.base import Made, Runtime, runtime_of
-from ..hosts.experiments import Change, changes, latents_of, longer, padded, with_reference
+from ..hosts.diffusers.experiments import Change, changes, latents_of, longer, padded, with_reference
 from ..hosts.probes import SEED
 from ..seams import AttentionCall, Site, State, Statistics
 from .outcome import FAILED, OK, UNCHECKED, WHOLE, Answer, Check
@@ -112,7 +113,7 @@ def _worst(answers: Sequence[Answer]) -> Answer:
 
 def _calls(trial: Trial, sites: Sequence[Site]) -> list[tuple[nn.Module, dict[str, Any]]]:
     """Each denoiser with the arguments of a call: the probe that was given, or a small one of its own."""
-    from ..hosts.diffusers_probe import small_inputs
+    from ..hosts.diffusers.probe import small_inputs
 
     if isinstance(trial.given, dict) and not trial.parts[0].prefix:
         return [(sites[0].facts["denoiser"], dict(trial.given))]

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..engine.runtime import Tally
 from ..errors import InputError
 from ..hosts import Component
-from ..hosts.base import Lease, Tally
 from ..hosts.probes import SEED, STEPS, Probe, default_probes
-from ..hosts.transformers_version import CACHE_NAMES
-from ..seams import Evict, Quantise, Site
+from ..hosts.transformers.version import CACHE_NAMES
+from ..seams import Evict, Lease, Quantise, Site
 from .standing import Standing, runtimes, seed
 
 BASE = 64  # tokens of a prefill: more than few rows, so that the blocked kernels are tried
@@ -64,7 +64,7 @@ def user_probe(model: Any, parts: Sequence[Component], given: Any) -> Probe:
     if isinstance(given, Mapping):
         return Probe("the inputs given", lambda: target(**_fresh(dict(given))))
     if isinstance(given, Tensor):
-        from ..hosts.transformers_probe import cached
+        from ..hosts.transformers.probe import cached
 
         ids = given if given.dim() == 2 else given[None]
         module = parts[0].module

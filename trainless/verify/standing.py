@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..engine.runtime import Runtime, Tally, runtime_of
 from ..hosts import Component
-from ..hosts.base import Runtime, Tally, runtime_of
 
 # What model classes keep on the module of the sequence that they saw last, with its value in a model that saw none.
 # Multi-axis rotary models (Qwen-VL, GLM-V and their kin) keep one offset for each row of the last batch.

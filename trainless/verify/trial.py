@@ -6,12 +6,12 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from ..binding import Binding
+from ..engine.runtime import Tally
 from ..errors import InputError, TrainlessError, Unsupported
-from ..hosts.base import Lease, Tally
 from ..hosts.probes import Probe, default_probes, dense_probes
-from ..patching import Patch
-from ..seams import Contribution, Evict, Quantise
+from ..patch.binding import Binding
+from ..patch.handle import Patch
+from ..seams import Contribution, Evict, Lease, Quantise
 from .outcome import FAILED, UNCHECKED, WHOLE, Answer, Check, Verification
 from .probing import Make, Ran, probes_for, run, same_bits, tokens_for, user_probe
 from .standing import Standing, quietly

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
+from ..cache import CompressingLayer
+from ..engine.runtime import Runtime
+from ..engine.watching import Made
 from ..errors import TrainlessError
-from ..hosts.base import Made, Runtime
-from ..kv import CompressingLayer
 from ..seams import BESIDE, AttentionCall, Entry, Groups, RowEdit, Statistics
 from .caches import History, Lost, Update
 from .heard import Heard, Record, Value

@@ -1,0 +1,22 @@
+"""Cache layers that remember: state that belongs to a sequence, and rules for what is kept.
+
+``stateful(layer)``: a stock layer, plus the tensors that methods attach to a sequence (frozen sinks …).
+``CompressingLayer``: a layer that evicts by an ``Evict`` rule after each call.
+``PackedLayer``: one that packs what it holds by a ``Quantise`` rule, and may evict as well.
+``ExpandedLayer``: one that packs, for modules that work on what the cache returns.
+``beside_recurrence(made, layer)``: one of these, which also holds the recurrent state of a hybrid block.
+
+They replace stock layers inside the user's own cache while it is empty. They hold tensors and frozen
+parameters only, never a model or a patch, so copying, reordering, repeating, cropping and resetting a
+cache do the right thing.
+"""
+
+from .carrier import StatefulMixin, stateful
+from .compressing import CompressingLayer
+from .expanded import ExpandedLayer
+from .hybrid import beside_recurrence
+from .packed import PackedLayer
+
+__all__ = [
+    "CompressingLayer", "ExpandedLayer", "PackedLayer", "StatefulMixin", "beside_recurrence", "stateful",
+]  # fmt: skip

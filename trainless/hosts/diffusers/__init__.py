@@ -1,0 +1,1 @@
+"""Host for diffusers; ``host.py`` is where to begin."""

@@ -1,0 +1,291 @@
+"""Routes a diffusers attention module's softmax attention into the engine, whatever its processor is.
+
+Processors come and go: LoRA, IP-Adapters, QKV fusion, guidance methods and the user all rebuild or replace
+them. So no processor is touched. While a patched module runs, a torch function mode is open that catches
+its call of ``scaled_dot_product_attention``, which nearly every processor ends in, directly or through
+diffusers' dispatcher. A module whose attention never gets there is refused by name, never left unpatched.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+import threading
+from types import FrameType
+from typing import Any
+
+import torch
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
+
+from ...engine.attention import attend
+from ...engine.runtime import Runtime
+from ...engine.watching import Made
+from ...errors import Unsupported
+from ...seams import AttentionCall, Site
+from ..gate import module_frame
+from .denoisers import Layout
+from .denoisers.table import ELSEWHERE, qualified
+from .geometry import CONTEXT, describe
+
+SDPA = torch.nn.functional.scaled_dot_product_attention
+# Backends of diffusers' dispatcher that end in torch's own operator.
+BACKENDS = {"native", "_native_cudnn", "_native_efficient", "_native_flash", "_native_math"}
+# Seen in a module's forward, one of these means that attention was computed and not served from a cache.
+PRODUCTS = {
+    torch.nn.functional.linear, torch.matmul, torch.bmm, torch.baddbmm, torch.einsum, torch.softmax,
+    torch.nn.functional.softmax, Tensor.matmul, Tensor.__matmul__, Tensor.bmm, Tensor.softmax,
+}  # fmt: skip
+REASON = "trainless counts and edits attention outside compiled regions"
+_open = threading.local()  # .modes: the modes that this thread has open, innermost last
+
+
+# ---------------------------------------------------------------- what cannot be reached
+
+
+@functools.cache
+def _source_says(kind: type) -> str | None:
+    """Why a processor class of diffusers cannot be patched, from its source; None for others."""
+    if not kind.__module__.startswith("diffusers."):
+        return None
+    try:
+        source = inspect.getsource(kind.__call__)
+    except (OSError, TypeError):
+        return None
+    if "scaled_dot_product_attention(" in source or "dispatch_attention_fn(" in source:
+        return None
+    if "Linear" in kind.__name__:
+        return f"{kind.__name__} is linear attention already, without a softmax"
+    fix = "set_attn_processor(AttnProcessor2_0())"
+    if "XFormers" in kind.__name__:
+        fix = "disable_xformers_memory_efficient_attention()"
+    elif "Sliced" in kind.__name__:
+        fix = f"disable_attention_slicing(), or {fix}"
+    return f"{kind.__name__} does not use scaled_dot_product_attention; call {fix} first"
+
+
+def refusal(module: nn.Module) -> str | None:
+    """Why this attention module cannot be patched as it is set up now, or None."""
+    processor = getattr(module, "processor", None)
+    if processor is None:
+        return "it has no processor"
+    kind = processor.__class__
+    elsewhere = ELSEWHERE.get(qualified(kind))
+    if elsewhere is not None:
+        return f"{kind.__name__} {elsewhere}"
+    said = _source_says(kind)
+    if said is not None:
+        return said
+    if getattr(processor, "_parallel_config", None) is not None:
+        return (
+            "context parallelism gives each device a part of the sequence only, which no patch can see whole"
+        )
+    if hasattr(processor, "_attention_backend"):
+        backend = processor._attention_backend or _AttentionBackendRegistry.get_active_backend()[0]
+        name = str(getattr(backend, "value", backend))
+        if name not in BACKENDS:
+            return f'attention backend {name!r} is set; call set_attention_backend("native") first'
+    return None
+
+
+def foreign_order(layout: Layout | None, module: nn.Module) -> str | None:
+    """Why the declared order of text and image is not sure here: the processor decides on it, and is a stranger."""
+    kind = type(getattr(module, "processor", None))
+    home = next((c.__module__ for c in kind.__mro__ if "__call__" in vars(c)), "")
+    if layout is None or not layout.streams or home.startswith("diffusers."):
+        return None
+    return f"in which order {kind.__name__} puts text and image is not known; use the processor of diffusers"
+
+
+# ---------------------------------------------------------------- catching the call
+
+
+class Interception(TorchFunctionMode):
+    """Open while one patched module runs; hands its attention call to the engine."""
+
+    def __init__(self, runtime: Runtime, module: nn.Module):
+        super().__init__()
+        self.runtime, self.module = runtime, module
+        layout = runtime.site.facts.get("layout")
+        self.several = layout is not None and layout.several  # each of its calls goes through the plan
+        self.home = module_frame()
+        self.others: int | None = None  # tokens beside its own that the module was given
+        self.keys: int | None = None  # number of keys in the module's own call, once it was made
+        self.computed = False
+        self.closed = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is SDPA:
+            return self.attention(*args, **kwargs)
+        if func in PRODUCTS:
+            self.computed = True
+        return func(*args, **kwargs)
+
+    def alive(self) -> bool:
+        """Whether the module's call is still under way in this thread.
+
+        Ctrl-C skips torch's forward hooks, so a mode can be left open; it must not touch anybody's attention.
+        """
+        if self.closed:
+            return False
+        frame: FrameType | None = sys._getframe()
+        while frame is not None and frame is not self.home:
+            frame = frame.f_back
+        return self.home is None or frame is not None
+
+    @torch.compiler.disable(reason=REASON)
+    def attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """The call that the processor made, with the arguments of torch's operator: (B, H, L, D) tensors."""
+
+        def stock(
+            query: Tensor, key: Tensor, value: Tensor, mask: Any, causal: bool, scale: float | None
+        ) -> Tensor:
+            return SDPA(query, key, value, mask, dropout_p, causal, scale=scale, enable_gqa=enable_gqa)
+
+        if not self.alive() or (self.keys is not None and not self.several and self._is_beside(key)):
+            return stock(query, key, value, attn_mask, is_causal, scale)
+        name = self.runtime.site.name
+        if query.dim() != 4 or (is_causal and query.shape[2] != key.shape[2]):
+            raise Unsupported(
+                f"{name}: {_processor_name(self.module)} calls attention with queries {tuple(query.shape)}"
+                f"{', causal' if is_causal else ''}; only (batch, heads, tokens, width) can be patched"
+            )
+        if self.others == key.shape[2] != query.shape[2]:
+            raise Unsupported(
+                f"{name} was taken for self-attention, since nothing is declared about this class, and attends to the "
+                f"{self.others} tokens that it was given beside its own; leave it out with `where: {{modules}}`"
+            )
+        self.keys = key.shape[2]
+        call = self._call(query, key, value, attn_mask, dropout_p, is_causal, scale)
+        own_scale, own_mask = call.scaling, call.mask
+
+        def delegate(now: AttentionCall) -> Tensor:
+            # What nobody changed is passed exactly as it came, so that an unchanged call keeps its bits.
+            mask = attn_mask if now.mask is own_mask else now.mask
+            scaling = scale if now.scaling == own_scale else now.scaling
+            return stock(now.query, now.key, now.value, mask, now.causal, scaling).transpose(1, 2)
+
+        watch = self.runtime.watch
+        if watch is None or not watch.wants():
+            return attend(self.runtime, call, delegate).transpose(1, 2)
+        made = Made(query, key, value, call.mask, scale, is_causal, dropout_p)
+
+        def proceed() -> Tensor:
+            watch.told(call)
+            return attend(self.runtime, call, delegate)
+
+        return watch.around(made, proceed, lambda: delegate(call)).transpose(1, 2)
+
+    def _is_beside(self, key: Tensor) -> bool:
+        """True for attention over other keys, an image prompt's; a second pass over the same is refused."""
+        kind = _processor_name(self.module)
+        if key.shape[-2] == self.keys and not kind.startswith(("IPAdapter", "FluxIPAdapter", "SD3IPAdapter")):
+            raise Unsupported(
+                f"{self.runtime.site.name}: {kind} calls attention more than once over its {self.keys} keys, "
+                "so a patch would change only a part of it; remove the patch or use another processor"
+            )
+        return True
+
+    def _call(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Any,
+        dropout: float,
+        causal: bool,
+        scale: float | None,
+    ) -> AttentionCall:
+        site = self.runtime.site
+        context = vars(site.facts["denoiser"]).get(CONTEXT)
+        known = describe(
+            site, context.geometry if context is not None else None, query.shape[2], key.shape[2]
+        )
+        if foreign := foreign_order(site.facts.get("layout"), self.module):
+            known = {"facts": {**known["facts"], "no_images": foreign}}
+        if mask is not None and mask.dim() < 4:
+            mask = mask[(None,) * (4 - mask.dim())]
+        return AttentionCall(
+            query=query, key=key, value=value, mask=mask, causal=causal, dropout=dropout, site=site,
+            scaling=query.shape[-1] ** -0.5 if scale is None else scale, **known,
+        )  # fmt: skip
+
+
+def _others(site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    """Tokens that a module is given beside its own, where only its looks said that it is self-attention."""
+    if site.facts.get("holds") is not None or site.role != "self":
+        return None
+    own = args[0] if args else kwargs.get("hidden_states")
+    beside = args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states")
+    return beside.shape[1] if isinstance(beside, Tensor) and beside is not own and beside.dim() == 3 else None
+
+
+def _processor_name(module: nn.Module) -> str:
+    return type(getattr(module, "processor", None)).__name__
+
+
+def _modes() -> list[Interception]:
+    if not hasattr(_open, "modes"):
+        _open.modes = []
+    modes: list[Interception] = _open.modes
+    return modes
+
+
+def _close(mode: Interception) -> None:
+    mode.closed, mode.home = True, None  # a frame keeps its tensors alive
+    if _get_current_function_mode() is mode:
+        mode.__exit__(None, None, None)
+
+
+# ---------------------------------------------------------------- the hooks around a patched module
+
+
+class AttentionHooks:
+    """Opens an Interception before a patched module's forward and closes it after, exceptions included."""
+
+    def __init__(self, runtime: Runtime):
+        self.runtime = runtime
+
+    @torch.compiler.disable(reason=REASON)
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        modes = _modes()
+        while modes and not modes[-1].alive():
+            _close(modes.pop())
+        if self.runtime.plan.inert:
+            self.runtime.passed()
+            return
+        reason = refusal(module)
+        if reason is not None:
+            raise Unsupported(f"{self.runtime.site.name}: {reason}")
+        mode = Interception(self.runtime, module)
+        mode.others = _others(self.runtime.site, args, kwargs)
+        mode.__enter__()
+        modes.append(mode)
+
+    @torch.compiler.disable(reason=REASON)
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        modes = _modes()
+        if not modes or modes[-1].module is not module:
+            return
+        mode = modes.pop()
+        _close(mode)
+        # Without an output the forward has raised, and that error is the one to see. A forward that computed
+        # no product at all was served by a step cache, from what the patched attention gave before.
+        if output is not None and mode.keys is None and mode.computed:
+            raise Unsupported(
+                f"{self.runtime.site.name}: {_processor_name(module)} never called torch's attention, so "
+                "the patch had no effect there; use a processor that does, such as AttnProcessor2_0"
+            )

@@ -1,0 +1,1 @@
+"""Host for Hugging Face transformers; ``host.py`` is where to begin."""

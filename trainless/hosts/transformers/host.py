@@ -1,0 +1,354 @@
+"""Host for Hugging Face transformers: finds attention modules and routes them into the engine.
+
+One attention function is registered, once, under ``NAME``. A patched attention module gets a view of its
+config on which only ``_attn_implementation`` reads differently, so that the module calls ours; masks are
+built by the model from its own config, which is never touched, and the implementation that the user
+chose is read from that config at every call, so that ``set_attn_implementation`` keeps working.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ...cache import CompressingLayer
+from ...edits.journal import MARKER, AttributeEdit, HookEdit, Journal
+from ...engine.attention import attend
+from ...engine.runtime import ATTRIBUTE, Runtime, runtime_of
+from ...engine.watching import Made
+from ...errors import Unsupported
+from ...kernels.visibility import bias_times
+from ...seams import AttentionCall, Contribution, Site
+from . import images as images
+from . import inputs as inputs
+from . import residual as residual
+from .cache import before, cache_wrapper, continuous_wrapper, prefill_wrapper
+from .calls import PACKED, call_of, tell
+from .dispatch import unmatched
+from .rotary import rotation
+from .sites import HARMLESS, find
+
+NAME = "trainless"
+# What the user's own function may be handed as it came when all that changes is the factor on the logits.
+PASSED_ON = (HARMLESS - PACKED) | {"is_causal", "sliding_window"}
+# A forward that names one of these may be asked for cross-attention in one call and not in the next.
+OTHER_KEYS = {"key_value_states", "encoder_hidden_states"}
+
+# Methods of a model that are wrapped while it is patched, where it has them.
+WRAPPERS = {
+    "_prefill": prefill_wrapper,
+    "_prepare_cache_for_generation": cache_wrapper,
+    "generate_batch": continuous_wrapper("generate_batch"),
+    "init_continuous_batching": continuous_wrapper("init_continuous_batching"),
+}
+
+
+class ConfigView:
+    """A module's config, on which only the attention implementation reads as ours."""
+
+    _trainless_made = True  # the marker by which the journal knows it
+
+    def __init__(self, config: Any):
+        object.__setattr__(self, "_real", config)
+
+    @property
+    def _attn_implementation(self) -> str:
+        return NAME
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(object.__getattribute__(self, "_real"), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._real, name, value)
+
+    def __repr__(self) -> str:
+        return f"ConfigView({type(self._real).__name__})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ConfigView:
+        raise Unsupported("a patched model cannot be copied: remove the patch first, then patch each copy")
+
+    def __reduce__(self) -> Any:
+        raise Unsupported("a patched model cannot be pickled: remove the patch first, or use save_pretrained")
+
+
+def _attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+    """The one registered attention function. Compiled models break their graph here, so counters stay right."""
+    # Asking costs far less per call than a disabled function does, and eager decoding makes many calls.
+    return (_uncompiled if torch.compiler.is_compiling() else _routed)(module, *args, **kwargs)
+
+
+def _routed(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Any]:
+    runtime = runtime_of(module)
+    if runtime is None:
+        raise Unsupported(
+            f"{type(module).__name__} asks for attention {NAME!r} but is not patched; "
+            "this name is internal: pick another implementation with set_attn_implementation"
+        )
+    if runtime.watch is not None and runtime.watch.wants():
+        made = _made(query, key, value, attention_mask, scaling, dropout, kwargs)
+        weights: list[Any] = [None]
+
+        def proceed() -> Tensor:
+            out, weights[0] = _routed(
+                module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+            )
+            return out
+
+        def stock() -> Tensor:
+            own = _user_function(module)
+            given = query, key, value, attention_mask
+            found: Tensor = own(module, *given, scaling=scaling, dropout=dropout, **kwargs)[0]
+            return found
+
+        return runtime.watch.around(made, proceed, stock), weights[0]
+    here = runtime.call
+    facts = here.facts
+    entering, here.residual = here.residual, None
+    # Also while its patch is paused: only here is it known which of its slots hold a token.
+    held = isinstance(facts.get("layer"), CompressingLayer)
+    if (runtime.plan.inert and not held) or facts.get("cross"):
+        runtime.passed()
+        return _user_function(module)(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+        )
+    constant = runtime.plan.constant
+    if constant is not None and not held and _only_scaled(kwargs):
+        # Decoding makes thousands of these calls a second, so nothing is built for them.
+        runtime.passed()
+        runtime.acted("stock")
+        scaling = (query.shape[-1] ** -0.5 if scaling is None else scaling) * constant
+        attention_mask = bias_times(attention_mask, constant, query.shape[2], key.shape[2])
+        return _user_function(module)(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+        )
+    call = call_of(module, runtime, query, key, value, attention_mask, scaling, dropout, kwargs)
+    if runtime.plan.asks:
+        tell(runtime, call, entering)
+    if runtime.watch is not None:
+        runtime.watch.told(call)
+    order = facts.pop("order", None)  # of the query heads, where the engine sees them in another
+
+    def delegate(call: AttentionCall) -> Tensor:
+        passed = dict(kwargs)
+        for name, now in (
+            ("position_bias", call.position_bias),
+            ("softcap", call.softcap),
+            ("s_aux", call.sink_logits),
+        ):
+            if name in passed and passed[name] is not None:
+                passed[name] = now
+        given: tuple[Tensor, ...] = (call.query, call.key, call.value)
+        if order is not None:
+            times = call.query.shape[1] // call.key.shape[1]
+            given = call.query[:, order.argsort()], *(t.repeat(1, times, 1, 1) for t in given[1:])
+        function = _user_function(module)
+        out, facts["weights"] = function(
+            module, *given, call.mask, scaling=call.scaling, dropout=call.dropout, **passed
+        )
+        return out if order is None else out[:, :, order]
+
+    facts.pop("weights", None)
+    out = attend(runtime, call, delegate)
+    facts.pop("residual", None)  # as large as the layer's activations: not to be kept until the next call
+    weights = facts.pop("weights", None)
+    if weights is None and facts.pop("attentions", False):
+        _refuse_attentions(runtime)
+    return out if order is None else out[:, :, order.argsort()], weights
+
+
+def _refuse_attentions(runtime: Runtime) -> None:
+    methods = " and ".join(dict.fromkeys(e.method for e in runtime.plan.active))
+    raise Unsupported(
+        f"{methods}: output_attentions at {runtime.site.name}: this call was computed without a matrix of "
+        "probabilities over the tokens of the sequence (its keys are dropped, packed, moved or joined by others); "
+        "ask without output_attentions, or with the patch paused"
+    )
+
+
+def _refuse_heads(runtime: Runtime) -> None:
+    """A cache with each head once orders the query heads by it, so nobody else may count them."""
+    kv = next((e for e in runtime.entries if e.contribution.kind == "kv"), None)
+    named = next((e for e in runtime.entries if e.contribution.heads is not None), None)
+    if kv is not None and named is not None:
+        raise Unsupported(
+            f"{kv.method} and {named.method} at {runtime.site.name}: {type(runtime.site.module).__name__} repeats its "
+            "heads as a whole, and single heads cannot be named beside a cache that evicts or packs; use one of them"
+        )
+
+
+def _made(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Any,
+    scaling: float | None,
+    dropout: float,
+    kwargs: dict[str, Any],
+) -> Made:
+    """The interface's arguments, as they came."""
+    named = {"position_bias": "position_bias", "softcap": "softcap", "s_aux": "sink_logits"}
+    named |= {"sliding_window": "sliding_window", "is_causal": "causal"}
+    given = {name: v for name, v in kwargs.items() if v is not None}
+    others = tuple(sorted(given.keys() - named.keys() - (HARMLESS - PACKED)))
+    return Made(
+        query, key, value, mask, scaling, dropout=dropout, others=others,
+        **{ours: given[theirs] for theirs, ours in named.items() if theirs in given},
+    )  # fmt: skip
+
+
+def _only_scaled(kwargs: dict[str, Any]) -> bool:
+    """Whether nothing among the arguments but ``scaling`` changes the logits."""
+    return all(given is None or name in PASSED_ON for name, given in kwargs.items())
+
+
+_uncompiled = torch.compiler.disable(_routed)
+_attention._trainless_made = True  # type: ignore[attr-defined]
+
+
+def _user_function(module: nn.Module) -> Callable[..., Any]:
+    """The attention function that the user's own config names right now."""
+    config = vars(module)["config"]
+    real = config._real if isinstance(config, ConfigView) else config
+    name = real._attn_implementation
+    if name == NAME:
+        raise Unsupported(
+            f"set_attn_implementation({NAME!r}): this name is internal; choose sdpa, eager or another"
+        )
+    if name in (None, "eager"):
+        # That of the class's own modelling file, or of the parent's that it is made from.
+        files = (sys.modules.get(cls.__module__) for cls in type(module).__mro__)
+        eager = next((f for file in files if (f := getattr(file, "eager_attention_forward", None))), None)
+        if eager is None:
+            raise Unsupported(
+                f"{type(module).__name__} has no eager attention function to fall back on; "
+                'call model.set_attn_implementation("sdpa") first'
+            )
+        return eager
+    return ALL_ATTENTION_FUNCTIONS[name]
+
+
+class TransformersHost:
+    """Attention modules of transformers models that dispatch through ``ALL_ATTENTION_FUNCTIONS``."""
+
+    name = "transformers"
+
+    def accepts(self, model: nn.Module) -> bool:
+        return any(isinstance(m, PreTrainedModel) for m in model.modules())
+
+    def family(self, model: nn.Module) -> str:
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                return str(module.config.model_type)
+        return type(model).__name__
+
+    def sites(self, model: nn.Module, prefix: str = "", parts: frozenset[str] = frozenset()) -> list[Site]:
+        return find(model, self.family(model), prefix, parts)
+
+    def unmatched(self, model: nn.Module) -> dict[str, int]:
+        """Modules that go by the name of attention and that no patch can reach, by class."""
+        return unmatched(model)
+
+    def site_of(self, module: nn.Module) -> Site:
+        """The site of one decoder layer's attention, for a module that is known to be one."""
+        return Site(
+            name=type(module).__name__, module=module, host=self.name, parts=frozenset({"text", "decoder"}),
+            causal=True, layer=int(module.layer_idx), facts={"caches": True},  # type: ignore[arg-type]
+        )  # fmt: skip
+
+    def check(self, model: nn.Module, planned: Sequence[tuple[Site, Sequence[Contribution]]]) -> None:
+        """Raise Unsupported, by name, for what could not be done at these sites; nothing is touched."""
+        seen: set[type] = set()
+        for site, given in planned:
+            if any(c.kind == "position" and not c.inert for c in given) and type(site.module) not in seen:
+                seen.add(type(site.module))
+                rotation(site, model)
+
+    def install(self, runtime: Runtime) -> None:
+        _register()
+        module, journal = runtime.site.module, runtime.journal
+        name = runtime.site.name
+        journal.add(AttributeEdit(module, ATTRIBUTE, runtime, f"{name}.{ATTRIBUTE}"))
+        journal.add(AttributeEdit(module, "config", ConfigView(vars(module)["config"]), f"{name}.config"))
+
+    def prepare(self, runtime: Runtime, model: nn.Module, station: Journal) -> None:
+        """What the contributions at a site need beyond the call itself; called when some have been added.
+
+        The hook that finds the cache layer and tells self- from cross-attention, unless no call depends on
+        either; the rotation of the model's rotary embedding; what finds out the facts that somebody asks for.
+        ``station`` takes edits that several sites share.
+        """
+        if any(e.contribution.kind == "position" and not e.contribution.inert for e in runtime.entries):
+            runtime.rotate = rotation(runtime.site, model)
+        if runtime.site.facts.get("keys") == "tiled":
+            _refuse_heads(runtime)
+        self._find_out(runtime, model, station)
+        if not self._calls_differ(runtime):
+            return
+        inputs.watch(runtime, model, station)
+        if runtime.hooked:
+            return
+        runtime.hooked = True
+        module, journal, name = runtime.site.module, runtime.journal, runtime.site.name
+        hook = functools.partial(before, runtime)
+        journal.add(
+            HookEdit(
+                module,
+                lambda: module.register_forward_pre_hook(hook, with_kwargs=True),
+                f"forward hook on {name}",
+            )
+        )
+
+    @staticmethod
+    def _calls_differ(runtime: Runtime) -> bool:
+        """Whether what is contributed here depends on the call: on its cache layer, or on whose keys it brings."""
+        changing = [e.contribution for e in runtime.entries if not e.contribution.inert]
+        if all(c.constant is not None and c.kind == "scale" for c in changing):
+            named = inspect.signature(type(runtime.site.module).forward).parameters
+            return bool(changing) and bool(OTHER_KEYS & set(named))
+        return True
+
+    @staticmethod
+    def _find_out(runtime: Runtime, model: nn.Module, station: Journal) -> None:
+        """Put in place what finds out the facts that somebody at this site asks for."""
+        asks = {fact for e in runtime.entries if not e.contribution.inert for fact in e.contribution.asks}
+        if "images" in asks and "images" not in runtime.asked:
+            at = next(n for n, m in model.named_modules() if m is runtime.site.module)
+            runtime.asked["images"] = images.watch(runtime, model, at, station)
+        if "residual" in asks and "residual" not in runtime.asked:
+            residual.watch(runtime, model)
+            runtime.asked["residual"] = True
+
+    def install_model(self, model: nn.Module, journal: Journal, runtimes: Sequence[Runtime]) -> None:
+        for name, module in model.named_modules():
+            if not isinstance(module, PreTrainedModel):
+                continue
+            for method, wrapper in WRAPPERS.items():
+                if callable(getattr(module, method, None)):
+                    where = f"{name or 'model'}.{method}"
+                    journal.add(AttributeEdit(module, method, wrapper(module, runtimes), where))
+
+
+def _register() -> None:
+    """Put our function into the registry; idempotent. The only thing this package leaves behind globally."""
+    if NAME not in ALL_ATTENTION_FUNCTIONS:
+        ALL_ATTENTION_FUNCTIONS.register(NAME, _attention)
+
+
+assert MARKER == "_trainless_made"  # ConfigView and _attention carry it literally
