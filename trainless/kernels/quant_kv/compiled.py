@@ -60,7 +60,9 @@ def _groups(segment: Segment, table: Tensor) -> int:
 
 
 def _spans(segment: Segment) -> int:
-    return -(-segment.slots // loops.SPAN)
+    """Spans that hold anything."""
+    held = segment.slots if segment.used is None else min(segment.used, segment.slots)
+    return -(-held // loops.SPAN)
 
 
 def _run(

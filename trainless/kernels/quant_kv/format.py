@@ -29,6 +29,7 @@ class Segment:
     value_step, value_min (B, Hkv, G, S): parameters of a token.
     index (B, Hkv, S), int32, only where G = 1: which of the T groups each token came from, after tokens of
     several groups have been dropped and the rest moved together.
+    used: from this slot on nothing is held in any row, so a form may leave those slots alone; None: not known.
     """
 
     k_bits: int
@@ -41,6 +42,7 @@ class Segment:
     value_min: Tensor | None = None
     value_root: Tensor | None = None
     index: Tensor | None = None
+    used: int | None = None
 
     @property
     def slots(self) -> int:

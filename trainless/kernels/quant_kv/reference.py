@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..common import Terms
+from .fixed import FixedPacked
 from .format import RAW, Segment, unpack
 
 
@@ -55,3 +56,33 @@ def rows(
         )
     p = torch.exp(z - lse[..., None]).nan_to_num(0.0)
     return p @ value.repeat_interleave(share, 1), p, lse
+
+
+def packed_decode(
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
+    buffers: FixedPacked,
+    terms: Terms,
+    valid: Tensor | None = None,
+    real: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(output, log-sum-exp, probabilities) of a step on fixed buffers, row by row; see ``fixed_api.packed_decode``."""
+    b, hkv = buffers.tail_key.shape[:2]
+    slots, ring = buffers.slots, buffers.tail_key.shape[2]
+    found = []
+    for row in range(b):
+        age = int(buffers.age[row])
+        if key is not None and value is not None and (real is None or bool(real[row])):
+            buffers.tail_key[row, :, age % ring] = key[row, :, 0]
+            buffers.tail_value[row, :, age % ring] = value[row, :, 0]
+            age += 1
+            buffers.age[row] = age
+        packed = int(buffers.packed[row])
+        seen = torch.zeros(hkv, slots, dtype=torch.bool)
+        seen[:, :packed] = True
+        for token in range(packed, age):
+            seen[:, slots - ring + token % ring] = True
+        found.append(seen if valid is None else seen & valid[row])
+    out, p, lse = rows(query, buffers.segments(), terms, torch.stack(found)[:, :, None])
+    return out, lse[..., 0], p[:, :, 0]

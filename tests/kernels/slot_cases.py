@@ -1,0 +1,50 @@
+"""Fixed slots in some state, and a step of them; shared by the tests of every form."""
+
+from __future__ import annotations
+
+import torch
+
+from trainless.kernels.slots import FixedSlots, SlotRule, fixed_slots
+
+RULES = {
+    "oldest": SlotRule(),
+    "sum": SlotRule("sum"),
+    "sum-max-normalised": SlotRule("sum", gqa="max", normalise=True),
+    "sum-first": SlotRule("sum", gqa="first"),
+    "last-mean": SlotRule("last", gqa="mean"),
+    "last-shared": SlotRule("last", gqa="mean", shared=True),
+}
+# (B, H, Hkv, slots, held, D): one lane, a group of heads, rows of different lengths, a slot for one token only
+SHAPES = [(2, 4, 2, 13, 12, 16), (1, 6, 2, 40, 20, 24), (1, 1, 1, 2, 1, 8)]
+
+
+def make(shape, rule: SlotRule, dtype=torch.float64, never=None, short: bool = False) -> FixedSlots:
+    """Slots whose rows may hold up to ``held`` tokens; ``short``: the last row holds fewer as yet."""
+    b, _, hkv, size, held, d = shape
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    keys, values = (torch.randn(b, hkv, held, d, dtype=torch.float64).to(dtype) for _ in range(2))
+    positions = torch.arange(3, 3 + held).expand(b, hkv, held).clone()
+    if short and b > 1:
+        positions[-1, :, : held // 2] = -1
+    limit = torch.full((b,), held)
+    scores = None
+    if rule.score is not None:
+        scores = torch.rand(b, hkv if not rule.shared else 1, held).expand(b, hkv, held).to(wide).clone()
+        scores[..., held // 3 : held // 3 * 2] = 0.0  # equal ones, of which the oldest goes
+    return fixed_slots(
+        keys, values, positions, size, age=torch.full((b,), 3 + held), limit=limit, recent=min(3, held),
+        scores=scores, never=never,
+    )  # fmt: skip
+
+
+def token(shape, dtype=torch.float64):
+    """(query, key, value) of one token."""
+    b, h, hkv, _, _, d = shape
+    sizes = (h, hkv, hkv)
+    return tuple(torch.randn(b, n, 1, d, dtype=torch.float64).to(dtype) for n in sizes)
+
+
+def copied(slots: FixedSlots, dtype=None) -> FixedSlots:
+    """The same state in memory of its own; floating-point tensors in another dtype if one is given."""
+    change = lambda t: t.clone() if dtype is None or not t.is_floating_point() else t.to(dtype)  # noqa: E731
+    return FixedSlots(**{name: change(t).clone() for name, t in slots.tensors().items()})

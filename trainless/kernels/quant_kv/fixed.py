@@ -1,0 +1,146 @@
+"""The buffers of a packed cache of fixed size: groups of codes up to a capacity, a ring of newest tokens, counters.
+
+Every tensor keeps its size and its address for as long as the cache lives, and what a step has to know stands in
+tensors on the device, so that a step can be traced whole and replayed from a CUDA graph.
+
+Tokens are counted from 0 in every batch row, pads left out. Token n of a row stands
+
+    in slot n % S of group n // S of the codes, if n < packed[row], and
+    in slot n % T of the ring, if packed[row] <= n < age[row].
+
+Codes lie as in ``format``: a byte holds 8 / bits codes, code p of byte i belongs to channel p · W + i. All slots
+together, as ``valid`` and ``scores`` count them, are the G · S of the codes first and the T of the ring last.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from ...errors import InputError
+from .format import RAW, Segment, check_width, per_byte, raw
+
+
+@dataclass
+class FixedPacked:
+    """B batch rows, Hkv key heads, G groups of S tokens, T slots of the ring, W = D · bits / 8 bytes of a token.
+
+    key (B, Hkv, G, S, W), value (B, Hkv, G, S, Wv): uint8 codes, or numbers as they are where bits are 16.
+    key_step, key_min (B, Hkv, G, D), value_step, value_min (B, Hkv, G, S), value_root (B, Hkv, G, Dv): parameters, as
+    in ``Segment``; None where bits are 16. tail_key (B, Hkv, T, D), tail_value (B, Hkv, T, Dv): the ring.
+    packed (B,) int32: tokens that are codes, a multiple of S. age (B,) int32: tokens that the row has. There is room
+    for one more token as long as age - packed < T, and for one more group while packed < G · S.
+    """
+
+    k_bits: int
+    v_bits: int
+    key: Tensor
+    value: Tensor
+    key_step: Tensor | None
+    key_min: Tensor | None
+    value_step: Tensor | None
+    value_min: Tensor | None
+    value_root: Tensor | None
+    tail_key: Tensor
+    tail_value: Tensor
+    packed: Tensor
+    age: Tensor
+
+    @property
+    def slots(self) -> int:
+        """All slots: those of the codes and those of the ring."""
+        return self.key.shape[2] * self.key.shape[3] + self.tail_key.shape[2]
+
+    @property
+    def size(self) -> int:
+        """Tokens of a group."""
+        return self.key.shape[3]
+
+    def tensors(self) -> dict[str, Tensor]:
+        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: t for name, t in found.items() if isinstance(t, Tensor)}
+
+    def segments(self, used: int | None = None) -> list[Segment]:
+        """The codes and the ring as segments that share their memory; ``used``: see ``Segment``."""
+        codes = Segment(
+            self.k_bits, self.v_bits, self.key, self.value, self.key_step, self.key_min, self.value_step,
+            self.value_min, self.value_root, used=used,
+        )  # fmt: skip
+        return [codes, raw(self.tail_key, self.tail_value)]
+
+    def holds(self) -> Tensor:
+        """(B, slots) bool: which slots hold a token."""
+        codes = torch.arange(self.slots - self.tail_key.shape[2], device=self.key.device)
+        ring = self.tail_key.shape[2]
+        place = torch.arange(ring, device=self.key.device)
+        # The ring's slot of token n is n % T, so slot t holds the first token from `packed` on that falls there.
+        token = self.packed[:, None] + (place - self.packed[:, None]) % ring
+        return torch.cat([codes < self.packed[:, None], token < self.age[:, None]], 1)
+
+
+def fixed_packed(
+    like: Tensor, value_like: Tensor, *, k_bits: int, v_bits: int, group: int, groups: int, ring: int
+) -> FixedPacked:
+    """Empty buffers for keys like ``like`` (B, Hkv, any, D) and values like ``value_like`` (B, Hkv, any, Dv).
+
+    group: tokens of a group; groups: of them; ring: slots for tokens that are not packed, at least one more than ever
+    wait. Raises InputError for widths that are no whole number of bytes.
+    """
+    b, hkv, _, d = like.shape
+    dv = value_like.shape[3]
+    check_width("key", d, k_bits)
+    check_width("value", dv, v_bits)
+    if min(group, groups, ring) < 1:
+        raise InputError(
+            f"packed cache: group={group}, groups={groups}, ring={ring}: at least one of each is needed"
+        )
+
+    def made(*shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return like.new_zeros(b, *shape, dtype=dtype)
+
+    def codes(width: int, bits: int) -> Tensor:
+        return made(hkv, groups, group, width // per_byte(bits), dtype=None if bits == RAW else torch.uint8)
+
+    def parameter(bits: int, *shape: int) -> Tensor | None:
+        return None if bits == RAW else made(hkv, groups, *shape)
+
+    return FixedPacked(
+        k_bits, v_bits, codes(d, k_bits), codes(dv, v_bits), parameter(k_bits, d), parameter(k_bits, d),
+        parameter(v_bits, group), parameter(v_bits, group), parameter(v_bits, dv), made(hkv, ring, d),
+        made(hkv, ring, dv), made(dtype=torch.int32), made(dtype=torch.int32),
+    )  # fmt: skip
+
+
+def fill(buffers: FixedPacked, segment: Segment | None, key: Tensor, value: Tensor, lengths: Tensor) -> None:
+    """Put a prefill into empty buffers, the same number of groups in every row.
+
+    segment: the packed groups, of the buffers' bits and group size, or None. key (B, Hkv, N, D), value (B, Hkv, N,
+    Dv): the tokens that wait, in order; lengths (B,): how many of them each row has, the first ones. Raises
+    InputError where they do not fit.
+    """
+    groups = 0 if segment is None else segment.key.shape[2]
+    ring, count = buffers.tail_key.shape[2], key.shape[2]
+    if segment is not None and (
+        (segment.k_bits, segment.v_bits) != (buffers.k_bits, buffers.v_bits)
+        or segment.key.shape[3] != buffers.size
+        or groups > buffers.key.shape[2]
+        or segment.index is not None
+    ):
+        raise InputError(
+            f"packed cache: groups {tuple(segment.key.shape)} of {segment.k_bits} and {segment.v_bits} bits do not fit "
+            f"buffers {tuple(buffers.key.shape)} of {buffers.k_bits} and {buffers.v_bits}"
+        )
+    if count >= ring:
+        raise InputError(
+            f"packed cache: {count} tokens that wait do not fit a ring of {ring}, which needs one to spare"
+        )
+    if segment is not None:
+        for name, tensor in segment.tensors().items():
+            getattr(buffers, name)[:, :, :groups] = tensor
+    packed = groups * buffers.size
+    place = (packed + torch.arange(count, device=key.device)) % ring
+    buffers.tail_key[:, :, place], buffers.tail_value[:, :, place] = key, value
+    buffers.packed.fill_(packed)
+    buffers.age.copy_(packed + lengths)

@@ -1,0 +1,82 @@
+"""A decode step on packed buffers of fixed size, and packing one more group, in torch.
+
+No shape depends on data. On the CPU the counters are read to leave out groups that no row has yet; elsewhere nothing
+is read, and nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from ..common import Terms, statistics_dtype
+from . import blocked, rows
+from .api import _products
+from .fixed import FixedPacked
+from .format import quantise
+
+
+def decode(
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
+    buffers: FixedPacked,
+    terms: Terms,
+    valid: Tensor | None = None,
+    real: Tensor | None = None,
+    scores: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See ``fixed_api.packed_decode``."""
+    if key is not None and value is not None:
+        append(key, value, buffers, real)
+    seen = buffers.holds()[:, None, None]
+    if valid is not None:
+        seen = seen & valid[:, :, None]
+    seen = seen.expand(-1, buffers.key.shape[1], -1, -1)
+    on_cpu = query.device.type == "cpu"
+    segments = buffers.segments(int(buffers.packed.max()) if on_cpu else None)
+    form = _products([query, *buffers.tensors().values()])[0] if on_cpu else cast(rows.Products, blocked)
+    out, p, lse = rows.rows(query, segments, terms, seen, True, form)
+    assert lse is not None
+    if scores is not None:
+        scores.copy_(p[:, :, 0])
+    return out, lse[..., 0]
+
+
+def append(key: Tensor, value: Tensor, buffers: FixedPacked, real: Tensor | None = None) -> None:
+    """One token into the ring of every row; real (B,) bool: rows whose token is no padding."""
+    ring = buffers.tail_key.shape[2]
+    at = (buffers.age.long() % ring)[:, None, None, None]
+    for into, new in ((buffers.tail_key, key), (buffers.tail_value, value)):
+        index = at.expand_as(new)
+        if real is not None:
+            new = torch.where(real[:, None, None, None], new, into.gather(2, index))
+        into.scatter_(2, index, new)
+    buffers.age.add_(1 if real is None else real)
+
+
+def pack_group(buffers: FixedPacked, residual: Tensor) -> None:
+    """See ``fixed_api.pack_group``."""
+    size, groups, ring = buffers.size, buffers.key.shape[2], buffers.tail_key.shape[2]
+    due = (buffers.age - buffers.packed >= residual + size) & (buffers.packed < groups * size)
+    place = (buffers.packed[:, None] + torch.arange(size, device=due.device)) % ring
+    index = place[:, None, :, None].long()
+    oldest = [
+        t.gather(2, index.expand(-1, t.shape[1], -1, t.shape[3]))
+        for t in (buffers.tail_key, buffers.tail_value)
+    ]
+    made = quantise(oldest[0][:, :, None], oldest[1][:, :, None], buffers.k_bits, buffers.v_bits)
+    group = (buffers.packed // size).clamp_max(groups - 1).long()
+    for name, new in made.tensors().items():
+        into = getattr(buffers, name)
+        ones = (1,) * (into.dim() - 1)
+        at = group.view(-1, *ones).expand_as(new)
+        into.scatter_(2, at, torch.where(due.view(-1, *ones), new, into.gather(2, at)))
+    buffers.packed.add_(due * size)
+
+
+def probabilities_dtype(query: Tensor) -> torch.dtype:
+    """Of the scores that ``decode`` writes."""
+    return statistics_dtype(query)

@@ -1,0 +1,67 @@
+"""A decode step over fixed slots: checks, and the choice of a form."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ...errors import InputError
+from ..common import Terms
+from ..dispatch import Choice, triton_reasons
+from . import plain
+from .state import FixedSlots, SlotRule
+
+
+def choose(query: Tensor, slots: FixedSlots) -> Choice:
+    """Which form ``slot_decode`` runs for this call."""
+    why = triton_reasons((query, slots.keys))
+    return Choice("torch", why or ("triton: not written yet",))
+
+
+def slot_decode(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slots: FixedSlots,
+    rule: SlotRule,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+    real: Tensor | None = None,
+) -> Tensor:
+    """Write one token into its slot, attend over all slots, and let one token go where a row is over its limit.
+
+    query (B, H, 1, D), key (B, Hkv, 1, D), value (B, Hkv, 1, Dv). sink_logits (H,): a further logit per row that has
+    no value. real (B,) bool: rows whose token is no padding; a padding is not kept, does not score and makes nothing
+    go. Returns (B, H, 1, Dv) in the dtype of the query, and writes into the buffers of ``slots``, which keep their
+    addresses: the token, its position, the scores by ``rule``, the next free slot and the counters.
+
+    The order of a step is: write, attend (the new token included), score, evict. On a CUDA device with Triton this is
+    one registered operator, ``trainless::slot_decode``; elsewhere torch operators that a compiler can see through,
+    whose parts are ``plain.write``, ``plain.attend`` and ``plain.settle``. Neither waits for the device. Raises
+    InputError when shapes do not fit.
+    """
+    _check(query, key, value, slots, rule)
+    terms = Terms(scale, None, softcap, sink_logits)
+    return plain.decode(query, key, value, slots, rule, terms, real)
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor, slots: FixedSlots, rule: SlotRule) -> None:
+    b, h, rows, d = query.shape
+    kb, hkv, size, kd = slots.keys.shape
+    if (
+        (b, 1, d, rows) != (kb, key.shape[2], kd, 1)
+        or not hkv
+        or h % hkv
+        or key.shape != (b, hkv, 1, d)
+        or value.shape != (b, hkv, 1, slots.values.shape[3])
+        or slots.positions.shape != (b, hkv, size)
+    ):
+        raise InputError(
+            f"slots: query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)} do not fit "
+            f"keys {tuple(slots.keys.shape)} and values {tuple(slots.values.shape)}; a step is one token"
+        )
+    if (rule.score is None) != (slots.scores is None):
+        raise InputError(
+            f"slots: the rule's score is {rule.score!r}, and the buffers have scores or none to match"
+        )
