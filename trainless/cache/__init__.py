@@ -14,9 +14,10 @@ cache do the right thing.
 from .carrier import StatefulMixin, stateful
 from .compressing import CompressingLayer
 from .expanded import ExpandedLayer
+from .fixed import FixedLayer
 from .hybrid import beside_recurrence
 from .packed import PackedLayer
 
 __all__ = [
-    "CompressingLayer", "ExpandedLayer", "PackedLayer", "StatefulMixin", "beside_recurrence", "stateful",
+    "CompressingLayer", "ExpandedLayer", "FixedLayer", "PackedLayer", "StatefulMixin", "beside_recurrence", "stateful",
 ]  # fmt: skip

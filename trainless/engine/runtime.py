@@ -12,13 +12,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..edits.journal import Journal
 from ..errors import Unsupported
 from ..seams import AttentionPlan, Contribution, Entry, Lease, Site
+from .prepared import Prepared
 from .watching import Watch
 
+COMPILED = "compiled with the model"
 ATTRIBUTE = "_trainless"  # where a module keeps its Runtime, a model its Station
 
 
@@ -58,7 +61,9 @@ class Runtime:
         self.tallies: dict[Lease, Tally] = {}
         self.journal = Journal()
         self.plan = AttentionPlan([])
+        self.prepared = Prepared(self.plan)
         self.call = CallInThread()
+        self.compiled_layer: Any = None  # while a call is traced by a compiler: its cache layer, from hook to attention
         self.counting = threading.Lock()
         self.rotate: Callable[[Tensor, Tensor], Tensor] | None = None  # turns keys by so many positions
         self.hooked = False  # the host's own use: whether its hook is in place
@@ -82,15 +87,36 @@ class Runtime:
 
     def drop(self, owner: Lease) -> None:
         """Forget the contributions of one patch; its tally stays readable through the patch."""
+        self.fold()
         self.entries = [e for e in self.entries if e.owner is not owner]
         self.tallies.pop(owner, None)
         self.refresh()
 
     def refresh(self) -> None:
         """Merge anew what is active; called when a patch arrives, leaves, pauses or resumes."""
+        self.fold()
         self.plan = AttentionPlan([e for e in self.entries if e.owner.active])  # type: ignore[attr-defined]
+        self.prepared = Prepared(self.plan, self._device())
         self.live = self._tallies(self.plan.entries)
         self.acting = self._tallies(self.plan.active)
+
+    def _device(self) -> torch.device:
+        """Where the module computes, as far as its parameters say."""
+        own = next(self.site.module.parameters(), None)
+        return torch.device("cpu") if own is None or own.device.type == "meta" else own.device
+
+    def fold(self) -> None:
+        """Add what compiled calls have counted on the device to the tallies; waits for the device."""
+        calls = self.prepared.counted()
+        if not calls:
+            return
+        with self.counting:
+            for tally in self.live:
+                tally.fired += calls
+                tally.kernels[self.prepared.kernel] += calls
+                tally.reasons[self.prepared.kernel] = COMPILED
+            for tally in self.acting:
+                tally.acted += calls
 
     def _tallies(self, entries: Sequence[Entry]) -> list[Tally]:
         return [self.tallies[o] for o in dict.fromkeys(e.owner for e in entries)]  # type: ignore[index]

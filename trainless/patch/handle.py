@@ -296,6 +296,8 @@ class Patch:
         )  # fmt: skip
         for site, _ in binding.contributions:
             runtime = runtime_of(site.module)
+            if runtime is not None:
+                runtime.fold()
             tally = runtime.tallies.get(binding.lease) if runtime is not None else None
             if tally is None:
                 continue

@@ -53,8 +53,8 @@ class HeadGain(Method):
         return heads_at(self.heads, site) != ()
 
     def contribute(self, site: Site) -> Sequence[Contribution]:
-        gain, heads = self.gain, heads_at(self.heads, site)
-        return [Contribution("gain", lambda call, stats, state: gain, heads=heads, inert=gain == 1.0)]
+        heads = heads_at(self.heads, site)
+        return [Contribution("gain", constant=self.gain, heads=heads, inert=self.gain == 1.0)]
 
 
 __all__ = ["HeadGain", "Heads"]

@@ -27,6 +27,7 @@ from ...edits.journal import mark
 from ...engine.runtime import Runtime
 from ...errors import InputError, Unsupported
 from ...seams import AttentionPlan, Entry, Lease
+from . import traced
 from .contract import GENERATE, problem
 from .inputs import noted
 from .layers import PLAIN, depths_of, index_of
@@ -36,7 +37,10 @@ from .version import DummyLayer, cache_in, layers_of
 
 def before(runtime: Runtime, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Note which cache layer this call will use, replacing a stock layer that is still empty by ours."""
-    (_uncompiled if torch.compiler.is_compiling() else _note_layer)(runtime, module, args, kwargs)
+    if not torch.compiler.is_compiling():
+        _note_layer(runtime, module, args, kwargs)
+    elif not traced.note(runtime, module, args, kwargs):
+        _uncompiled(runtime, module, args, kwargs)
 
 
 def _note_layer(runtime: Runtime, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -30,6 +30,7 @@ from ...seams import AttentionCall, Contribution, Site
 from . import images as images
 from . import inputs as inputs
 from . import residual as residual
+from . import traced
 from .cache import before, cache_wrapper, continuous_wrapper, prefill_wrapper
 from .calls import PACKED, call_of, tell
 from .dispatch import unmatched
@@ -80,9 +81,32 @@ class ConfigView:
 
 
 def _attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
-    """The one registered attention function. Compiled models break their graph here, so counters stay right."""
-    # Asking costs far less per call than a disabled function does, and eager decoding makes many calls.
-    return (_uncompiled if torch.compiler.is_compiling() else _routed)(module, *args, **kwargs)
+    """The one registered attention function."""
+    if torch.compiler.is_compiling():
+        return _traced(module, *args, **kwargs)
+    return _routed(module, *args, **kwargs)
+
+
+def _traced(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Any]:
+    """A call inside a graph that is being compiled; the graph breaks here where it cannot be traced."""
+    runtime = runtime_of(module)
+    if runtime is not None and runtime.watch is None:
+        given = query, key, value, attention_mask, scaling, dropout, kwargs
+        found = traced.attention(runtime, _user_function(module), module, *given)
+        if found is not None:
+            return found
+    return _uncompiled(
+        module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+    )
 
 
 def _routed(

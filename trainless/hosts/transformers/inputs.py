@@ -21,6 +21,7 @@ from ...edits.journal import AttributeEdit, HookEdit, Journal
 from ...engine.runtime import Runtime
 from .outside import Generating, generating
 
+TOKENS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
 READER = (
     "_trainless_inputs"  # where a pretrained model keeps its readers, one for each model that was patched
 )
@@ -93,11 +94,30 @@ class Noted:
         return bool(((seen != (causal & real)) & told).any())
 
 
-class Given(threading.local):
+class Under(threading.local):
     """The forwards under way in this thread, the innermost last."""
 
     def __init__(self) -> None:
         self.noted: list[Noted] = []
+
+
+class Given:
+    """What the readers of one component share: the forwards under way, and the sites that ask about them."""
+
+    def __init__(self) -> None:
+        self.under = Under()
+        self.runtimes: list[Runtime] = []
+
+    @property
+    def noted(self) -> list[Noted]:
+        return self.under.noted
+
+    def dispensable(self, rows: int) -> bool:
+        """Whether no site asks, in a forward of so many tokens that a compiler traces."""
+        for runtime in self.runtimes:
+            if runtime.prepared.refusal is not None or (runtime.prepared.evictor is not None and rows != 1):
+                return False
+        return True
 
 
 class Reader:
@@ -115,12 +135,26 @@ class Reader:
         self.config = model.config
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        (_uncompiled if torch.compiler.is_compiling() else _enter)(self, args, kwargs)
+        if not torch.compiler.is_compiling():
+            _enter(self, args, kwargs)
+        elif not self.given.dispensable(self.rows(args, kwargs)):
+            _uncompiled(self, args, kwargs)
 
     def leave(self, *ignored: Any) -> None:
         # Called after errors too, also after one before ``enter``.
+        if torch.compiler.is_compiling() and self.given.dispensable(1):
+            return
         if self.given.noted and self.given.noted[-1].by is self:
             self.given.noted.pop()
+
+    def rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        """How many tokens the forward is given, in its longest input."""
+        most = 0
+        for name in TOKENS:
+            given = self.argument(name, args, kwargs) if name in self.names else None
+            if isinstance(given, Tensor) and given.shape[1] > most:
+                most = given.shape[1]
+        return most
 
     def argument(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if name in kwargs:
@@ -167,6 +201,8 @@ def watch(runtime: Runtime, model: nn.Module, station: Journal) -> None:
     ]
     standing = [r.given for _, m in around for n, r in vars(m).items() if n.startswith(READER)]
     given = runtime.asked.get("inputs") or (standing[0] if standing else Given())
+    if all(one is not runtime for one in given.runtimes):
+        given.runtimes.append(runtime)
     for place, module in around:
         if own in vars(module):
             continue

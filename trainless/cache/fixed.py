@@ -1,0 +1,3 @@
+from .compressing import CompressingLayer
+class FixedLayer(CompressingLayer):
+    pass

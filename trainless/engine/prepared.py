@@ -1,0 +1,81 @@
+"""What a plan comes to before any call: the steps that ``torch.compile`` can trace whole, and why not otherwise.
+
+A call that is traced looks at no tensor's values, builds nothing that outlives it and counts itself on the device. So
+what it needs is made here, once, when a patch comes, goes, pauses or resumes; a new ``Prepared`` is what the compiler
+sees as a change.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..seams import AttentionPlan, Entry
+
+# Kinds that are one number here, known now.
+NUMBERS = frozenset({"scale", "gain"})
+
+
+class Prepared:
+    """The steps of one plan for calls that are traced.
+
+    factor: on the logits. gains: (heads or None, number) on the output, one after the other. refusal: why calls of this
+    plan cannot be traced whole; None where they can.
+    """
+
+    def __init__(self, plan: AttentionPlan, device: torch.device | None = None):
+        self.inert = plan.inert
+        self.factor = math.prod(_number(e) for e in plan.of["scale"] if e.contribution.constant is not None)
+        self.gains = tuple(
+            (e.contribution.heads, e.contribution.constant)
+            for e in plan.of["gain"]
+            if e.contribution.constant is not None
+        )
+        self.evictor = plan.evictor.owner if plan.evictor is not None else None
+        self.rolled = bool(plan.of["position"])
+        self.kernel = "stock" if self.evictor is None else "slots"
+        self.refusal = _refusal(plan)
+        self.calls: Tensor | None = None
+        if device is not None and not plan.inert and self.refusal is None:
+            self.calls = torch.zeros((), dtype=torch.int64, device=device)
+            if device.type == "cuda":  # or a CUDA graph would not be recorded around what is written to
+                torch._dynamo.mark_static_address(self.calls)
+
+    def counted(self) -> int:
+        """How many traced calls have run since this was asked last; waits for the device."""
+        if self.calls is None:
+            return 0
+        found = int(self.calls)
+        if found:
+            self.calls.zero_()
+        return found
+
+    def gained(self, out: Tensor) -> Tensor:
+        """The output (B, Lq, H, D) times the gains."""
+        for heads, gain in self.gains:
+            if heads is None:
+                out = out * gain
+            else:
+                own = torch.ones(out.shape[2], dtype=out.dtype, device=out.device)
+                own[list(heads)] = gain
+                out = out * own[:, None]
+        return out
+
+
+def _number(entry: Entry) -> float:
+    constant: Any = entry.contribution.constant
+    return float(constant)
+
+
+def _refusal(plan: AttentionPlan) -> str | None:
+    for entry in plan.active:
+        given = entry.contribution
+        if given.kind in NUMBERS and given.constant is not None:
+            continue
+        if entry is plan.evictor or (given.kind == "position" and plan.evictor is not None):
+            continue
+        return f"{entry.method}: its {given.kind} depends on each call"
+    return None

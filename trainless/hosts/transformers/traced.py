@@ -1,0 +1,92 @@
+"""Calls that ``torch.compile`` traces: straight functions beside the eager ones, without anything a graph breaks on.
+
+``note`` runs before a module's forward, ``attention`` in the place of its attention function; what they cannot trace
+goes the eager way, outside the graph. Between the two the cache layer of the call waits at the site, and is taken
+from there before the call is over.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from ...cache import FixedLayer
+from ...engine.runtime import Runtime
+from ...kernels.visibility import bias_times
+
+# Arguments of the interface that change the logits and that a traced call scales along with them, or leaves alone.
+SCALED = ("position_bias", "softcap")
+SINKS = "s_aux"
+
+
+def note(runtime: Runtime, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the call that begins can be traced; its cache layer is then noted, where the plan uses one."""
+    ready = runtime.prepared
+    if ready.refusal is not None or _others(kwargs):
+        return False
+    if ready.evictor is None:
+        return True
+    hidden = args[0] if args else kwargs.get("hidden_states")
+    layer = _layer(module, kwargs)
+    if not isinstance(layer, FixedLayer) or hidden is None or not layer.steps(hidden.shape[1], ready.evictor):
+        return False
+    layer.expected = True
+    runtime.compiled_layer = layer
+    return True
+
+
+def attention(
+    runtime: Runtime,
+    function: Any,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Any,
+    scaling: float | None,
+    dropout: float,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, Any] | None:
+    """One traced call, where it can be traced. ``function`` is the user's own attention."""
+    ready = runtime.prepared
+    layer, runtime.compiled_layer = runtime.compiled_layer, None
+    if ready.inert:
+        return function(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
+    if ready.refusal is not None or _others(kwargs) or (ready.evictor is not None and layer is None):
+        return None
+    if ready.factor != 1.0 and kwargs.get(SINKS) is not None:
+        return None  # families read their sinks from the module, whatever they are passed
+    if ready.calls is not None:
+        ready.calls.add_(1)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if ready.factor != 1.0:
+        scaling = scaling * ready.factor
+        mask = bias_times(mask, ready.factor, query.shape[2], key.shape[2])
+        kwargs = {n: v * ready.factor if n in SCALED and v is not None else v for n, v in kwargs.items()}
+    weights = None
+    if layer is None:
+        out, weights = function(
+            module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs
+        )
+    else:
+        out = layer.attend(
+            query, mask, scale=scaling, softcap=kwargs.get("softcap"), sinks=kwargs.get(SINKS),
+            rotate=runtime.rotate if ready.rolled else None,
+        )  # fmt: skip
+    return ready.gained(out), weights
+
+
+def _layer(module: nn.Module, kwargs: dict[str, Any]) -> Any:
+    index = getattr(module, "layer_idx", None)
+    for given in kwargs.values():
+        if isinstance(given, Cache) and isinstance(index, int) and index < len(given.layers):
+            return given.layers[index]
+    return None
+
+
+def _others(kwargs: dict[str, Any]) -> bool:
+    """Whether the call is about keys that are not its queries' own."""
+    return kwargs.get("key_value_states") is not None or kwargs.get("encoder_hidden_states") is not None
+
