@@ -4,12 +4,12 @@ import pytest
 import torch
 from kernel_cases import no_worse
 from slot_cases import RULES, SHAPES, copied, make, token
+from trainless.kv import CompressingLayer
 
 from trainless.errors import InputError
 from trainless.hosts.base import Lease
 from trainless.kernels.common import Terms
 from trainless.kernels.slots import SlotRule, choose, fixed_slots, reference, slot_decode
-from trainless.kv import CompressingLayer
 from trainless.seams import Evict
 
 STEPS = 6

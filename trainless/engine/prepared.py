@@ -44,6 +44,10 @@ class Prepared:
             if device.type == "cuda":  # or a CUDA graph would not be recorded around what is written to
                 torch._dynamo.mark_static_address(self.calls)
 
+    def freezes(self, lease: object) -> bool:
+        """Whether a cache layer under this lease may settle: every later step is then one of this plan's."""
+        return self.refusal is None and self.evictor is lease
+
     def counted(self) -> int:
         """How many traced calls have run since this was asked last; waits for the device."""
         if self.calls is None:

@@ -46,6 +46,7 @@ class CallInThread(threading.local):
         self.facts: dict[str, Any] = {}
         self.residual: Tensor | None = None  # what entered the layer around the site, where asked for
         self.passed = 0  # calls of the site so far
+        self.step: Any = None  # the frozen cache layer on which the call is a step
 
 
 class Runtime:
@@ -63,7 +64,9 @@ class Runtime:
         self.plan = AttentionPlan([])
         self.prepared = Prepared(self.plan)
         self.call = CallInThread()
-        self.compiled_layer: Any = None  # while a call is traced by a compiler: its cache layer, from hook to attention
+        self.compiled_layer: Any = (
+            None  # while a call is traced by a compiler: its cache layer, from hook to attention
+        )
         self.counting = threading.Lock()
         self.rotate: Callable[[Tensor, Tensor], Tensor] | None = None  # turns keys by so many positions
         self.hooked = False  # the host's own use: whether its hook is in place

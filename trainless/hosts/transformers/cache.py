@@ -18,6 +18,7 @@ from transformers.cache_utils import (
 from ...cache import (
     CompressingLayer,
     ExpandedLayer,
+    FixedLayer,
     PackedLayer,
     StatefulMixin,
     beside_recurrence,
@@ -46,6 +47,9 @@ def before(runtime: Runtime, module: nn.Module, args: tuple[Any, ...], kwargs: d
 def _note_layer(runtime: Runtime, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     facts = runtime.facts
     facts.clear()
+    runtime.call.step = traced.step(runtime, module, args, kwargs)
+    if runtime.call.step is not None:
+        return
     if any(kwargs.get(name) is not None for name in ("key_value_states", "encoder_hidden_states")):
         # The same class serves as self- and cross-attention; only the site's own role is patched.
         if runtime.site.role != "cross":
@@ -130,6 +134,10 @@ def _ours(runtime: Runtime, layer: Any, index: int) -> Any:
             )
         return _compressing(runtime, layer)
     kind = type(layer).__bases__[1] if isinstance(layer, StatefulMixin) else type(layer)
+    if kind is StaticLayer and plan.quantiser is None and plan.evict is not None:
+        if FixedLayer.suits(plan.evict, layer.max_cache_len):
+            _must_be_empty(first.method, layer, index)
+            return _compressing(runtime, layer)
     if kind not in PLAIN:
         raise Unsupported(
             f"{first.method}: cache layer {index} is a {kind.__name__}, and only a plain dynamic layer can "
@@ -147,7 +155,11 @@ def _compressing(runtime: Runtime, layer: Any) -> CompressingLayer:
     made: CompressingLayer
     if packer is None or plan.quantise is None:
         assert plan.evict is not None and evictor is not None
-        made = CompressingLayer(plan.evict, evictor)
+        capacity = layer.max_cache_len if isinstance(layer, StaticLayer) else None
+        if isinstance(layer, FixedLayer):
+            capacity = layer.capacity
+        suits = FixedLayer.suits(plan.evict, capacity) and runtime.site.facts.get("keys", "same") == "same"
+        made = FixedLayer(plan.evict, evictor, capacity) if suits else CompressingLayer(plan.evict, evictor)
     else:
         cls = PackedLayer if runtime.site.facts.get("keys", "same") == "same" else ExpandedLayer
         made = cls(plan.quantise, packer, plan.evict, evictor)

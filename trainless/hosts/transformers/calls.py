@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import StaticLayer
 
-from ...cache import CompressingLayer, ExpandedLayer, StatefulMixin
+from ...cache import CompressingLayer, ExpandedLayer, FixedLayer, StatefulMixin
 from ...engine.runtime import Runtime
 from ...errors import InputError, Unsupported
 from ...kernels.visibility import visibility
@@ -58,6 +58,13 @@ def call_of(
     causal = causal and lq > 1 and (mask is None or padding)
     if causal and lk > lq and isinstance(layer, StaticLayer):
         key, value, lk = key[:, :, :lq], value[:, :, :lq], lq  # an empty static cache: only these are filled
+    if (
+        isinstance(layer, FixedLayer)
+        and layer.capacity is not None
+        and isinstance(mask, Tensor)
+        and mask.dim() == 4
+    ):
+        mask = mask[..., : facts["past"] + lq]  # it is as wide as the static cache whose place the layer took
     implementation = vars(module)["config"]._real._attn_implementation
     facts["same_bits"] = (
         implementation == "sdpa" and query.device.type == "cpu" and kwargs.get("position_bias") is None

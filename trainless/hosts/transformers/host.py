@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ...cache import CompressingLayer
+from ...cache import CompressingLayer, FixedLayer
 from ...edits.journal import MARKER, AttributeEdit, HookEdit, Journal
 from ...engine.attention import attend
 from ...engine.runtime import ATTRIBUTE, Runtime, runtime_of
@@ -104,9 +104,7 @@ def _traced(
         found = traced.attention(runtime, _user_function(module), module, *given)
         if found is not None:
             return found
-    return _uncompiled(
-        module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
-    )
+    return _uncompiled(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
 
 
 def _routed(
@@ -143,6 +141,16 @@ def _routed(
 
         return runtime.watch.around(made, proceed, stock), weights[0]
     here = runtime.call
+    step, here.step = here.step, None
+    if step is not None and kwargs.get("position_bias") is None:
+        runtime.passed()
+        runtime.acted("slots")
+        around = inputs.noted(runtime)
+        padding = around.padding if around is not None else None
+        return traced.straight(
+            runtime, _user_function, step, module, query, key, value, attention_mask, scaling, dropout, kwargs,
+            None if padding is None else padding[:, -1].bool(),
+        )  # fmt: skip
     facts = here.facts
     entering, here.residual = here.residual, None
     # Also while its patch is paused: only here is it known which of its slots hold a token.
@@ -190,6 +198,12 @@ def _routed(
 
     facts.pop("weights", None)
     out = attend(runtime, call, delegate)
+    if (
+        isinstance(call.layer, FixedLayer)
+        and runtime.watch is None
+        and runtime.prepared.freezes(call.layer.lease)
+    ):
+        call.layer.freeze()
     facts.pop("residual", None)  # as large as the layer's activations: not to be kept until the next call
     weights = facts.pop("weights", None)
     if weights is None and facts.pop("attentions", False):

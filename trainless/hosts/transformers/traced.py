@@ -1,8 +1,7 @@
-"""Calls that ``torch.compile`` traces: straight functions beside the eager ones, without anything a graph breaks on.
+"""Calls that look at no tensor's values: steps on a frozen cache layer, and whatever ``torch.compile`` traces.
 
-``note`` runs before a module's forward, ``attention`` in the place of its attention function; what they cannot trace
-goes the eager way, outside the graph. Between the two the cache layer of the call waits at the site, and is taken
-from there before the call is over.
+``step`` is asked before a module's forward, ``attention`` stands in the place of its attention function; what they
+cannot do goes the long way, outside of a graph.
 """
 
 from __future__ import annotations
@@ -21,20 +20,30 @@ SCALED = ("position_bias", "softcap")
 SINKS = "s_aux"
 
 
+def step(runtime: Runtime, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The frozen layer on which the call that begins is a step; None where it is none."""
+    ready = runtime.prepared
+    if ready.evictor is None or ready.refusal is not None or runtime.watch is not None or _others(kwargs):
+        return None
+    layer = _layer(module, kwargs)
+    if not isinstance(layer, FixedLayer):
+        return None
+    hidden = args[0] if args else kwargs.get("hidden_states")
+    if not isinstance(hidden, Tensor) or not layer.steps(hidden.shape[1], ready.evictor):
+        return None
+    layer.stepping = True
+    return layer
+
+
 def note(runtime: Runtime, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether the call that begins can be traced; its cache layer is then noted, where the plan uses one."""
+    """Whether the call that begins can be traced; its cache layer then waits at the site, where the plan uses one."""
     ready = runtime.prepared
     if ready.refusal is not None or _others(kwargs):
         return False
     if ready.evictor is None:
         return True
-    hidden = args[0] if args else kwargs.get("hidden_states")
-    layer = _layer(module, kwargs)
-    if not isinstance(layer, FixedLayer) or hidden is None or not layer.steps(hidden.shape[1], ready.evictor):
-        return False
-    layer.expected = True
-    runtime.compiled_layer = layer
-    return True
+    runtime.compiled_layer = step(runtime, module, args, kwargs)
+    return runtime.compiled_layer is not None
 
 
 def attention(
@@ -58,8 +67,29 @@ def attention(
         return None
     if ready.factor != 1.0 and kwargs.get(SINKS) is not None:
         return None  # families read their sinks from the module, whatever they are passed
+    if layer is not None and kwargs.get("position_bias") is not None:
+        return None
     if ready.calls is not None:
         ready.calls.add_(1)
+    return straight(runtime, function, layer, module, query, key, value, mask, scaling, dropout, kwargs)
+
+
+def straight(
+    runtime: Runtime,
+    function: Any,
+    layer: Any,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Any,
+    scaling: float | None,
+    dropout: float,
+    kwargs: dict[str, Any],
+    real: Tensor | None = None,
+) -> tuple[Tensor, Any]:
+    """The steps of a prepared plan, one after the other: factor, attention (on the slots of ``layer``), gain."""
+    ready = runtime.prepared
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if ready.factor != 1.0:
         scaling = scaling * ready.factor
@@ -67,12 +97,10 @@ def attention(
         kwargs = {n: v * ready.factor if n in SCALED and v is not None else v for n, v in kwargs.items()}
     weights = None
     if layer is None:
-        out, weights = function(
-            module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs
-        )
+        out, weights = function(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
     else:
         out = layer.attend(
-            query, mask, scale=scaling, softcap=kwargs.get("softcap"), sinks=kwargs.get(SINKS),
+            query, mask, real=real, scale=scaling, softcap=kwargs.get("softcap"), sinks=kwargs.get(SINKS),
             rotate=runtime.rotate if ready.rolled else None,
         )  # fmt: skip
     return ready.gained(out), weights
@@ -89,4 +117,3 @@ def _layer(module: nn.Module, kwargs: dict[str, Any]) -> Any:
 def _others(kwargs: dict[str, Any]) -> bool:
     """Whether the call is about keys that are not its queries' own."""
     return kwargs.get("key_value_states") is not None or kwargs.get("encoder_hidden_states") is not None
-
