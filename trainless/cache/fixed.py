@@ -32,10 +32,11 @@ class FixedLayer(CompressingLayer):
     """
 
     _layer_type = None
+    _seen: int
 
     def __init__(self, policy: Evict, lease: Lease, capacity: int | None = None):
         self.capacity = capacity
-        self.is_compileable = capacity is not None  # type: ignore[misc]
+        self.is_compileable = capacity is not None
         super().__init__(policy, lease)
 
     def _clear(self) -> None:
@@ -205,7 +206,7 @@ class FixedLayer(CompressingLayer):
     # ------------------------------------------------------------------ what transformers asks
 
     @property
-    def seen(self) -> int:  # type: ignore[override]
+    def seen(self) -> int:
         """Tokens fed so far; waits for the device while frozen in a static cache."""
         return self._seen if self.fed is None or self.capacity is None else int(self.fed)
 

@@ -7,13 +7,21 @@ a marker, not by identity, because other libraries rebuild objects that they fin
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, MutableMapping, MutableSequence
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 MARKER = "_trainless_made"
+HOOKS = "_trainless_hooks"  # on a module: how many hooks of ours it has, and the forward that its instance had before
+
+
+def _same(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Another object that does what ``function`` does."""
+    return functools.update_wrapper(functools.partial(function), function)
 
 
 def mark(thing: Any) -> Any:
@@ -39,6 +47,9 @@ class Edit:
         """Restore what was there before. Call only while ``is_ours()``."""
         raise NotImplementedError
 
+    def release(self) -> None:
+        """What is left to do for an edit that somebody else has taken back or replaced."""
+
 
 class AttributeEdit(Edit):
     """Set an attribute on one instance; undo restores the old one, or its absence on the instance."""
@@ -62,11 +73,22 @@ class AttributeEdit(Edit):
 
 
 class HookEdit(Edit):
-    """A torch hook that we registered; it is gone when somebody else removed it from the module."""
+    """A torch hook that we registered; it is gone when somebody else removed it from the module.
+
+    Code that ``torch.compile`` has made guards on a module's ``forward`` and not on its hooks. So that it is made anew
+    for this module when a hook comes, and found again when the hook has gone, ``forward`` is set on the instance to
+    what it is anyway, for as long as hooks of ours are there.
+    """
 
     def __init__(self, module: nn.Module, register: Callable[[], Any], where: str):
         self.handle = register()
-        self.where = where
+        self.module, self.where = module, where
+        own = vars(module)
+        if HOOKS not in own:
+            inherited = own.get("forward")
+            own[HOOKS] = [0, inherited]
+            own["forward"] = module.forward if inherited is None else _same(inherited)
+        own[HOOKS][0] += 1
 
     def is_ours(self) -> bool:
         hooks = self.handle.hooks_dict_ref()
@@ -74,6 +96,19 @@ class HookEdit(Edit):
 
     def undo(self) -> None:
         self.handle.remove()
+        self.release()
+
+    def release(self) -> None:
+        own = vars(self.module)
+        own[HOOKS][0] -= 1
+        if own[HOOKS][0]:
+            return
+        inherited = own.pop(HOOKS)[1]
+        current = own.get("forward")
+        if inherited is None and current == MethodType(type(self.module).forward, self.module):
+            del own["forward"]
+        elif inherited is not None and getattr(current, "func", None) is inherited:
+            own["forward"] = inherited
 
 
 class ItemEdit(Edit):
@@ -188,6 +223,7 @@ class Journal:
             if edit.is_ours():
                 edit.undo()
             else:
+                edit.release()
                 foreign.append(edit.where)
         del self.edits[since:]
         return foreign

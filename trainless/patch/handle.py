@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
@@ -76,7 +75,6 @@ class Patch:
             raise
         finally:
             still.close()
-        _reset_compiler()
 
     @contextlib.contextmanager
     def _between_calls(self) -> Iterator[None]:
@@ -97,7 +95,6 @@ class Patch:
         with self._between_calls():
             self._last = self._method_reports()
             foreign = self._take_off()
-        _reset_compiler()
         if foreign:
             raise ForeignEdit(
                 f"the patch is off, but {', '.join(foreign)} was changed by somebody else meanwhile and was left alone; "
@@ -170,7 +167,6 @@ class Patch:
                 if isinstance(edit, TensorEdit):
                     edit.show(active)
             self._refresh()
-        _reset_compiler()
 
     def _refresh(self) -> None:
         for module in entries_by_module(self.bindings):
@@ -350,12 +346,3 @@ class Patch:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Patch:
         raise Unsupported("a patch belongs to one model and cannot be copied; patch the other model")
-
-
-def _reset_compiler() -> None:
-    """Compiled code does not notice hooks and configs that changed under it: make it compile anew."""
-    if "torch._dynamo" in sys.modules:
-        import torch._dynamo as dynamo
-
-        if getattr(dynamo.eval_frame, "cached_backends", None):
-            dynamo.reset()
