@@ -179,7 +179,12 @@ def measure(options: Any, names: list[str], out: Path) -> None:
     tasks: list[tuple[str, int, list[Variant], Callable[[int, Variant], dict[str, Any]]]] = [
         ("recall", options.contexts, variants, lambda i, v: recall(reader, i, options.tokens, v)),
         ("likelihood", options.texts, variants, lambda i, v: likelihood(reader, i, options.tokens, v)),
-        ("generated", options.contexts, generating, lambda i, v: generated(reader, i, options.tokens // 2, v)),
+        (
+            "generated",
+            options.contexts,
+            generating,
+            lambda i, v: generated(reader, i, options.tokens // 2, v),
+        ),
     ]
     # Items outside, variants inside: however early a run ends, the variants have been through the same items.
     for task, count, some, run in tasks:
