@@ -2,7 +2,7 @@
 
 The states that a module's queries come from are made a leaf of their own; its keys are its own where they depend on
 it, and another's where they do not. Modules that are given queries and keys apart are told by how many there are of
-each.
+each; of those that read both nothing is held.
 """
 
 from __future__ import annotations
@@ -35,23 +35,10 @@ LISTS = (
     "MODEL_FOR_MASK_GENERATION_MAPPING_NAMES", "MODEL_FOR_KEYPOINT_MATCHING_MAPPING_NAMES",
 )  # fmt: skip
 # One of each kind: what the model says, what its class's table says, and queries and keys that come apart.
-SOME = (
-    "bart",
-    "t5",
-    "gpt2",
-    "llama",
-    "mllama",
-    "bert",
-    "switch_transformers",
-    "sam",
-    "sam2",
-    "xclip",
-    "whisper",
-    "blt",
-)
+SOME = ("bart", "bert", "gpt2", "llama", "mllama", "sam", "switch_transformers", "t5", "whisper")
+# Arguments of modules that are given queries and keys apart, also where both are of the same tokens.
+APART = frozenset({"key", "keys", "key_hidden_states"})
 KINDS = sorted({kind for name in LISTS for kind in getattr(modeling_auto, name, {})})
-# More than can be lost without the walk having become empty.
-LEAST_MODELS, LEAST_CROSS = 200, 30
 
 
 def _classes(kind: str) -> Iterator[Any]:
@@ -167,17 +154,19 @@ class Watch:
         leaf = self.leaves.get(module)
         if leaf is None or module not in self.names:
             return
-        takes = list(inspect.signature(type(module).forward).parameters)
-        if {"key", "keys"} & set(takes):
+        if not torch.is_grad_enabled():
+            return
+        takes = inspect.signature(type(module).forward).parameters
+        if not APART.isdisjoint(takes):
             own = query.shape[2] == key.shape[2]
         else:
-            graph = key.requires_grad
-            (found,) = (
-                torch.autograd.grad(key.sum(), leaf, allow_unused=True, retain_graph=True)
-                if graph
-                else (None,)
+            given = (key.sum(), leaf)
+            own = (
+                key.requires_grad
+                and None is not torch.autograd.grad(*given, allow_unused=True, retain_graph=True)[0]
             )
-            own = found is not None
+            if own and key.shape[2] > query.shape[2]:
+                return  # its own and others', of which the class decides
         self.found.setdefault(self.names[module], set()).add("self" if own else "cross")
 
 
