@@ -117,12 +117,12 @@ VARIANTS = (
 LATER, WHOLE = 50, 260
 GENERATING = (
     DENSE,
-    _of("random", "anything may go", capacity=WHOLE),
-    _of("random", "prompt protected", capacity=LATER, protect="prompt"),
-    _of("streaming", "anything may go", sinks=4, recent=WHOLE - 4),
-    _of("streaming", "prompt protected", sinks=4, recent=LATER, protect="prompt"),
-    _of("tova", "anything may go", capacity=WHOLE),
-    _of("tova", "prompt protected", capacity=LATER, protect="prompt"),
+    _of("random", "anything", capacity=WHOLE),
+    _of("random", "what was generated", capacity=LATER, protect="prompt"),
+    _of("streaming", "anything", sinks=4, recent=WHOLE - 4),
+    _of("streaming", "what was generated", sinks=4, recent=LATER, protect="prompt"),
+    _of("tova", "anything", capacity=WHOLE),
+    _of("tova", "what was generated", capacity=LATER, protect="prompt"),
 )
 BACKENDS = {"quanto": "optimum.quanto", "hqq": "hqq"}  # fp8 needs no package
 
@@ -362,7 +362,7 @@ def _mean(values: list[bool]) -> float:
 
 def table(out: Path, facts: dict[str, Any], options: Any) -> str:
     """The figures of every variant in the file, in Markdown, against the dense cache."""
-    by: dict[str, dict[str, dict[int, dict[str, Any]]]] = {"recall": {}, "likelihood": {}}
+    by: dict[str, dict[str, dict[int, dict[str, Any]]]] = {"recall": {}, "likelihood": {}, "generated": {}}
     there = [r for r in records(out) if (r["tokens"], r["model"]) == (options.tokens, options.model)]
     if not there:
         raise SystemExit(
@@ -401,7 +401,39 @@ def table(out: Path, facts: dict[str, Any], options: Any) -> str:
         level = [read[i]["nll"] for i in texts]
         cells.append(said(nats, "+.3f") if variant != DENSE else f"({said(level, '.3f')})")
         lines.append("| " + " | ".join([*cells, f"{len(both)}, {len(texts)}"]) + " |")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_after_generating(by["generated"], options.tokens // 2)])
+
+
+def _after_generating(by: dict[str, dict[int, dict[str, Any]]], tokens: int) -> list[str]:
+    """The second table: the prompt protected or not, after half of the text came token by token."""
+    if not by:
+        return []
+    dense = by.get(DENSE.key, {})
+    lines = [
+        "",
+        "## The prompt protected, or not",
+        "",
+        f"Of a text of about {tokens} tokens with {FACTS} facts the first half is the prompt, and the rest comes token "
+        "by token, as what a model generates does; the questions come after that. Bytes: of what the cache holds then, "
+        "as a share of a dense one. Nats: of the tokens that came after the prompt.",
+        "",
+        "| cache | what may go | bytes | recall, facts of the prompt | recall, facts that came later | Δ nats per token "
+        "| contexts |",
+        "|---|---|--:|--:|--:|--:|--:|",
+    ]
+    for variant in GENERATING:
+        found = by.get(variant.key, {})
+        both = [i for i in found if i in dense]
+        if not both:
+            continue
+        share = sum(found[i]["bytes"] / dense[i]["bytes"] for i in both) / len(both)
+        cells = [variant.name, variant.budget if variant != DENSE else "nothing", f"{share:.1%}"]
+        cells += [said([_mean(found[i][kind]) for i in both], ".0%") for kind in ("prompt", "later")]
+        nats = [found[i]["nll"] - dense[i]["nll"] for i in both]
+        level = [found[i]["nll"] for i in both]
+        cells.append(said(nats, "+.3f") if variant != DENSE else f"({said(level, '.3f')})")
+        lines.append("| " + " | ".join([*cells, str(len(both))]) + " |")
+    return lines
 
 
 if __name__ == "__main__":
