@@ -39,7 +39,9 @@ def test_a_stale_part_is_seen(made: dict[Path, str], tmp_path: Path, monkeypatch
     (tmp_path / "docs" / "img").mkdir(parents=True)
     (tmp_path / "docs" / "img" / "seams.svg").write_text(made[ROOT / "docs" / "img" / "seams.svg"])
     (tmp_path / "trainless" / "preview").mkdir(parents=True)
-    (tmp_path / "trainless" / "preview" / "advice.json").write_text(made[ROOT / "trainless" / "preview" / "advice.json"])
+    (tmp_path / "trainless" / "preview" / "advice.json").write_text(
+        made[ROOT / "trainless" / "preview" / "advice.json"]
+    )
     monkeypatch.setattr(generate, "ROOT", tmp_path)
     monkeypatch.setattr(generate, "pages", lambda: [page])
     assert generate.stale() == [page]

@@ -51,6 +51,8 @@ class _Run(PackedRun):
         call, plan = self.call, self.plan
         layer = call.layer if isinstance(call.layer, CompressingLayer) else None
         if layer is not None:
+            # Attending to less than the whole, or to codes, changes a call as dropping and packing do.
+            self.acted.update(lease for lease in layer.altered() if lease.active)
             layer.note(call.real)
             self.edited = layer.evicted
             self._refuse_bias(layer)

@@ -53,6 +53,11 @@ def call_of(
     around = noted(runtime)
     layer = _layer(module, runtime, query, key, value)
     _refuse_several(runtime, around, layer)
+    if layer is None and lk != lq and (undeclared := runtime.site.facts.get("undeclared")):
+        raise Unsupported(
+            f"{runtime.site.name}: {undeclared} does not say whose keys it reads, and {lk} keys came for {lq} queries "
+            "without a cache, so they are others'; set is_cross_attention = True on it, or leave it out by where"
+        )
     # A 2-D mask marks padding and leaves causality to the flag; any other mask says everything itself.
     padding = isinstance(mask, Tensor) and mask.dim() == 2
     causal = causal and lq > 1 and (mask is None or padding)

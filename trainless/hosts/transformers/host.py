@@ -129,7 +129,8 @@ def _routed(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
     constant = runtime.plan.constant
-    if constant is not None and not held and _only_scaled(kwargs):
+    known = "undeclared" not in runtime.site.facts
+    if constant is not None and not held and known and _only_scaled(kwargs):
         # Decoding makes thousands of these calls a second, so nothing is built for them.
         runtime.passed()
         runtime.acted("stock")
