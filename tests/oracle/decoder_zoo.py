@@ -69,8 +69,11 @@ WINDOWS = ["sliding_attention", "full_attention"] * 2
 EACH = {"num_key_value_heads": 4}
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 HYBRID = {"layers_block_type": ["linear_attention", "hybrid"] * 2}
+PART = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+BYTES = {**PART, "vocab_size": VOCAB, "hidden_size_global": 32}
 LATENT = (
-    "axk1", "axk2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "longcat_flash", "minicpm3", "youtu",
+    "axk1", "axk2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "longcat_flash", "minicpm3",
+    "sarvam_mla", "youtu",
 )  # fmt: skip
 ALTERNATING = (
     "granitemoehybrid", "minimax", "olmo_hybrid", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text",
@@ -81,17 +84,34 @@ MORE: dict[str, dict[str, Any]] = {
     **{kind: {"layer_types": ["conv", "full_attention"] * 2} for kind in ("lfm2", "lfm2_moe")},
     "bailing_hybrid": {**EACH, "layer_types": MIXED, "num_expert_group": 1, "num_experts_per_token": 2},
     "bamba": {"attn_layer_indices": [1, 3]},
+    "blt": {
+        "encoder_hash_byte_group_vocab": 64, "patcher_config": {**BYTES, "sliding_window": 8}, "global_config": PART,
+        "encoder_config": BYTES, "decoder_config": BYTES, "local_attention_window_len": 8,
+        "num_hidden_layers": 2,
+    },
     "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
+    "cpmant": {"prompt_types": 4, "prompt_length": 4, "dim_head": 8, "dim_ff": 48},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0},
+        "ffn_config": {"ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2},
+    },
     "deepseek_v2": {
         **EACH, "topk_method": "greedy", "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2,
     },
     "dots1": {
         "first_k_dense_replace": 1, "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2,
     },
+    "dory": {"layer_types": WINDOWS, "n_input_layers": 1, "n_output_layers": 1},
     **{kind: {"layer_types": WINDOWS} for kind in ("gemma3_text", "gemma3n_text", "kolibri1")},
     "gemma4_text": {"global_head_dim": 16, "layer_types": WINDOWS, "num_experts": None},
     "gemma4_unified_text": {"global_head_dim": 16, "layer_types": WINDOWS},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "num_layers": 4, "num_heads": 4},
+    "inkling2_loop_text": {
+        "layer_types": ["hybrid_sliding", "hybrid"] * 3, "num_hidden_layers": 6, "n_layers_per_attn_res_block": 2,
+        "loop_layer_index_start": 2, "loop_layer_index_end": 4, "loop_num_passes": 2, "loop_gate_rank": 4,
+        "swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 8, "unpadded_vocab_size": VOCAB,
+        "d_rel": 4, "rel_extent": 16, "log_scaling_n_floor": 8,
+    },
     "inkling_text": {"layer_types": ["hybrid_sliding", "hybrid"] * 2},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
     "kimi_linear": {
@@ -104,7 +124,16 @@ MORE: dict[str, dict[str, Any]] = {
         "layer_types": ["linear_attention", "indexed_attention"] * 2, "indexer_n_heads": 2, "indexer_kv_heads": 1,
         "indexer_head_dim": 8, "indexer_budget": 8, "indexer_compress_ratio": 2, "hc_lowrank": 8,
     },
+    "phi4_multimodal": {
+        "vision_config": {**PART, "image_size": 28, "patch_size": 14},
+        "audio_config": {
+            **PART, "num_blocks": 2, "nemo_conv_channels": 16, "ext_pw_out_channel": 32,
+            "depthwise_separable_out_channel": 32,
+        },
+    },
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
+    "rwkv": {"attention_hidden_size": 32},
+    "xlstm": {"hidden_size": 128},
     "zamba": {**HYBRID, "attn_layer_period": 2, "attn_layer_offset": 1},
     "zamba2": HYBRID,
     "zaya": {"num_experts_per_tok": 1},
