@@ -153,10 +153,10 @@ MORE: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
 # What is no language model on its own.
-APART = {
-    kind: "a drafter; it is given the states of the model that it drafts for"
-    for kind in ("gemma4_assistant", "gemma4_unified_assistant")
-}
+APART = dict.fromkeys(
+    ("gemma4_assistant", "gemma4_unified_assistant"),
+    "a drafter; it is given the states of the model that it drafts for",
+)
 # Parameters of a recurrence or a router, which are left as they are initialised.
 LEFT = (
     "A_log",

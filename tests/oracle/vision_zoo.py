@@ -78,6 +78,7 @@ TOWER = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8,
     "num_key_value_heads": 4, "patch_size": 8, "pooling_kernel_size": 2, "position_embedding_size": 64,
 }  # fmt: skip
+INKLING = {"vision_config": {"text_hidden_size": 32, "projection_hidden_dim": 32}}
 GEMMA = {"vision_config": TOWER, "audio_config": None}
 # Those whose layers differ in shape, or whose fields are derived: made around the text config of
 # tests/oracle/decoder_zoo.py, with these other fields.
@@ -111,7 +112,8 @@ AROUND: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gemma4": ("gemma4_text", GEMMA),
     "gemma4_unified": ("gemma4_unified_text", GEMMA),
-    "inkling2_loop": ("inkling2_loop_text", {"vision_config": {"text_hidden_size": 32, "projection_hidden_dim": 32}}),
+    "inkling2": ("inkling2_text", INKLING),
+    "inkling2_loop": ("inkling2_loop_text", INKLING),
     "inkling_mm_model": (
         "inkling_text",
         {
