@@ -43,6 +43,7 @@ from torch import Tensor
 from transformers import DynamicCache, QuantizedCache
 
 import trainless
+from trainless.hosts.transformers.version import CACHE_NAME
 from trainless.models import load
 from trainless.patchers import known
 
@@ -225,7 +226,7 @@ class Reader:
 
     def read(self, ids: Tensor, cache: Any, keep: int) -> Tensor:
         """Logits (keep, vocabulary) of the last tokens."""
-        logits: Tensor = self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=keep).logits[0]
+        logits: Tensor = self.model(ids, **{CACHE_NAME: cache}, use_cache=True, logits_to_keep=keep).logits[0]
         return logits
 
 

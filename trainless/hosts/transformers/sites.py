@@ -198,11 +198,13 @@ def _site_facts(module: nn.Module, layer: int, held: Held) -> dict[str, Any]:
     if hasattr(module, "has_relative_attention_bias") or "position_bias" in passes(type(module)):
         facts["position_bias"] = True
     shared = getattr(module, "is_kv_shared_layer", False)
+    # From 5.24 on the last layer of each kind stores its keys for a drafter where no layer reads them.
     facts["shares_kv"] = bool(shared or getattr(module, "store_full_length_kv", False))
     family = family_of(module)
     chunked = str(facts.get("layer_type")) == "chunked_attention"
     facts |= {
         "keys": family.keys, "calls": family.calls, "no_evict": family.no_evict,
-        "no_kv": held.no_kv(chunked), "no_state": held.no_state, "borrows": held.borrows, "depths": held.depths,
+        "no_kv": family.no_kv or held.no_kv(chunked), "no_state": family.no_state or held.no_state,
+        "borrows": held.borrows, "depths": held.depths,
     }  # fmt: skip
     return facts
