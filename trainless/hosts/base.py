@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import Unsupported
@@ -90,6 +91,15 @@ class Made:
     sink_logits: Tensor | None = None
     sliding_window: int | None = None
     others: tuple[str, ...] = ()  # names of further arguments that were given
+
+
+def as_computed(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values as torch's own attention computes with them: under ``autocast`` it narrows them first."""
+    device = query.device.type
+    if not torch.is_autocast_enabled(device) or query.dtype == torch.float64:
+        return query, key, value
+    dtype = torch.get_autocast_dtype(device)
+    return query.to(dtype), key.to(dtype), value.to(dtype)
 
 
 class Watch(Protocol):

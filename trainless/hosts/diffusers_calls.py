@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from ..attention import attend
 from ..errors import Unsupported
 from ..seams import AttentionCall, Site
-from .base import Made, Runtime
+from .base import Made, Runtime, as_computed
 from .denoisers import Layout
 from .denoisers.table import ELSEWHERE, qualified
 from .diffusers_geometry import CONTEXT, describe
@@ -180,7 +180,7 @@ class Interception(TorchFunctionMode):
         watch = self.runtime.watch
         if watch is None or not watch.wants():
             return attend(self.runtime, call, delegate).transpose(1, 2)
-        made = Made(query, key, value, call.mask, scale, is_causal, dropout_p)
+        made = Made(*as_computed(query, key, value), call.mask, scale, is_causal, dropout_p)
 
         def proceed() -> Tensor:
             watch.told(call)

@@ -28,7 +28,7 @@ from ..seams import AttentionCall, Contribution, Site
 from . import transformers_images as images
 from . import transformers_inputs as inputs
 from . import transformers_residual as residual
-from .base import ATTRIBUTE, Made, Runtime, runtime_of
+from .base import ATTRIBUTE, Made, Runtime, as_computed, runtime_of
 from .rotary import rotation
 from .transformers_cache import before, cache_wrapper, continuous_wrapper, prefill_wrapper
 from .transformers_calls import PACKED, call_of, tell
@@ -207,7 +207,7 @@ def _made(
     given = {name: v for name, v in kwargs.items() if v is not None}
     others = tuple(sorted(given.keys() - named.keys() - (HARMLESS - PACKED)))
     return Made(
-        query, key, value, mask, scaling, dropout=dropout, others=others,
+        *as_computed(query, key, value), mask, scaling, dropout=dropout, others=others,
         **{ours: given[theirs] for theirs, ours in named.items() if theirs in given},
     )  # fmt: skip
 
