@@ -51,7 +51,9 @@ def test_codes_are_as_near_as_their_steps_allow(method: str, given: dict[str, An
     assert found and status(found)[method, "precision"] == status(found)[method, "result"] == "ok", str(found)
 
 
-@pytest.mark.parametrize("beside", [("h2o", {"heavy": 6, "recent": 6}), ("kvquant", {"group": 8, "residual": 8})])
+@pytest.mark.parametrize(
+    "beside", [("h2o", {"heavy": 6, "recent": 6}), ("kvquant", {"group": 8, "residual": 8})]
+)
 def test_heads_are_read_in_the_order_in_which_methods_are_told_of_them(beside: Any) -> None:
     """JetMoE repeats its heads as a whole; its cache has each once, and query heads stand beside theirs then."""
     model = decoder_zoo.build("jetmoe")
