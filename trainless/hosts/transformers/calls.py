@@ -228,6 +228,11 @@ def _refuse_several(runtime: Runtime, around: Noted | None, layer: Any) -> None:
         if not (looks and (fresh or given.in_order)):
             continue
         if around is not None and around.several():
+            if isinstance(around.custom, dict):
+                raise Unsupported(
+                    f"{entry.method}: the patched model was handed masks that a model around it has made, and which "
+                    "tokens they hide for being padding cannot be told; patch the whole model instead"
+                )
             raise Unsupported(
                 f"{entry.method}: a row of this call holds several sequences (positions that start anew, or a mask "
                 "that hides earlier tokens), and the method would take them for one; give each a row of its own"
