@@ -7,6 +7,9 @@ Natural prose with four facts ("The secret number of Lisbon is 4821.") spread ov
 Question-agnostic: the cache is compressed before the question arrives, and each question continues a copy of it.
 Question-aware: the question is part of the prefill, except its last token. An answer is right when each of its
 tokens is the likeliest one. Likelihood: a text of --tokens tokens is read, then 128 more in pieces of 8.
+Generated: the first half of a text of half the length is the prompt, the rest comes token by token as what a model
+generates does, the same tokens for every cache; then the questions, about the two facts of the prompt and the two
+that came later. For rules that go on after the prompt, with and without the prompt protected, at about equal bytes.
 
 Settings are chosen for about 50 % and 25 % of the bytes of a 16-bit cache; the bytes that came out are measured
 from the storages of the cache after the prefill and stand beside every figure (float32 storages count as 16 bits,
@@ -40,6 +43,7 @@ from torch import Tensor
 from transformers import DynamicCache, QuantizedCache
 
 import trainless
+from trainless.hosts.transformers.version import CACHE_NAME
 from trainless.models import load
 from trainless.patchers import known
 
@@ -87,6 +91,7 @@ DENSE = Variant("dense", "100 %")
 # No settings of layers or heads: every layer is compressed. Short prompts are not spared.
 VARIANTS = (
     DENSE,
+    _of("random", "50 %", ratio=0.5),
     _of("streaming", "50 %", sinks=4, recent=0.5),
     _of("h2o", "50 %", heavy=0.25, recent=0.25),
     _of("tova", "50 %", capacity=0.5),
@@ -95,6 +100,7 @@ VARIANTS = (
     _of("zipcache", "50 %", bits=(8, 4), salient=0.8),
     _of("zipvl", "50 %", bits=(8, 4), min_tokens=0),
     Variant("QuantizedCache fp8", "50 %", backend="fp8"),
+    _of("random", "25 %", ratio=0.25),
     _of("streaming", "25 %", sinks=4, recent=0.25),
     _of("h2o", "25 %", heavy=0.125, recent=0.125),
     _of("tova", "25 %", capacity=0.25),
@@ -107,6 +113,17 @@ VARIANTS = (
     Variant(
         "QuantizedCache hqq", "25 %", backend="hqq", settings={"nbits": 4, "axis_key": 1, "axis_value": 1}
     ),
+)
+# Tokens for what is generated after a protected prompt of about 210, and for everything where nothing is protected.
+LATER, WHOLE = 50, 260
+GENERATING = (
+    DENSE,
+    _of("random", "anything", capacity=WHOLE),
+    _of("random", "what was generated", capacity=LATER, protect="prompt"),
+    _of("streaming", "anything", sinks=4, recent=WHOLE - 4),
+    _of("streaming", "what was generated", sinks=4, recent=LATER, protect="prompt"),
+    _of("tova", "anything", capacity=WHOLE),
+    _of("tova", "what was generated", capacity=LATER, protect="prompt"),
 )
 BACKENDS = {"quanto": "optimum.quanto", "hqq": "hqq"}  # fp8 needs no package
 
@@ -127,8 +144,7 @@ def main() -> None:
     facts = about()
     out = options.out or named("kv_recall", facts, ".jsonl")
     if not options.report:
-        variants = [v for v in VARIANTS if (v == DENSE or v.name in names) and _there(v)]
-        measure(options, variants, out)
+        measure(options, names, out)
     page = table(out, facts, options)
     print(page)
     out.with_suffix(".md").write_text(page + "\n", encoding="utf-8")
@@ -152,20 +168,29 @@ def _there(variant: Variant) -> bool:
 # ---------------------------------------------------------------- measuring
 
 
-def measure(options: Any, variants: list[Variant], out: Path) -> None:
+def measure(options: Any, names: list[str], out: Path) -> None:
+    variants, generating = (
+        [v for v in some if (v == DENSE or v.name in names) and _there(v)] for some in (VARIANTS, GENERATING)
+    )
     loaded = load(options.model)
     reader = Reader(loaded.model, loaded.tokenizer)
     done = {
         (r["task"], r["tokens"], r["item"], r["variant"]) for r in records(out) if r["model"] == options.model
     }
-    tasks: list[tuple[str, int, Callable[[int, Variant], dict[str, Any]]]] = [
-        ("recall", options.contexts, lambda i, v: recall(reader, i, options.tokens, v)),
-        ("likelihood", options.texts, lambda i, v: likelihood(reader, i, options.tokens, v)),
+    tasks: list[tuple[str, int, list[Variant], Callable[[int, Variant], dict[str, Any]]]] = [
+        ("recall", options.contexts, variants, lambda i, v: recall(reader, i, options.tokens, v)),
+        ("likelihood", options.texts, variants, lambda i, v: likelihood(reader, i, options.tokens, v)),
+        (
+            "generated",
+            options.contexts,
+            generating,
+            lambda i, v: generated(reader, i, options.tokens // 2, v),
+        ),
     ]
     # Items outside, variants inside: however early a run ends, the variants have been through the same items.
-    for task, count, run in tasks:
+    for task, count, some, run in tasks:
         for item in range(count):
-            for variant in variants:
+            for variant in some:
                 if (task, options.tokens, item, variant.key) in done:
                     continue
                 with torch.inference_mode():
@@ -201,7 +226,7 @@ class Reader:
 
     def read(self, ids: Tensor, cache: Any, keep: int) -> Tensor:
         """Logits (keep, vocabulary) of the last tokens."""
-        logits: Tensor = self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=keep).logits[0]
+        logits: Tensor = self.model(ids, **{CACHE_NAME: cache}, use_cache=True, logits_to_keep=keep).logits[0]
         return logits
 
 
@@ -246,6 +271,28 @@ def recall(reader: Reader, item: int, tokens: int, variant: Variant) -> dict[str
             logits = reader.read(torch.cat([question[:, -1:], answer], 1), cache, answer.shape[1] + 1)
             aware.append(bool((logits[:-1].argmax(-1) == answer[0]).all()))
     return {"agnostic": agnostic, "aware": aware, "length": _even(text).shape[1], "bytes": held}
+
+
+def generated(reader: Reader, item: int, tokens: int, variant: Variant) -> dict[str, Any]:
+    """Right answers about the prompt's facts and about later ones, once half of the text came token by token."""
+    text, asked = context(reader, item, tokens)
+    half = text.shape[1] // 2
+    with reader.using(variant) as make:
+        cache = make()
+        last = reader.read(text[:, :half], cache, 1)
+        lost = 0.0
+        for token in text[0, half:]:
+            lost -= float(last[0].float().log_softmax(-1)[token])
+            last = reader.read(token.view(1, 1), cache, 1)
+        held, right = stored(cache), []
+        for question, answer in asked:
+            logits = reader.read(torch.cat([question, answer], 1), copy.deepcopy(cache), answer.shape[1] + 1)
+            right.append(bool((logits[:-1].argmax(-1) == answer[0]).all()))
+    nll = lost / (text.shape[1] - half)
+    first = FACTS // 2
+    return {
+        "prompt": right[:first], "later": right[first:], "nll": nll, "length": text.shape[1], "bytes": held
+    }  # fmt: skip
 
 
 def _even(ids: Tensor) -> Tensor:
@@ -316,7 +363,7 @@ def _mean(values: list[bool]) -> float:
 
 def table(out: Path, facts: dict[str, Any], options: Any) -> str:
     """The figures of every variant in the file, in Markdown, against the dense cache."""
-    by: dict[str, dict[str, dict[int, dict[str, Any]]]] = {"recall": {}, "likelihood": {}}
+    by: dict[str, dict[str, dict[int, dict[str, Any]]]] = {"recall": {}, "likelihood": {}, "generated": {}}
     there = [r for r in records(out) if (r["tokens"], r["model"]) == (options.tokens, options.model)]
     if not there:
         raise SystemExit(
@@ -355,7 +402,39 @@ def table(out: Path, facts: dict[str, Any], options: Any) -> str:
         level = [read[i]["nll"] for i in texts]
         cells.append(said(nats, "+.3f") if variant != DENSE else f"({said(level, '.3f')})")
         lines.append("| " + " | ".join([*cells, f"{len(both)}, {len(texts)}"]) + " |")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_after_generating(by["generated"], options.tokens // 2)])
+
+
+def _after_generating(by: dict[str, dict[int, dict[str, Any]]], tokens: int) -> list[str]:
+    """The second table: the prompt protected or not, after half of the text came token by token."""
+    if not by:
+        return []
+    dense = by.get(DENSE.key, {})
+    lines = [
+        "",
+        "## The prompt protected, or not",
+        "",
+        f"Of a text of about {tokens} tokens with {FACTS} facts the first half is the prompt, and the rest comes token "
+        "by token, as what a model generates does; the questions come after that. Bytes: of what the cache holds then, "
+        "as a share of a dense one. Nats: of the tokens that came after the prompt.",
+        "",
+        "| cache | what may go | bytes | recall, facts of the prompt | recall, facts that came later | Δ nats per token "
+        "| contexts |",
+        "|---|---|--:|--:|--:|--:|--:|",
+    ]
+    for variant in GENERATING:
+        found = by.get(variant.key, {})
+        both = [i for i in found if i in dense]
+        if not both:
+            continue
+        share = sum(found[i]["bytes"] / dense[i]["bytes"] for i in both) / len(both)
+        cells = [variant.name, variant.budget if variant != DENSE else "nothing", f"{share:.1%}"]
+        cells += [said([_mean(found[i][kind]) for i in both], ".0%") for kind in ("prompt", "later")]
+        nats = [found[i]["nll"] - dense[i]["nll"] for i in both]
+        level = [found[i]["nll"] for i in both]
+        cells.append(said(nats, "+.3f") if variant != DENSE else f"({said(level, '.3f')})")
+        lines.append("| " + " | ".join([*cells, str(len(both))]) + " |")
+    return lines
 
 
 if __name__ == "__main__":

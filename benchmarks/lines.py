@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from trainless.bench.run import cpu_name
+
 RESAMPLES = 4000
 
 
@@ -61,10 +63,10 @@ def records(out: Path) -> list[dict[str, Any]]:
 
 
 def append(out: Path, record: dict[str, Any]) -> None:
-    """Add a record with the date and the threads of its measurement, in one piece: two runs may share a file."""
+    """Add a record with date, machine and threads of its measurement, in one piece: two runs may share a file."""
     out.parent.mkdir(parents=True, exist_ok=True)
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    line = json.dumps({**record, "date": now, "threads": torch.get_num_threads()}) + "\n"
+    line = json.dumps({**record, "date": now, "cpu": cpu_name(), "threads": torch.get_num_threads()}) + "\n"
     with out.open("a+b") as file:
         end = file.seek(0, os.SEEK_END)
         if end:
@@ -77,13 +79,16 @@ def append(out: Path, record: dict[str, Any]) -> None:
 
 
 def when(found: Sequence[dict[str, Any]], cpu: str) -> str:
-    """When, where and on how many threads these records were measured."""
+    """When, where and on how many threads these records were measured; ``cpu``: where of those that do not say."""
     days = sorted({record["date"][:10] for record in found})
-    threads = sorted({record["threads"] for record in found})
-    return (
-        f"{' to '.join(dict.fromkeys((days[0], days[-1])))} · {cpu}, {' or '.join(map(str, threads))} "
-        f"thread{'s' if threads != [1] else ''}"
-    )
+    places: dict[str, set[int]] = {}
+    for record in found:
+        places.setdefault(record.get("cpu", cpu), set()).add(record["threads"])
+    where = [
+        f"{name}, {' or '.join(map(str, sorted(n)))} thread{'s' if n != {1} else ''}"
+        for name, n in sorted(places.items())
+    ]
+    return f"{' to '.join(dict.fromkeys((days[0], days[-1])))} · {' and '.join(where)}"
 
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:

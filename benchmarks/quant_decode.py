@@ -31,6 +31,7 @@ from transformers import DynamicCache
 import trainless
 from trainless.bench.measure import Clock
 from trainless.bench.subjects import token_ids
+from trainless.hosts.transformers.version import CACHE_NAME
 from trainless.kernels.common import Terms
 from trainless.kernels.quant_kv import blocked, choose, packed_rows, quantise, raw, reference, rows
 from trainless.models import load
@@ -167,7 +168,7 @@ def whole(loaded: Any, name: str, context: int, repeats: int) -> Claim:
         with contextlib.nullcontext() if packed else patch.paused():
             start = time.perf_counter()
             for token in tokens if isinstance(tokens, tuple) else (tokens,):
-                model(token, past_key_values=caches[packed], logits_to_keep=1)
+                model(token, **{CACHE_NAME: caches[packed]}, logits_to_keep=1)
             return time.perf_counter() - start
 
     for packed in caches:

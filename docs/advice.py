@@ -75,7 +75,9 @@ def _lines(source: str, section: str | None) -> dict[str, dict[str, str]]:
             found.setdefault(claim["what"], {"ratio": f"{claim['value']:.3g}"})  # float32 stands first
         return found
     page = (RESULTS / f"{source}.md").read_text(encoding="utf-8")
-    if section is not None:
+    if section is None:
+        page = page.split("\n## ", 1)[0]
+    else:
         page = re.split(r"^## ", page.split(f"## {section}\n", 1)[1], maxsplit=1, flags=re.MULTILINE)[0]
     rows = [
         [c.strip() for c in line.strip("| ").split(" | ")]
@@ -83,7 +85,7 @@ def _lines(source: str, section: str | None) -> dict[str, dict[str, str]]:
         if line.startswith("|")
     ]
     head, body = [c.strip("| ") for c in rows[0]], rows[2:]
-    named = 2 if head[1] == "aimed at" else 1
+    named = 2 if head[1] in ("aimed at", "what may go") else 1
     return {" ".join(row[:named]): {k: _short(v) for k, v in zip(head, row, strict=False)} for row in body}
 
 

@@ -119,7 +119,7 @@ def main() -> None:
         if said.only is None:
             make(group)
         elif names:
-            _, lines = stored(group)
+            lines = {n: line for n, line in stored(group)[1].items() if n in maker(group).names()}
             lines |= {name: maker(group).line(name) for name in names}
             write(group, lines.values())
 

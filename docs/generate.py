@@ -2,6 +2,7 @@
 
     python docs/generate.py           write what has changed
     python docs/generate.py --check   exit 1 and name the stale files
+    python docs/generate.py --demo    put what the last `make demo` measured in the place of the stored run first
 
 In Markdown files the text between `<!-- begin NAME -->` and `<!-- end NAME -->` is made by the function
 registered under NAME below; everything else in them is written by hand.
@@ -195,6 +196,15 @@ def refused() -> str:
 # ---------------------------------------------------------------- measurements
 
 
+def take_demo(run: Path) -> None:
+    """Store a run of `make demo`; raises where a part of it was not run."""
+    found = {
+        name: json.loads((run / name / "summary.json").read_text(encoding="utf-8"))
+        for name in ("texts", "pictures", "answers")
+    }
+    (RESULTS / "demo.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
 def demo_table() -> str:
     """The tables of `make demo`, from the run that is stored with the other results."""
     sys.path[:0] = [str(ROOT / "examples" / "demo"), str(ROOT / "examples" / "shapes")]
@@ -282,9 +292,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when something is stale")
+    one = parser.add_mutually_exclusive_group()
+    one.add_argument("--check", action="store_true", help="write nothing; exit 1 when something is stale")
+    one.add_argument("--demo", action="store_true", help="take the run in out/demo, of all parts, first")
+    said = parser.parse_args()
+    if said.demo:
+        take_demo(ROOT / "out" / "demo")
     old = stale()
-    if parser.parse_args().check:
+    if said.check:
         print("\n".join(f"stale: {file.relative_to(ROOT)}" for file in old) or "nothing is stale")
         sys.exit(bool(old))
     for file, text in made().items():

@@ -25,7 +25,8 @@ length = prompt["input_ids"].shape[1]
 
 def run() -> tuple[str, DynamicCache]:
     cache = DynamicCache(config=model.config)
-    out = model.generate(**prompt, past_key_values=cache, max_new_tokens=12, do_sample=False)
+    # Up to transformers 5.23 the argument is called past_key_values.
+    out = model.generate(**prompt, cache=cache, max_new_tokens=12, do_sample=False)
     return tokenizer.decode(out[0, length:], skip_special_tokens=True), cache
 
 

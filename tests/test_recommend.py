@@ -39,7 +39,7 @@ def test_figures_of_caches_are_of_the_settings_that_are_recommended(monkeypatch)
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import kv_recall
 
-    measured = {f"{v.name} {v.budget}": v for v in kv_recall.VARIANTS}
+    measured = {f"{v.name} {v.budget}": v for v in (*kv_recall.VARIANTS, *kv_recall.GENERATING)}
     monkeypatch.syspath_prepend(str(ROOT / "docs"))
     import advice
     import yaml
@@ -56,7 +56,7 @@ def test_figures_of_caches_are_of_the_settings_that_are_recommended(monkeypatch)
 def test_with_a_model_what_fits_it_comes_first() -> None:
     model = models.build("llama")
     found = trainless.recommend(model)
-    assert [goal.name for goal in found] == ["memory", "length", "speed", "hallucination"]
+    assert [goal.name for goal in found] == ["memory", "length", "generation", "speed", "hallucination"]
     assert all(option.fits for option in found[0].options)
     last = next(goal for goal in found if goal.name == "hallucination").options[-1]
     assert last.what["use"] == "var" and last.fits is False and last.reason

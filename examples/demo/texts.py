@@ -51,10 +51,10 @@ def look_inside(recipe: str, texts: dict[str, str]) -> tuple[dict[str, int], flo
     def read(name: str, step: int) -> tuple[list[int], int]:
         """The likeliest next token after the prompt and after each token of the text; bytes after the prompt."""
         cache = DynamicCache(config=model.config)
-        found = model(prompts[name], past_key_values=cache, logits_to_keep=1).logits[0].argmax(-1).tolist()
+        found = model(prompts[name], cache=cache, logits_to_keep=1).logits[0].argmax(-1).tolist()
         held = sum(map(weigh, cache.layers))
         for piece in written[name].split(step, dim=1):
-            found += model(piece, past_key_values=cache).logits[0].argmax(-1).tolist()
+            found += model(piece, cache=cache).logits[0].argmax(-1).tolist()
         return found, held
 
     # Word for word under the patch, as in generation: what it keeps is decided anew after every call.

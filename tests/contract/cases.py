@@ -79,6 +79,11 @@ class Case:
     def use(self) -> dict[str, Any]:
         return {"use": self.method, "with": dict(self.parameters)}
 
+    @property
+    def even(self) -> bool:
+        """Whether all layers hold equally many tokens after one prefill."""
+        return not self.pattern or "ratio" in self.parameters
+
     def acted_layers(self, family: str) -> Sequence[int]:
         return self.layers_of.get(family, self.layers)
 
@@ -173,7 +178,7 @@ class SeededZipVL(ZipVL):
     """The oracle, which is told the probe rows, with the rows that the method draws for a prompt of that length."""
 
     def __init__(self, probes: tuple[Any, Any], **given: Any):
-        self.drawn = ZipVLMethod(probes=probes)._chosen
+        self.drawn = ZipVLMethod(probes=probes, ratio=given.get("ratio"))._chosen
         super().__init__(last=probes[0], **given)
 
     def select(self, call: Any, p: Any, row: int, number: int, chunk: list[int], last: int) -> set[int]:
@@ -187,8 +192,12 @@ def _zipvl(label: str, families: Sequence[str], **more: Any) -> Case:
     drops = given.get("mode") == "discard"
     # Watched and left alone: every row at the end is a probe, so every token is important.
     wide = {**given, "probes": (1.0, 0), "interval": 1000} if drops else None
+    whole = "tau"
+    if "ratio" in more:
+        whole, wide = "ratio", {**given, "min_tokens": 1000}
+        del given["tau"], wide["tau"]
     return Case(
-        label, "zipvl", given, lambda: SeededZipVL(**given), families, {**given, "tau": 1.0, "bits": (16, 16)},
+        label, "zipvl", given, lambda: SeededZipVL(**given), families, {**given, whole: 1.0, "bits": (16, 16)},
         wide, layers_of={"gemma2": (1,)}, evicts=drops, pattern=True, chunks="refused", assisted="refused", **extra,
     )  # fmt: skip
 
@@ -336,6 +345,8 @@ CASES: list[Case] = [
         "zipvl-discard", EVICTABLE, mode="discard", neighbours=(WARM, GAIN),
         neighbour_rules=_around(warm_rule, gain_rule), clashes=[("streaming", {"recent": 4}, "kv")],
     ),
+    _zipvl("zipvl-share", ("llama",), ratio=0.45),
+    _zipvl("zipvl-share-discard", ("llama", "qwen2"), ratio=0.4, mode="discard", probes=(6, 4), bits=(4, 2)),
     _packing(
         "kvquant", "kvquant", KvQuant, EVICTABLE, group=4, residual=3, main=True, neighbours=(WARM, KEEP),
         neighbour_rules=_around(warm_rule, keep_rule), clashes=[("zipcache", {}, "kv")],

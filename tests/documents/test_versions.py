@@ -44,8 +44,7 @@ def test_the_documents_state_the_range() -> None:
     assert f"transformers ({first} to {last})" in (ROOT / "CHANGELOG.md").read_text("utf-8")
 
 
-def test_slices_of_the_tests_run_with_the_oldest_and_the_newest_version() -> None:
+def test_everything_runs_with_the_newest_version_and_a_slice_with_the_oldest() -> None:
     assert pinned("constraints-oldest.txt") == min(TESTED)
-    assert pinned("constraints-newest.txt") == max(TESTED)
-    assert pinned("constraints.txt") in TESTED
+    assert pinned("constraints.txt") == max(TESTED)
     assert Version(transformers.__version__) in declared().specifier

@@ -18,6 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 import trainless
 from trainless.hosts import components, find_sites
 from trainless.hosts.transformers.inputs import Noted
+from trainless.hosts.transformers.version import cache_in
 
 # ---------------------------------------------------------------- parts and roles
 
@@ -158,15 +159,18 @@ class Changing(LlamaAttention):
     """Attends to other keys than those of the cache."""
 
     def forward(  # type: ignore[override]
-        self, hidden_states: Tensor, position_embeddings: Any = None, attention_mask: Any = None,
-        past_key_values: Any = None, **kwargs: Any,
-    ) -> Any:  # fmt: skip
+        self,
+        hidden_states: Tensor,
+        position_embeddings: Any = None,
+        attention_mask: Any = None,
+        **kwargs: Any,
+    ) -> Any:
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         query, key, value = (
             p(hidden_states).view(shape).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
         )
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if (cache := cache_in(kwargs)) is not None:
+            key, value = cache.update(key, value, self.layer_idx)
         interface = modeling_llama.ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, modeling_llama.eager_attention_forward
         )

@@ -131,6 +131,31 @@ def cosmos():
 
 
 @case
+def allegro():
+    """Rotations are tables over time, rows and columns, with the place of each token in them."""
+    model = diffusers.AllegroTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=24, in_channels=4, out_channels=4, num_layers=2,
+        cross_attention_dim=48, caption_channels=16, sample_height=16, sample_width=16, sample_frames=1,
+    )  # fmt: skip
+    mask = torch.ones(1, WORDS)
+    mask[:, 5:] = 0
+
+    def call(h, w):
+        from diffusers.models.embeddings import get_3d_rotary_pos_embed_allegro as rotary
+
+        size = halves((h, w))
+        found = rotary(24, ((0, 0), size), size, 1, device=torch.device("cpu"))
+        where = torch.cartesian_prod(*(axis.long() for axis in found[3:])).T.reshape(3, 1, -1).contiguous()
+        return {
+            "hidden_states": _frame(h, w), "timestep": times(900.0), "attention_mask": torch.ones(1, 1, h, w),
+            "encoder_hidden_states": noise(1, WORDS, 16), "encoder_attention_mask": mask,
+            "image_rotary_emb": (found[:3], tuple(where)),
+        }  # fmt: skip
+
+    return Case(model, call, lambda name, size: halves(size) if _attn1(name) else None, _attn1)
+
+
+@case
 def latte():
     """Spatial layers take each frame for an image of the batch."""
     model = diffusers.LatteTransformer3DModel(

@@ -27,7 +27,7 @@ def _case(model, call, downs, own, halve=_ceil, **more):
     """``own``: ends of the names of the layers in which image tokens attend to image tokens."""
 
     def place(name, size):
-        return halve(size, _levels(name, downs)) if own(name) else None
+        return halve(size, _levels(name, downs)) if own(name) and name.startswith(tuple(downs)) else None
 
     return Case(model, call, place, self_layers=more.pop("self_layers", own), **more)
 
@@ -193,6 +193,61 @@ def frames_of_svd():
             "added_time_ids": torch.tensor([[6.0, 127, 0.02]]),
         },
         THREE, lambda name: _attn1(name) and "temporal" not in name, self_layers=_attn1, trained=(8, 8), other=(12, 8),
+    )  # fmt: skip
+
+
+def _over_frames(name):
+    """Both attentions of these blocks are self-attention over frames."""
+    return "temp" in name or name.startswith("transformer_in")
+
+
+def _clip(kind, **more):
+    """Frames are images of a batch; the layers beside the blocks' own, and before them, attend over frames."""
+    model = kind(
+        sample_size=16, block_out_channels=(8, 16), down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
+        up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"), layers_per_block=1, norm_num_groups=4,
+        cross_attention_dim=8, attention_head_dim=4,
+    )  # fmt: skip
+
+    def call(h, w):
+        frames = {
+            name: noise(1, 4, 2, h, w) for name in ("sample", "image_latents") if name in ("sample", *more)
+        }
+        return {"timestep": 900, "encoder_hidden_states": noise(1, WORDS, 8), **more, **frames}
+
+    return _case(
+        model, call, THREE, lambda name: _attn1(name) and not _over_frames(name),
+        self_layers=lambda name: _attn1(name) or _over_frames(name),
+    )  # fmt: skip
+
+
+@case
+def frames_of_modelscope():
+    return _clip(diffusers.UNet3DConditionModel)
+
+
+@case
+def frames_of_i2vgen():
+    """It encodes the given image's latents with an attention over frames, before the blocks."""
+    return _clip(
+        diffusers.I2VGenXLUNet, fps=torch.tensor([8]), image_latents=None, image_embeddings=noise(1, 8)
+    )
+
+
+@case
+def controlnet():
+    """The outputs of its deepest level are the second it returns; those convolutions start at zero."""
+    model = diffusers.ControlNetModel(
+        block_out_channels=(16, 16), down_block_types=("CrossAttnDownBlock2D",) * 2, layers_per_block=1,
+        norm_num_groups=4, attention_head_dim=2, cross_attention_dim=24, conditioning_embedding_out_channels=(8, 8),
+    )  # fmt: skip
+    return _case(
+        model,
+        lambda h, w: {
+            "sample": noise(1, 4, h, w), "timestep": times(900.0), "encoder_hidden_states": noise(1, WORDS, 24),
+            "controlnet_cond": noise(1, 3, 2 * h, 2 * w),
+        },
+        THREE, _attn1, output=lambda out: out[1],
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from oracle import Var, float64_math, models, vlms
 from transformers import DynamicCache
 
 import trainless
+from trainless.hosts.transformers.version import CACHE_NAME
 from trainless.patch.calibration import save
 
 CALLS = (1, 1, 5, 20, 1)
@@ -168,16 +169,16 @@ def test_unknown_sinks_are_claimed_only_of_prompts_that_were_looked_at(made):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with trainless.patched(model, "var", layers="1:", **GIVEN):
-            model(**one.inputs(), past_key_values=cache)
+            model(**one.inputs(), **{CACHE_NAME: cache})
         with trainless.patched(model, "var", layers="1:", **GIVEN) as patch:
-            model(input_ids=more, past_key_values=cache)
+            model(input_ids=more, **{CACHE_NAME: cache})
             assert patch.report().methods[0].acted > 0
     cache, inputs = DynamicCache(), one.inputs()
     with trainless.patched(model, "var", layers="1:", **GIVEN), warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        model(input_ids=inputs["input_ids"][:, :2], past_key_values=cache)
-        model(**{**inputs, "input_ids": inputs["input_ids"][:, 2:]}, past_key_values=cache)
-        model(input_ids=more, past_key_values=cache)
+        model(input_ids=inputs["input_ids"][:, :2], **{CACHE_NAME: cache})
+        model(**{**inputs, "input_ids": inputs["input_ids"][:, 2:]}, **{CACHE_NAME: cache})
+        model(input_ids=more, **{CACHE_NAME: cache})
     assert ["no image" in str(w.message) for w in said] == [True, False]
     assert "the first image of a sequence came in a later turn" in str(said[1].message)
 

@@ -58,6 +58,81 @@ def test_more_of_the_attention_keeps_more_of_the_tokens():
     assert all({28, 29} <= set(layer) for layer in found[0]), "the rows at the end are always important"
 
 
+@pytest.mark.parametrize("lengths", [[30], [30, 17, 12]], ids=str)
+def test_a_ratio_is_the_share_that_stays_in_every_layer(lengths):
+    """Of each row's own prompt, the rows at the end among it, and of every later chunk; as for other evictors."""
+    model = models.build("llama")
+    ids, mask = models.left_padded(lengths)
+    before = None
+    for ratio in (0.1, 0.3, 0.5, 0.8):
+        cache = DynamicCache()
+        with trainless.patched(
+            model, "zipvl", ratio=ratio, mode="discard", probes=(4, 30), interval=4
+        ) as patch:
+            calls = [max(lengths) - 9, *[1] * 9]
+            replay(model, None, ids, mask, calls, cache)
+            acted = patch.report().methods[0].acted
+        assert acted == len(calls) * 3
+        sets = []
+        for layer in cache.layers:
+            for row, length in enumerate(lengths):
+                prompt = length - 9
+                now = {tuple(head) for head in layer.kept()[row]}
+                assert len(now) == 1, "one set for all heads"
+                (now,) = now
+                of = [
+                    sum(a <= p < b for p in now)
+                    for a, b in itertools.pairwise((0, prompt, prompt + 4, prompt + 8))
+                ]
+                assert of == [max(1, int(ratio * n + 1e-9)) for n in (prompt, 4, 4)]
+                assert length - 1 in now and prompt - 1 in now
+                sets.append({p for p in now if p < prompt})
+        if before is not None:
+            assert all(len(a) <= len(b) for a, b in zip(before, sets, strict=True))
+        before = sets
+
+
+def test_a_ratio_stands_in_the_place_of_tau_and_acts_on_short_prompts(tmp_path):
+    model = models.build("llama", dtype=torch.float32, exact=False)
+    ids, mask = models.left_padded([22, 15])
+    for wrong in (0.0, -0.1, 1.5, float("nan")):
+        with pytest.raises(trainless.InputError, match="ratio"):
+            trainless.patch(model, "zipvl", ratio=wrong)
+    with pytest.raises(trainless.InputError, match=r"ratio.*in the place of tau"):
+        trainless.patch(model, "zipvl", ratio=0.5, tau=0.9)
+    stock = replay(model, None, ids, mask, [16, 1, 1, 3, 1])
+    for more in ({"mode": "discard"}, {"bits": (16, 16)}):
+        with trainless.patched(model, "zipvl", ratio=1, interval=2, **more) as patch:
+            found = replay(model, None, ids, mask, [16, 1, 1, 3, 1])
+            assert patch.report().methods[0].inert
+        assert all(torch.equal(a, b) for a, b in zip(found, stock, strict=True))
+        with trainless.patched(model, "zipvl", ratio=0.5, interval=2, **more) as patch:
+            replay(model, None, ids, mask, [16, 1, 1, 3, 1])
+            said = patch.report().to_dict()["methods"][0]
+            assert said["acted"] and said["parameters"]["ratio"] == 0.5 and "tau" not in said["parameters"]
+            folder = patch.save(tmp_path / more.popitem()[0])
+        with trainless.patched(model, str(folder)) as again:
+            assert again.bindings[0].method == patch.bindings[0].method
+
+
+@pytest.mark.parametrize("given", [{"mode": "discard"}, {"bits": (8, 4)}], ids=str)
+def test_verify_knows_the_share(given):
+    model = models.build("llama", dtype=torch.float32, exact=False)
+    with trainless.patched(model, "zipvl", ratio=0.5, probes=(6, 8), interval=2, **given) as patch:
+        outcome = patch.verify()
+        assert outcome, str(outcome)
+        assert {c.name: c.status for c in outcome.checks}["result"] == "ok", str(outcome)
+
+
+def test_explain_counts_the_bytes_of_a_share_and_of_tiers():
+    model = models.build("llama", dtype=torch.float32, exact=False)
+    whole = trainless.explain(model, "zipvl", mode="discard").cache.points[0]
+    share = trainless.explain(model, "zipvl", ratio=0.25, mode="discard").cache.points[0]
+    tiers = [trainless.explain(model, "zipvl", ratio=r).cache.points[0].patched for r in (0.25, 0.75)]
+    assert whole.patched is None and share.patched == share.unpatched / 4
+    assert tiers[0] < tiers[1] < share.unpatched
+
+
 def test_probe_rows_are_drawn_by_seed_and_length_alone():
     one, other = Method(probes=(4, 6)), Method(probes=(4, 6), seed=1)
     assert torch.equal(one._chosen(50), Method(probes=(4, 6))._chosen(50))

@@ -43,7 +43,7 @@ MOST: dict[str, int] = {
     **dict.fromkeys(("num_experts_per_tok", "moe_k", "top_k_experts"), 2),
     **dict.fromkeys(("n_group", "topk_group"), 1),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 16),
-    **dict.fromkeys(("q_lora_rank", "kv_lora_rank"), 16),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "qk_head_dim"), 16),
     **dict.fromkeys(
         ("head_dim", "global_head_dim", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "linear_key_head_dim",
          "linear_value_head_dim", "hidden_size_per_layer_input"), 8,
@@ -59,9 +59,14 @@ ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2
 PARTIAL = {**ROPE, "partial_rotary_factor": 1.0}
 # Fields of the text config.
 MORE: dict[str, dict[str, Any]] = {
-    **{kind: {"rope_parameters": ROPE} for kind in ("qwen2_vl", "qwen2_5_vl", "paddleocr_vl", "glm_ocr")},
-    **{kind: {"rope_parameters": PARTIAL} for kind in ("glm46v", "glm4v", "glm4v_moe")},
-    **{kind: {"num_key_value_heads": 4} for kind in ("kimi_k25", "mistral4", "glm5_next")},
+    **{
+        kind: {"rope_parameters": ROPE}
+        for kind in ("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker", "paddleocr_vl", "glm_ocr", "hunyuan_vl")
+    },
+    **{kind: {"rope_parameters": PARTIAL} for kind in ("glm46v", "glm4v", "glm4v_moe", "glmga")},
+    **{kind: {"num_key_value_heads": 4} for kind in ("kimi_k25", "glm5_next", "hy_v4_vl", "mistral_large4")},
+    "ernie4_5_vl_moe": {"moe_intermediate_size": [16, 16], "rope_parameters": ROPE},
+    "step3p7": {"sliding_window": 8, "num_sliding_attention_heads": 4},
 }  # fmt: skip
 
 
@@ -69,22 +74,91 @@ def kinds() -> list[str]:
     return sorted(CLASSES)
 
 
-# Those whose layers differ in shape are made around the text config of tests/oracle/decoder_zoo.py.
-AROUND = {"gemma4": "gemma4_text", "gemma4_unified": "gemma4_unified_text"}
 TOWER = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8,
     "num_key_value_heads": 4, "patch_size": 8, "pooling_kernel_size": 2, "position_embedding_size": 64,
 }  # fmt: skip
+INKLING = {"vision_config": {"text_hidden_size": 32, "projection_hidden_dim": 32}}
+GEMMA = {"vision_config": TOWER, "audio_config": None}
+# Those whose layers differ in shape, or whose fields are derived: made around the text config of
+# tests/oracle/decoder_zoo.py, with these other fields.
+AROUND: dict[str, tuple[str, dict[str, Any]]] = {
+    "apertus1p5": (
+        "apertus1p5_text",
+        {
+            "vision_config": {
+                "codebook_size": 8, "embed_dim": 8, "latent_channels": 8, "base_channels": 32, "num_res_blocks": 1,
+            },
+            "audio_config": {
+                "num_filters": 4, "hidden_size": 32, "codebook_size": 8, "codebook_dim": 32, "decoder_hidden_size": 32,
+                "decoder_intermediate_size": 48, "decoder_num_layers": 1, "decoder_attention_num_groups": 4,
+            },
+            "image_token_offset": VOCAB - 16, "audio_token_offset": VOCAB - 8,
+        },
+    ),
+    "cohere_compass": ("cohere_compass_text", {}),
+    "dots3_note": (
+        "dots3_note_text",
+        {
+            "vision_config": {
+                "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+                "mlp_layer_types": ["dense"] * 2, "adapter_in_dim": 32, "adapter_out_dim": 32,
+            },
+            "audio_config": {
+                "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+                "downsample_hidden_size": 8, "adapter_input_size": 32, "adapter_out_dim": 32,
+            },
+        },
+    ),
+    "gemma4": ("gemma4_text", GEMMA),
+    "gemma4_unified": ("gemma4_unified_text", GEMMA),
+    "inkling2": ("inkling2_text", INKLING),
+    "inkling2_loop": ("inkling2_loop_text", INKLING),
+    "inkling_mm_model": (
+        "inkling_text",
+        {
+            "vision_config": {"text_hidden_size": 32, "n_layers": 2},
+            "audio_config": {"text_hidden_size": 32, "mel_vocab_size": 8},
+        },
+    ),
+    "qwen4_exp": ("qwen4_exp_text", {}),
+}  # fmt: skip
+PLAIN = "mistral4"  # listed among those that see, by a class that does not
+# Fields without which a config does not make a model.
+GIVEN: dict[str, dict[str, Any]] = {
+    "chameleon": {
+        "vocabulary_map": {"<image>": VOCAB, "IMGIMGBZ": VOCAB + 1},
+        "vq_config": {"base_channels": 32, "latent_channels": 32, "embed_dim": 8, "num_embeddings": 8},
+    },
+    "deepseek_ocr2": {
+        "text_config": {
+            "mlp_layer_types": ["dense", "sparse"] * 16, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2,
+        },
+    },
+    "emu3": {
+        "vocabulary_map": {"<image>": VOCAB, "<|extra_200|>": VOCAB + 1, "<|visual token 000000|>": VOCAB + 2},
+        "vq_config": {"base_channels": 32, "hidden_size": 32, "codebook_size": 8},
+    },
+    "granite4_vision": {
+        "downsample_rate": "1/2", "deepstack_layer_map": [[-1, 1]], "spatial_target_layers": [0, 1, 2, 3],
+    },
+    "janus": {"vq_config": {"base_channels": 32, "latent_channels": 32, "num_embeddings": 16}},
+    **{kind: {"vision_start_token_id": 0} for kind in ("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker")},
+}  # fmt: skip
 
 
 def config_of(kind: str) -> Any:
+    if kind == PLAIN:
+        return decoder_zoo.config_of(kind)
     if kind in AROUND:
-        return CONFIG_MAPPING[kind](
-            text_config=decoder_zoo.config_of(AROUND[kind]).to_dict(), vision_config=TOWER, audio_config=None,
-            image_token_id=VOCAB - 1, video_token_id=VOCAB - 2, audio_token_id=VOCAB - 3,
-        )  # fmt: skip
-    config = CONFIG_MAPPING[kind]()
-    _shrink(config, tower=False)
+        text, more = AROUND[kind]
+        config = CONFIG_MAPPING[kind](text_config=decoder_zoo.config_of(text).to_dict(), **more)
+        for name, part in _nested(config):
+            if name != "text_config":
+                _shrink(part, tower=True)
+    else:
+        config = CONFIG_MAPPING[kind](**GIVEN.get(kind, {}))
+        _shrink(config, tower=False)
     _number(config)
     text = config.get_text_config(decoder=True)
     for name, value in MORE.get(kind, {}).items():

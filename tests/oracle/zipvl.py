@@ -38,6 +38,8 @@ class ZipVL(Packed):
     - tau of 1 or more means every column, whatever rounding says of the sums.
     - Ties go to the newer column. In the sums of step 1 order among equals does not matter.
     - A turn of several tokens on a filled cache attends to everything kept: step 3 is for the first call.
+    - ``ratio`` in the place of ``tau``: T has that share of the chunk's columns, rounded down and at least one;
+      the last rows are among them, at most half of T but always one.
     - A row whose prompt is shorter than ``min_tokens`` is left alone for good (short="off"); its prompt
       waits in the buffer like later tokens (short="buffer"); or its prompt stays exact and what is
       generated is treated as in 5 (short="generated").
@@ -56,6 +58,7 @@ class ZipVL(Packed):
         interval: int = 100,
         min_tokens: int = 512,
         mode: str = "quantise",
+        ratio: float | None = None,
         layers: Collection[int] | None = None,
         part: str | None = None,
         *,
@@ -67,6 +70,7 @@ class ZipVL(Packed):
         super().__init__(layers, part, **packed)
         self.tau, self.bits, self.probes, self.last = tau, bits, probes, last
         self.interval, self.min_tokens, self.mode = interval, min_tokens, mode
+        self.part_of = ratio
         self.forced, self.short, self.flush = forced, short, flush
         # layer -> every choice made: (call, row, p, important real-token indices)
         self.chosen: dict[int, list[tuple[int, int, int, list[int]]]] = {}
@@ -95,10 +99,16 @@ class ZipVL(Packed):
         rows = probe_rows(self.probes, call, number, row)
         mass, count = probe_mass(call, p, row, rows)
         a = mass.sum(dim=0)
-        size = self._size(call, a[chunk])
         share = a / count.clamp_min(1)
+        if self.part_of is not None:
+            size = max(1, tokens(float(self.part_of), len(chunk)))
+            last = min(last, max(1, size // 2))
+        else:
+            size = self._size(call, a[chunk])
         protected = chunk[max(0, len(chunk) - last) :]
-        if self.forced == "within":
+        if self.part_of is not None:
+            found, gap = best(chunk, share, size, last)
+        elif self.forced == "within":
             found, gap = best(chunk, share, max(size, len(protected)), len(protected))
         else:
             found, gap = best(chunk, share, size, 0)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import models
+from oracle import decoder_zoo, models
 from torch import Tensor
 
 import trainless
@@ -49,6 +49,26 @@ def test_kept_sets_are_those_of_the_rule(method: str, given: dict[str, Any]) -> 
 def test_codes_are_as_near_as_their_steps_allow(method: str, given: dict[str, Any]) -> None:
     found = trainless.patch(llama(), method, **given).verify()
     assert found and status(found)[method, "precision"] == status(found)[method, "result"] == "ok", str(found)
+
+
+@pytest.mark.parametrize(
+    "beside", [("h2o", {"heavy": 6, "recent": 6}), ("kvquant", {"group": 8, "residual": 8})]
+)
+def test_heads_are_read_in_the_order_in_which_methods_are_told_of_them(beside: Any) -> None:
+    """JetMoE repeats its heads as a whole; its cache has each once, and query heads stand beside theirs then."""
+    model = decoder_zoo.build("jetmoe")
+    uses = [
+        {"use": "act", "with": {"alpha": 1.5, "skip_layers": 0}},
+        {"use": beside[0], "with": beside[1]},
+    ]
+    found = trainless.patch(model, uses).verify()
+    assert found and status(found)["act", "result"] == "ok", str(found)
+
+
+def test_a_mask_that_is_the_same_for_every_key() -> None:
+    """MiniMax has one entry for all keys in single steps of a padded batch."""
+    found = trainless.patch(decoder_zoo.build("minimax"), "act", alpha=1.5, skip_layers=0).verify()
+    assert found and status(found)["act", "result"] == "ok", str(found)
 
 
 def test_rules_that_meet_on_one_layer_are_followed_together() -> None:

@@ -169,6 +169,7 @@ class Choosing(Slots):
         ]
 
     def _evict(self) -> bool:
+        """Drop what has to go; whether anything had to."""
         if not self.budgets:
             self._freeze()
         if self.policy.chosen:
@@ -195,7 +196,7 @@ class Choosing(Slots):
             if not self.ordered:
                 self._compact()  # many may have come while nobody evicted
             self._select()
-        return True
+        return any(o > 0 for o in over)
 
     def _keep_chosen(self) -> bool:
         keep, self.keep = self.keep, None
@@ -208,9 +209,9 @@ class Choosing(Slots):
                 return False
             self._locate(stored.sum(1).tolist())
         assert self.positions is not None
-        left = keep[:, None] & (self.positions >= 0)
+        left, held = keep[:, None] & (self.positions >= 0), sum(self.counts)
         self._keep_only(left, left[:, 0].sum(1).tolist())
-        return True
+        return sum(self.counts) < held
 
     def _keep_only(self, keep: Tensor, after: list[int]) -> None:
         """Drop what is not in ``keep`` (B, Hkv, S), of which each row has ``after`` per head."""

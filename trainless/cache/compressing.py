@@ -253,6 +253,11 @@ class CompressingLayer(Choosing):
         """Whether the attention is given less than all that is held."""
         return False
 
+    def altered(self) -> set[Lease]:
+        """Whose rules have changed what a call on this layer finds of the tokens before it, or how precisely."""
+        dropped = any(count < age for count, age in zip(self.counts, self.ages, strict=True))
+        return {self.lease} if dropped else set()
+
     def settle(self) -> set[Lease]:
         """Evict what the rule says, now that the call is over; returns the leases that changed something."""
         if not self.lease.active or self.lease.deferring or self.record_past:

@@ -142,6 +142,9 @@ class PackedLayer(CompressingLayer):
         self.packer, self.lease = packer, evictor or self.lease
         return True
 
+    def altered(self) -> set[Lease]:
+        return super().altered() | ({self.packer} if self.store.runs else set())
+
     def settle(self) -> set[Lease]:
         """Evict, then pack, now that the call is over."""
         return super().settle() | self.finish(None)

@@ -14,9 +14,9 @@ def command(
 ) -> None:
     """Which method for which goal: measured figures, and what each costs.
 
-    Goals: memory, length, speed, hallucination, size, picture-cost. The figures
-    are from this project's own small models; `trainless bench` measures yours.
-    Loads no weights.
+    Goals: memory, length, generation, speed, hallucination, size, picture-cost.
+    The figures are from this project's own small models; `trainless bench`
+    measures yours. Loads no weights.
     """
     from ..preview.advice import recommend
 

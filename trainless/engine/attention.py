@@ -18,6 +18,7 @@ from ..cache import CompressingLayer, ExpandedLayer, PackedLayer
 from ..errors import Unsupported
 from ..kernels.visibility import adds_bias, bias_times
 from ..seams import AttentionCall, Entry, Formed, Lease
+from .autocast import as_computed
 from .packed import PackedRun
 from .patterns import Pattern, visible_keys
 from .run import Delegate
@@ -32,6 +33,29 @@ def attend(runtime: Runtime, call: AttentionCall, delegate: Delegate) -> Tensor:
     ``delegate`` computes plain attention for a call with the implementation that the user had.
     """
     runtime.passed()
+    device = call.query.device.type
+    if torch.is_autocast_enabled(device) and call.query.dtype != torch.float64:
+        return _under_autocast(runtime, call, delegate, device)
+    return _attend(runtime, call, delegate)
+
+
+def _under_autocast(runtime: Runtime, call: AttentionCall, delegate: Delegate, device: str) -> Tensor:
+    """What torch's own attention would be given, and our own sums as precise as without ``autocast``.
+
+    It would narrow every product in here, statistics and shares of probability among them.
+    """
+    dtype = torch.get_autocast_dtype(device)
+    query, key, value = as_computed(call.query, call.key, call.value)
+
+    def own(plain: AttentionCall) -> Tensor:
+        with torch.autocast(device, dtype=dtype):
+            return delegate(plain)
+
+    with torch.autocast(device, enabled=False):
+        return _attend(runtime, replace(call, query=query, key=key, value=value), own)
+
+
+def _attend(runtime: Runtime, call: AttentionCall, delegate: Delegate) -> Tensor:
     # A layer that has dropped or packed tokens is attended to here as long as a hook of ours stands at the site.
     if runtime.plan.inert and not isinstance(call.layer, CompressingLayer):
         return delegate(call)
@@ -51,6 +75,8 @@ class _Run(PackedRun):
         call, plan = self.call, self.plan
         layer = call.layer if isinstance(call.layer, CompressingLayer) else None
         if layer is not None:
+            # Attending to less than the whole, or to codes, changes a call as dropping and packing do.
+            self.acted.update(lease for lease in layer.altered() if lease.active)
             layer.note(call.real)
             self.edited = layer.evicted
             self._refuse_bias(layer)

@@ -30,7 +30,8 @@ class Tally:
     """What happened at one site on behalf of one patch."""
 
     fired: int = 0  # calls that passed
-    acted: int = 0  # calls that changed something, or were measured or compressed
+    # Calls that changed something, also by what their cache has lost, or were measured or compressed.
+    acted: int = 0
     kernels: Counter[str] = field(default_factory=Counter)
     reasons: dict[str, str] = field(default_factory=dict)  # kernel -> why not a faster one
     tokens_seen: int = 0  # of the sequence served last

@@ -151,6 +151,8 @@ def _pure(values: Tensor, seen: Tensor) -> bool:
 
 def _four_dimensional(mask: Tensor, lq: int, lk: int) -> Tensor:
     whole = mask if mask.dim() == 4 else mask[(None,) * (4 - mask.dim())] if mask.dim() < 4 else mask
+    if whole.dim() == 4 and whole.shape[-1] == 1 < lk:
+        whole = whole.expand(-1, -1, -1, lk)  # the same for every key
     if whole.dim() != 4 or whole.shape[-1] < lk or whole.shape[-2] not in (1, lq):
         raise InputError(
             f"attention mask of shape {tuple(mask.shape)} does not fit {lq} queries and {lk} keys: "

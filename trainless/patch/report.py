@@ -9,7 +9,10 @@ from typing import Any
 
 @dataclass
 class MethodReport:
-    """One method of a patch. fired: calls that passed; acted: calls in which it changed or measured something."""
+    """One method of a patch. fired: calls that passed; acted: calls in which it changed or measured something.
+
+    A call changes something where its cache has dropped or packed tokens before, and where it does so after it.
+    """
 
     method: str
     parameters: dict[str, Any]

@@ -10,14 +10,16 @@ Source   "ZipVL: Efficient Large Vision-Language Models with Dynamic Token Spars
          Compression"; no code of its authors was found. Its second version discards, its first one quantises.
 Seams    pattern (dynamic: a subset of the tokens); kv (quantise, or evict: either way the method chooses the
          tokens), on statistics over chosen rows.
-Exact    tau=1 with mode="discard", or with bits=(16, 16), bitwise; a prompt below min_tokens is left alone, bitwise.
+Exact    tau=1 or ratio=1 with mode="discard", or with bits=(16, 16), bitwise; a prompt below min_tokens is left
+         alone, bitwise.
 Costs    the probe rows against all keys, then attention among T: r of the tokens cost r² of the dense call. The
          logits of a prompt token outside T are those of a model without this attention: perplexity over them means
          nothing. Tasks that read dense text lose most: the paper has ChartQA at 58.2 against 66.2 (LLaVA-NeXT-13B).
 Differs  The number of probe rows is not published; 64 at the end and 64 random ones here. Rows at the end are always
          in T, or the next token's logits break. The threshold is a share of the probes' own sum, which is
          what the published one comes to with all rows. Prompts below min_tokens are left alone with all that
-         follows them. The newest token always stays.
+         follows them. The newest token always stays. ratio in the place of tau is ours: T is that share of the row's
+         own prompt in every layer, the rows at the end among it (half of it at most), and of every later chunk.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ from ..seams import (
     Statistics,
     Tokens,
     check_budget,
+    check_ratio,
     tokens_of,
 )
 from ._eviction import last_rows
@@ -58,15 +61,17 @@ class ZipVL(Method):
     """Prefill among the tokens that make up ``tau`` of the attention, and compress the cache accordingly.
 
     probes: (last, random) rows, each tokens or a fraction of the row's own prompt. bits: of important and of other
-    tokens, for mode="quantise". Raises InputError for a tau of 0, for widths that codes do not have and for
-    numbers that are no budgets.
+    tokens, for mode="quantise". ``ratio`` in the place of tau is the share of tokens that are important, the same in
+    every layer: what stays of a prompt, or what is held at bits[0]. Raises InputError for a tau of 0, for widths that
+    codes do not have and for numbers that are no budgets.
     """
 
     name: ClassVar[str] = "zipvl"
     summary: ClassVar[str] = "let only the tokens that make up most of a layer's attention take part"
     source: ClassVar[str] = "ZipVL: Dynamic Token Sparsification and KV Cache Compression"
     parts: ClassVar[frozenset[str]] = frozenset({"text"})
-    identity: ClassVar[dict[str, Any]] = {"tau": 1.0, "bits": (16, 16)}
+    identity: ClassVar[dict[str, Any]] = {"tau": 1.0, "bits": (16, 16), "ratio": None}
+    instead: ClassVar[dict[str, tuple[str, ...]]] = {"ratio": ("tau",)}
     evicts: ClassVar[bool] = True
     packs: ClassVar[bool] = True
 
@@ -82,36 +87,61 @@ class ZipVL(Method):
     )
     probes: tuple[Budget, Budget] = option((64, 64), help="last and random rows that choose", origin="ours")
     interval: int = option(100, help="new tokens that are compressed together", origin="published", low=1)
-    min_tokens: int = option(512, help="shorter prompts are left alone", origin="ours", low=0)
+    min_tokens: int | None = option(
+        None, help="shorter prompts are left alone; null: 512, and 0 beside ratio", origin="ours", low=0
+    )
     mode: Literal["quantise", "discard"] = option(
         "quantise",
         help='what becomes of the other tokens: "quantise" holds them at bits[1], "discard" drops them',
         origin="published",
     )
     seed: int = option(0, help="seed of the random rows", origin="ours", low=0, high=2**63 - 1)
+    ratio: float | None = option(
+        None, help="share of the tokens that are important, whatever they hold; 1.0: all", origin="ours"
+    )
 
     def check(self) -> None:
+        check_ratio(self.ratio)
         if not self.tau > 0:
             raise InputError(f"tau={self.tau!r}: a share above 0 is needed; 1.0 keeps everything")
         check_tiers(self.bits, "important")
         for name, budget in zip(("probes: last", "probes: random"), self.probes, strict=True):
             check_budget(name, budget)
 
+    @property
+    def _whole(self) -> bool:
+        """Whether every token is important, whatever the attention is."""
+        return (self.tau if self.ratio is None else self.ratio) >= 1.0
+
+    @property
+    def _least(self) -> int:
+        """Tokens of the shortest prompt that is not left alone."""
+        if self.min_tokens is None:
+            return 512 if self.ratio is None else 0
+        return self.min_tokens
+
     def _rule(self) -> Quantise:
-        return Quantise(self.bits, self.bits, interval=self.interval, start=self.min_tokens, chosen=True)
+        high = 1.0 if self.ratio is None else float(self.ratio)
+        return Quantise(
+            self.bits, self.bits, interval=self.interval, start=self._least, chosen=True, high=high
+        )
+
+    def _discarding(self) -> Evict:
+        known = self.ratio is not None and self._least == 0
+        return Evict(chosen=True, capacity=float(self.ratio) if known and self.ratio else None)
 
     def refuses(self, site: Site) -> str | None:
         return width_refusal(self._rule(), site) if self.mode == "quantise" else None
 
     def contribute(self, site: Site) -> Sequence[Contribution]:
-        whole = self.tau >= 1.0
+        whole = self._whole
         pattern = Contribution(
             "pattern", self._taking_part, needs=self._at_prefill, probes=self._rows, statistics=PROBE_MASS,
             dynamic=True, lookahead=True, inert=whole,
         )  # fmt: skip
         if self.mode == "discard":
             cache = Contribution(
-                "kv", self._staying, policy=Evict(chosen=True), needs=self._when_due, probes=last_rows(1),
+                "kv", self._staying, policy=self._discarding(), needs=self._when_due, probes=last_rows(1),
                 statistics=PROBE_MASS, inert=whole,
             )  # fmt: skip
         else:
@@ -127,7 +157,7 @@ class ZipVL(Method):
         return PROBE_MASS if call.fresh and any(self._long(call)) else frozenset()
 
     def _long(self, call: AttentionCall) -> list[bool]:
-        return [n >= self.min_tokens for n in _own(call)]
+        return [n >= self._least for n in _own(call)]
 
     def _rows(self, call: AttentionCall, state: State) -> Tensor:
         """The probe rows of each row of the batch, (B, P) or (P,); the same for a prompt wherever it stands."""
@@ -147,19 +177,39 @@ class ZipVL(Method):
         return torch.cat([drawn.sort().values, torch.arange(length - last, length)])
 
     def _last(self, length: int) -> int:
-        return min(length, max(1, tokens_of(self.probes[0], length)))
+        """Rows at the end that choose, and that are always important."""
+        most = length if self.ratio is None else max(1, self._share(length) // 2)
+        return min(length, most, max(1, tokens_of(self.probes[0], length)))
+
+    def _share(self, length: int) -> int:
+        """Tokens that ``ratio`` of ``length`` come to, at least 1."""
+        assert self.ratio is not None
+        return max(1, tokens_of(float(self.ratio), length))
+
+    def _important(self, mass: Tensor, seen: Tensor, among: Tensor, forced: Tensor) -> Tensor:
+        """bool (B, Lk): T of the keys ``among``, and of these the ``forced`` ones in any case.
+
+        mass, seen (B, Lk): what the probe rows gave to each key, and how many of them see it.
+        """
+        if self.ratio is None:
+            return most(mass, seen, among, self.tau) | forced
+        totals = [self._share(n) if n else 0 for n in among.sum(1).tolist()]
+        places = torch.tensor(totals, device=among.device)[:, None] - forced.sum(1, keepdim=True)
+        return best(mass, seen, among & ~forced, places) | forced
 
     def _taking_part(self, call: AttentionCall, stats: Statistics, state: State) -> Tokens | None:
         """T at prefill; None where it is everything."""
         assert stats.probe_mass is not None and stats.probe_rows is not None
         b, _, _, lq, _ = call.shape
         real = call.real if call.real is not None else call.query.new_ones(b, lq, dtype=torch.bool)
-        keep = most(stats.probe_mass.sum(1), stats.probe_rows, real, self.tau)
         own = _own(call)
         left = real.long().flip(1).cumsum(1).flip(1)  # real tokens from here on
         last = torch.tensor([self._last(n) for n in own], device=left.device)
-        short = torch.tensor([n < self.min_tokens for n in own], device=left.device)
-        keep = (keep | (left <= last[:, None]) | short[:, None]) & real
+        keep = self._important(
+            stats.probe_mass.sum(1), stats.probe_rows, real, (left <= last[:, None]) & real
+        )
+        short = torch.tensor([n < self._least for n in own], device=left.device)
+        keep = (keep | short[:, None]) & real
         if torch.equal(keep, real):
             return None
         state.set("important", keep[:, None], keys=2)
@@ -168,7 +218,7 @@ class ZipVL(Method):
     # ------------------------------------------------------------------ the cache, quantised
 
     def _when_packing(self, call: AttentionCall, state: State) -> frozenset[str]:
-        due = not call.fresh and self.tau < 1.0 and getattr(call.layer, "due", False)
+        due = not call.fresh and not self._whole and getattr(call.layer, "due", False)
         return PROBE_MASS if due else frozenset()
 
     def _precise(self, call: AttentionCall, stats: Statistics, state: State) -> Tensor | None:
@@ -181,9 +231,9 @@ class ZipVL(Method):
         b, hkv, width = packing.shape
         mass, seen = stats.probe_mass[..., -width:].sum(1), stats.probe_rows[:, -width:]
         each = packing.flatten(0, 1)  # heads differ only where another method evicts
-        found = most(mass.repeat_interleave(hkv, 0), seen.repeat_interleave(hkv, 0), each, self.tau)
-        newest = packing & (packing.long().flip(2).cumsum(2).flip(2) == 1)
-        return found.view(b, hkv, width) | newest
+        newest = each & (each.long().flip(1).cumsum(1).flip(1) == 1)
+        mass, seen = mass.repeat_interleave(hkv, 0), seen.repeat_interleave(hkv, 0)
+        return self._important(mass, seen, each, newest).view(b, hkv, width)
 
     # ------------------------------------------------------------------ the cache, discarding
 
@@ -213,7 +263,9 @@ class ZipVL(Method):
             if call.layer.positions is not None:
                 number = call.layer.positions[:, 0]  # slots may stand in any order
             newest = number.masked_fill(~((arrived == NEW) & there), -1).amax(1, keepdim=True)
-            stays = most(stats.probe_mass.sum(1), stats.probe_rows, chunk, self.tau) | (number == newest)
+            stays = self._important(
+                stats.probe_mass.sum(1), stats.probe_rows, chunk, chunk & (number == newest)
+            )
             keep = ~chunk | stays
             waiting = torch.where(now[:, None], SETTLED, waiting)
             counts = torch.where(now[:, 0].to(counts.device), 0, counts)
@@ -257,9 +309,15 @@ def most(mass: Tensor, seen: Tensor, among: Tensor, tau: float) -> Tensor:
     whole = a.sum(1, keepdim=True)
     falling = a.sort(1, descending=True).values.cumsum(1)
     size = ((falling < tau * whole).sum(1, keepdim=True) + 1).clamp_max(among.sum(1, keepdim=True))
+    return best(a, seen, among, size)
+
+
+def best(mass: Tensor, seen: Tensor, among: Tensor, size: Tensor) -> Tensor:
+    """bool (B, Lk): of the keys ``among``, the ``size`` (B, 1) with the largest mass / seen, ties to the newer."""
+    a = mass.double()
     share = (a / seen.clamp_min(1)).masked_fill(~among, -1)
     length = share.shape[1]
     # Newest first, then a stable sort: among equals the newer one is chosen.
-    best = length - 1 - share.flip(1).sort(dim=1, descending=True, stable=True).indices
-    rank = torch.arange(length, device=best.device).expand_as(best)
-    return torch.zeros_like(among).scatter(1, best, rank < size) & among
+    order = length - 1 - share.flip(1).sort(dim=1, descending=True, stable=True).indices
+    rank = torch.arange(length, device=order.device).expand_as(order)
+    return torch.zeros_like(among).scatter(1, order, rank < size) & among

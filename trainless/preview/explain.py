@@ -123,8 +123,21 @@ def explain(
     # Which of two clashing rules would hold is not known, so there is nothing to estimate.
     cache = estimate(parts, bindings) if bindings and not clashes else None
     notes = size_notes(parts) if any(b.method.by_size for b in bindings) else []
+    notes += role_notes(bindings)
     name = type(unwrapped(model)).__name__
     return Explanation(name, recipe.name, plans, problems + clashes, cache, notes, unmatched(parts))
+
+
+def role_notes(bindings: Sequence[Binding]) -> list[str]:
+    """What is taken for granted of attention classes that do not say whose keys they read."""
+    sites = {site.name: site.facts.get("undeclared") for b in bindings for site, _ in b.contributions}
+    counts = Counter(name for name in sites.values() if name is not None)
+    return [
+        f"{name} ({count} {'layers' if count > 1 else 'layer'}) is not among transformers' own classes and does not say "
+        "whose keys it reads (is_cross_attention): taken for self-attention. Calls with key_value_states or "
+        "encoder_hidden_states run unpatched; others where keys and queries differ in number are refused"
+        for name, count in counts.items()
+    ]
 
 
 def fits(model: Any, recipe: Recipe) -> bool:

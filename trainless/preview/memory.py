@@ -77,7 +77,7 @@ def estimate(
             held = min(tokens, window) if window else tokens
             plan = _plan(site, planned[site.module][1] if site.module in planned else [])
             before += round(depths * held * per_token)
-            chosen = chosen or (plan.evict is not None and plan.evict.chosen)
+            chosen = chosen or (plan.evict is not None and plan.evict.chosen and plan.evict.capacity is None)
             held = held if plan.evict is None else min(held, plan.evict.total(tokens))
             after += round(depths * _bytes(plan, held, tokens, site, per_token, width.itemsize))
         points.append(

@@ -76,8 +76,9 @@ class Evict:
     avg or max.
 
     chosen: the method itself says after a call what stays, by the contribution's value: bool (B, Lk) over the
-    columns of ``call.key``, the same for all heads, or None to keep everything; no budget applies. Tokens
-    cannot be taken back, so assisted decoding is refused.
+    columns of ``call.key``, the same for all heads, or None to keep everything; no budget applies, and ``capacity``
+    only tells how many it will choose of a prompt, where that is known. Tokens cannot be taken back, so assisted
+    decoding is refused.
 
     once: choose at the end of the first prefill, and keep everything that comes after it.
     rolled: keys are presented as if the kept tokens were contiguous.
@@ -112,7 +113,7 @@ class Evict:
 
     def total(self, length: int) -> int:
         """Tokens that a row with a prompt of ``length`` tokens keeps: at least 1, the newest."""
-        if self.chosen:
+        if self.chosen and self.capacity is None:
             return length
         return self.parts(length).total + (length if self.protect else 0)
 

@@ -57,6 +57,8 @@ class Judge:
             if stock is not None and not torch.equal(stock, out):
                 record.fail("result", "a call that is left alone differs from the model's own attention")
             return
+        out, stock = self._told_order(out, stock)
+        made = self.made
         real = self._padding()
         history = self._layer(real)
         self._unasked(plan)
@@ -78,6 +80,23 @@ class Judge:
         if found is not None:
             self._statistics(found, history, real)
         self._cache(plan, history, found, real, made.query.dtype)
+
+    def _told_order(self, out: Tensor, stock: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The call, what came out and what the model gives, with query heads beside the key head that they read.
+
+        Where the call repeats its heads as a whole and its cache has each once, methods are told of it in that order.
+        """
+        made, call = self.made, self.call
+        if call is None or call.key.shape[1] == made.key.shape[1]:
+            return out, stock
+        heads, held = made.query.shape[1], call.key.shape[1]
+        key, value = made.key[:, :held], made.value[:, :held]
+        times = made.key.shape[1] // held
+        if not (torch.equal(key.repeat(1, times, 1, 1), made.key) and heads == made.key.shape[1]):
+            return out, stock
+        order = torch.arange(heads, device=out.device).view(-1, held).t().reshape(-1)
+        self.made = dataclasses.replace(made, query=made.query[:, order], key=key, value=value)
+        return out[:, :, order], None if stock is None else stock[:, :, order]
 
     def _dense(
         self, made: Made, out: Tensor, stock: Tensor | None, history: History | None, published: Published,

@@ -25,7 +25,8 @@ def verify(patch: Patch, probe: Any = None) -> Verification:
     probe: inputs of the model by name, a tensor of input ids, a function that takes what was patched and
     returns outputs, or None for inputs made from the model's config (random tokens with a prefill and
     cached steps, long enough for evictors to act; random images; random latents at the trained and at
-    another size). The model runs about ten times on it, in evaluation mode.
+    another size). The model runs about ten times on it, in evaluation mode. The patch is paused by turns, so
+    other threads must not call the model meanwhile: some of their calls would be unpatched.
 
     Raises InputError when the patch is off or paused, the model has no weights, or the given probe does not
     run on the unpatched model.

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 from ...engine.attention import attend
+from ...engine.autocast import as_computed
 from ...engine.runtime import Runtime
 from ...engine.watching import Made
 from ...errors import Unsupported
@@ -181,7 +182,7 @@ class Interception(TorchFunctionMode):
         watch = self.runtime.watch
         if watch is None or not watch.wants():
             return attend(self.runtime, call, delegate).transpose(1, 2)
-        made = Made(query, key, value, call.mask, scale, is_causal, dropout_p)
+        made = Made(*as_computed(query, key, value), call.mask, scale, is_causal, dropout_p)
 
         def proceed() -> Tensor:
             watch.told(call)

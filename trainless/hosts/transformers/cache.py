@@ -221,7 +221,7 @@ def cache_wrapper(model: nn.Module, runtimes: Sequence[Runtime]) -> Callable[...
         if compressing and generation_config.use_cache is False:
             raise Unsupported(
                 f"{compressing[0].method}: generate(use_cache=False) keeps no cache, so there is nothing to compress; "
-                "leave use_cache on, or remove the patch"
+                "pass use_cache=True (the model's own generation config may have it off), or remove the patch"
             )
         result = original(generation_config, model_kwargs, *args, **kwargs)
         cache = cache_in(model_kwargs)

@@ -53,6 +53,11 @@ def call_of(
     around = noted(runtime)
     layer = _layer(module, runtime, query, key, value)
     _refuse_several(runtime, around, layer)
+    if layer is None and lk != lq and (undeclared := runtime.site.facts.get("undeclared")):
+        raise Unsupported(
+            f"{runtime.site.name}: {undeclared} does not say whose keys it reads, and {lk} keys came for {lq} queries "
+            "without a cache, so they are others'; set is_cross_attention = True on it, or leave it out by where"
+        )
     # A 2-D mask marks padding and leaves causality to the flag; any other mask says everything itself.
     padding = isinstance(mask, Tensor) and mask.dim() == 2
     causal = causal and lq > 1 and (mask is None or padding)
@@ -230,6 +235,11 @@ def _refuse_several(runtime: Runtime, around: Noted | None, layer: Any) -> None:
         if not (looks and (fresh or given.in_order)):
             continue
         if around is not None and around.several():
+            if isinstance(around.custom, dict):
+                raise Unsupported(
+                    f"{entry.method}: the patched model was handed masks that a model around it has made, and which "
+                    "tokens they hide for being padding cannot be told; patch the whole model instead"
+                )
             raise Unsupported(
                 f"{entry.method}: a row of this call holds several sequences (positions that start anew, or a mask "
                 "that hides earlier tokens), and the method would take them for one; give each a row of its own"

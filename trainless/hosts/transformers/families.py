@@ -18,12 +18,15 @@ class Family:
     "same": they are the tensors of the cache. "latent": ``expand_kv`` of the module makes all heads from what is
     held, which has one. "tiled": the heads that are held, all of them, again and again. "split": the keys are the
     cache's, the values are not. "read": they are the cache's, and the module computes its mask from them.
-    calls: attention calls for one update of the cache. no_evict: why no token may be dropped here.
+    calls: attention calls for one update of the cache. no_evict: why no token may be dropped here. no_kv: why its
+    cache can neither evict nor pack. no_state: why nothing can be remembered of a sequence, key by key.
     """
 
     keys: str = "same"
     calls: int = 1
     no_evict: str | None = None
+    no_kv: str | None = None
+    no_state: str | None = None
 
     @property
     def whole(self) -> bool:
@@ -33,7 +36,12 @@ class Family:
 
 SAME = Family()
 LATENT = Family("latent")
+LOOPED = "its model runs it several times in a call, each time on a cache layer of that round"
 TABLE = {
+    "transformers.models.blt.modeling_blt.BltSelfAttention": Family(
+        no_kv="its cache holds bytes behind a window of the mask's, or patches of bytes, and not a row's tokens"
+    ),
+    "transformers.models.dory.modeling_dory.DoryAttention": Family(no_kv=LOOPED, no_state=LOOPED),
     "transformers.models.jetmoe.modeling_jetmoe.JetMoeAttention": Family("tiled"),
     "transformers.models.diffllama.modeling_diffllama.DiffLlamaAttention": Family(
         "split", 2, "its attention runs twice on the keys of one update, with other values each time"

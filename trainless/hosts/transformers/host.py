@@ -22,6 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ...cache import CompressingLayer, FixedLayer
 from ...edits.journal import MARKER, AttributeEdit, HookEdit, Journal
 from ...engine.attention import attend
+from ...engine.autocast import as_computed
 from ...engine.runtime import ATTRIBUTE, Runtime, runtime_of
 from ...engine.watching import Made
 from ...errors import Unsupported
@@ -161,7 +162,8 @@ def _routed(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
     constant = runtime.plan.constant
-    if constant is not None and not held and _only_scaled(kwargs):
+    known = "undeclared" not in runtime.site.facts
+    if constant is not None and not held and known and _only_scaled(kwargs):
         # Decoding makes thousands of these calls a second, so nothing is built for them.
         runtime.passed()
         runtime.acted("stock")
@@ -246,7 +248,7 @@ def _made(
     given = {name: v for name, v in kwargs.items() if v is not None}
     others = tuple(sorted(given.keys() - named.keys() - (HARMLESS - PACKED)))
     return Made(
-        query, key, value, mask, scaling, dropout=dropout, others=others,
+        *as_computed(query, key, value), mask, scaling, dropout=dropout, others=others,
         **{ours: given[theirs] for theirs, ours in named.items() if theirs in given},
     )  # fmt: skip
 

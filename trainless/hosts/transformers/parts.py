@@ -14,21 +14,12 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from .cross import role
 from .version import takes_cache
 
-CROSS = (
-    "crossattention",
-    "cross_attn",
-    "cross_attention",
-    "encdecattention",
-    "encoder_attn",
-    "encoder_decoder_attention",
-    "multihead_attn",
-    "x_attn",
-)
-# Arguments of a forward by which it is given keys that are not its queries' own, where it cannot do without.
-OTHERS = ("key_value_states", "cross_attention_states", "context")
-SOUND = ("input_features", "input_values", "audio_values")
+# Inputs of a model, and keys under which the model around it holds its config.
+PICTURES = frozenset({"pixel_values", "pixel_values_videos", "vision_config"})
+SOUND = frozenset({"input_features", "input_values", "audio_values", "audio_config"})
 
 
 class Parts:
@@ -56,7 +47,12 @@ class Parts:
         generates = any(self.ancestors[n].can_generate() for n in around)
         if owner is not None and id(owner) in self.decoders and (causal or (cached and generates)):
             return frozenset({"text", "decoder"})
-        if owner is not None and id(owner) in self.decoders and generates and role(name, module) == "cross":
+        if (
+            owner is not None
+            and id(owner) in self.decoders
+            and generates
+            and self.role(name, module) == "cross"
+        ):
             return frozenset({"text", "decoder"})
         kind = self._kind(name, owner, at)
         if kind == "text" and self._between(name, around, causal and cached):
@@ -65,24 +61,40 @@ class Parts:
         encoder = ("encoder" in path or not causal) and "decoder" not in path
         return frozenset({kind, "encoder" if encoder else "decoder"})
 
+    def role(self, name: str, module: nn.Module) -> str:
+        """self or cross: whose keys the attention ``module`` reads."""
+        around = (
+            (n, model) for n, model in self.ancestors.items() if n in ("", name) or name.startswith(f"{n}.")
+        )
+        return role(name, module, around)
+
     def _kind(self, name: str, owner: PreTrainedModel | None, at: str | None) -> str:
-        """text, vision or audio, by what surrounds the module."""
-        path = name.lower().split(".")
+        """text, vision or audio, by what the models around the module declare; text where none does."""
         whole = at == "" and len(self.ancestors) > 1  # the model around everything says nothing of its parts
-        if owner is not None and not whole:
-            says = f"{type(owner.config).__name__} {owner.main_input_name}".lower()
-            if owner.main_input_name in SOUND or "audio" in says or "speech" in says:
-                return "audio"
-            if "pixel_values" in says or "vision" in says:
-                return "vision"
+        if owner is not None and not whole and (kind := self._declared(owner)) is not None:
+            return kind
         if any(_inside(name, encoder) for encoder in self.encoders):
             return "text"
         for kind, towers in self.towers.items():
             if any(_inside(name, tower) for tower in towers):
                 return kind
-        if "text_model" in path or "language_model" in path:
-            return "text"
-        return "vision" if any("vision" in p or p == "visual" for p in path) else "text"
+        return "text"
+
+    def _declared(self, owner: PreTrainedModel) -> str | None:
+        """vision or audio, where the class of ``owner`` says so: by its inputs, its config or its modalities."""
+        takes = {owner.main_input_name, getattr(owner.config, "base_config_key", "")}
+        parameters = inspect.signature(type(owner).forward).parameters
+        if "input_ids" not in parameters:
+            takes.update(parameters)
+        given = owner.input_modalities
+        modalities = {given} if isinstance(given, str) else set(given)
+        for kind, names, own in (("audio", SOUND, {"audio"}), ("vision", PICTURES, {"image", "video"})):
+            if takes & names:
+                return kind
+            # What stands beside a tower (a resampler, a decoder of speech) often inherits the modality of its model.
+            if modalities <= own and not self.towers[kind] and not _reads_tokens(owner):
+                return kind
+        return None
 
     def _between(self, name: str, around: list[str], decodes: bool) -> bool:
         """Whether the module stands beside the decoder of a model that generates, and is no encoder of text."""
@@ -120,6 +132,13 @@ def _decoder(root: PreTrainedModel) -> PreTrainedModel | None:
     return found if isinstance(found, PreTrainedModel) else None
 
 
+def _reads_tokens(model: PreTrainedModel) -> bool:
+    try:
+        return isinstance(model.get_input_embeddings(), nn.Embedding)
+    except (AttributeError, NotImplementedError):  # how transformers says that there are none
+        return False
+
+
 def _inside(name: str, place: str) -> bool:
     return name == place or name.startswith(f"{place}.")
 
@@ -127,14 +146,3 @@ def _inside(name: str, place: str) -> bool:
 def keeps(module: nn.Module) -> bool:
     """Whether the module's forward can be given a cache."""
     return takes_cache(inspect.signature(type(module).forward).parameters)
-
-
-def role(name: str, module: nn.Module) -> str:
-    """self or cross: a module that cannot be called without another's states reads other keys than its queries'."""
-    if getattr(module, "is_cross_attention", False):
-        return "cross"
-    parameters = inspect.signature(type(module).forward).parameters
-    if any(n in parameters and parameters[n].default is inspect.Parameter.empty for n in OTHERS):
-        return "cross"
-    path = name.lower().split(".")[-3:]
-    return "cross" if any(c in part for part in path for c in CROSS) else "self"

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from ...errors import Unsupported
 from ...seams import Site
 from ..probes import SEED, STEPS, Draw, Probe
+from .image_probe import declared, with_images
 from .version import CACHE_NAME, cache_out, takes_cache
 
 SPARE = 8  # positions that some models keep for themselves (offsets of the padding index)
@@ -23,15 +24,24 @@ def probes(part: Any, sites: Sequence[Site], tokens: int) -> list[Probe]:
     model = next(m for m in part.module.modules() if isinstance(m, PreTrainedModel))
     takes = inspect.signature(type(model).forward).parameters
     text = model.main_input_name == "input_ids" and "input_ids" in takes
+    seen = with_images(model, vocabulary(model.config)) if text and takes_cache(takes) else None
     if text and getattr(model.config, "is_encoder_decoder", False) and "decoder_input_ids" in takes:
         return [_seq2seq(model, tokens)]
     if text and takes_cache(takes) and decodes(model):
-        return [_decoder(model, takes, tokens)]
+        return [_decoder(model, takes, tokens), *([] if seen is None else [seen])]
+    if seen is not None:
+        return [seen]  # prompts without an image are not what it is made for
+    if text and declared(model):
+        raise _unknown(model)
     if text:
         return [_encoder(model, takes, tokens)]
     if model.main_input_name == "pixel_values" and _image_size(model.config) is not None:
         return [_vision(model)]
-    raise Unsupported(
+    raise _unknown(model)
+
+
+def _unknown(model: PreTrainedModel) -> Unsupported:
+    return Unsupported(
         f"what to feed a {type(model).__name__} (it takes {model.main_input_name}) is not known; "
         "give probe=, a dictionary of its inputs or a function of the model"
     )

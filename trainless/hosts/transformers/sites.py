@@ -11,11 +11,12 @@ from transformers import PreTrainedModel
 from ...errors import Unsupported
 from ...seams import Site
 from .contract import CACHE, REGISTRY, problem
+from .cross import assumed
 from .dispatch import compares, dispatches, passes, unmatched
 from .families import Family, family_of
 from .images import missing_images, pretrained
 from .layers import Held, Layers
-from .parts import Parts, keeps, role
+from .parts import Parts, keeps
 
 Found = tuple[str, nn.Module, frozenset[str], str]  # name, module, parts, role
 # Arguments of the interface that do not change the logits. Anything else that is set is refused by name.
@@ -39,7 +40,7 @@ def find(model: nn.Module, family: str, prefix: str = "", parts: frozenset[str] 
     ancestors = pretrained(model)
     known = Parts(ancestors)
     found: list[Found] = [
-        (name, module, known.of(name, module) | parts, role(name, module))
+        (name, module, known.of(name, module) | parts, known.role(name, module))
         for name, module in model.named_modules()
         if dispatches(type(module)) and "config" in vars(module)
     ]
@@ -110,6 +111,8 @@ def _numbered(ancestors: Mapping[str, PreTrainedModel], found: list[Found], pref
         heads, kv_heads, width = _head_counts(module)
         held = caches.of(name, module) if "decoder" in parts and kind == "self" else Held()
         facts = {**_site_facts(module, layer, held), "no_images": missing_images(ancestors, name, parts)}
+        if kind == "self" and assumed(module):
+            facts["undeclared"] = type(module).__name__
         facts["cache_shape"] = _cache_shape(module, family_of(module), kv_heads, width)
         sites.append(
             Site(
@@ -195,11 +198,13 @@ def _site_facts(module: nn.Module, layer: int, held: Held) -> dict[str, Any]:
     if hasattr(module, "has_relative_attention_bias") or "position_bias" in passes(type(module)):
         facts["position_bias"] = True
     shared = getattr(module, "is_kv_shared_layer", False)
+    # From 5.24 on the last layer of each kind stores its keys for a drafter where no layer reads them.
     facts["shares_kv"] = bool(shared or getattr(module, "store_full_length_kv", False))
     family = family_of(module)
     chunked = str(facts.get("layer_type")) == "chunked_attention"
     facts |= {
         "keys": family.keys, "calls": family.calls, "no_evict": family.no_evict,
-        "no_kv": held.no_kv(chunked), "no_state": held.no_state, "borrows": held.borrows, "depths": held.depths,
+        "no_kv": family.no_kv or held.no_kv(chunked), "no_state": family.no_state or held.no_state,
+        "borrows": held.borrows, "depths": held.depths,
     }  # fmt: skip
     return facts

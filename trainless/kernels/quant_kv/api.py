@@ -63,6 +63,7 @@ def packed_rows(
     """
     terms = Terms(scale, position_bias, softcap, sink_logits)
     _check(query, segments, valid)
+    segments = _plain(segments)
     chosen = choose(query, segments, terms=terms).name
     if chosen == "triton":
         from .triton import rows as on_triton
@@ -80,7 +81,15 @@ def weigh(p: Tensor, segments: Sequence[Segment]) -> Tensor:
     slots = sum(s.slots for s in segments)
     if p.shape[-1] != slots:
         raise InputError(f"probabilities over {p.shape[-1]} keys, but the segments have {slots} slots")
+    segments = _plain(segments)
     return softmax.weigh(p, segments, _products(_involved(p, segments))[0])
+
+
+def _plain(segments: Sequence[Segment]) -> Sequence[Segment]:
+    """Segments that a backward pass may keep: those packed under ``inference_mode`` are copied while gradients are on."""
+    if not torch.is_grad_enabled():
+        return segments
+    return [s.each(torch.clone) if s.key.is_inference() else s for s in segments]
 
 
 def _involved(
@@ -139,7 +148,7 @@ def blocks(
     """(keys, values, what is seen of them, first slot) of BLOCK tokens at a time, dequantised."""
     b, h, lq, _ = query.shape
     start = 0
-    for segment in segments:
+    for segment in _plain(segments):
         for lo in range(0, segment.slots, BLOCK):
             hi = min(segment.slots, lo + BLOCK)
             key, value = dequantise(segment, lo, hi, query.dtype)

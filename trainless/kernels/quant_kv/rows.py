@@ -53,13 +53,15 @@ def rows(
     else:
         p = torch.softmax(z, -1)
         if valid is not None:
-            p = p.nan_to_num_(0.0)  # rows without a valid key
+            # Rows without a valid key. A backward pass reads what the softmax gave.
+            p = p.nan_to_num(0.0) if p.requires_grad else p.nan_to_num_(0.0)
     return weigh(p, segments, form).to(query.dtype), p, total
 
 
 def _finish(z: Tensor, terms: Terms, valid: Tensor | None, hkv: int) -> Tensor:
     if terms.softcap is not None:
-        z.div_(terms.softcap).tanh_().mul_(terms.softcap)
+        z = z.div_(terms.softcap).tanh_()
+        z = z * terms.softcap if z.requires_grad else z.mul_(terms.softcap)
     if terms.position_bias is not None:
         z += terms.position_bias
     if valid is not None:

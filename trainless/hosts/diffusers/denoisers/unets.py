@@ -23,7 +23,10 @@ from .words import (
     product,
 )
 
-OVER_FRAMES = {"temp_attentions", "motion_modules", "temporal_transformer_blocks", "transformer_in"}
+OVER_FRAMES = {
+    "temp_attentions", "motion_modules", "temporal_transformer_blocks", "transformer_in",
+    "image_latents_temporal_encoder",
+}  # fmt: skip
 IN_BLOCKS = {"down_blocks", "mid_block", "up_blocks"}
 # Names of layers as UNets have them, and what they hold.
 _FIRST = "down_blocks.0.attentions.0.transformer_blocks.0"
