@@ -44,9 +44,12 @@ def test_records_say_when_they_were_measured(tmp_path: Path) -> None:
     append(out, {"n": 1})
     (found,) = records(out)
     assert found["threads"] == torch.get_num_threads()
-    earlier = {**found, "date": "2026-01-02T03:04:05+00:00", "threads": 64}
-    assert when([found, earlier], "a CPU").startswith(f"2026-01-02 to {found['date'][:10]} · a CPU, ")
-    assert when([earlier], "a CPU") == "2026-01-02 · a CPU, 64 threads"
+    earlier = {**found, "date": "2026-01-02T03:04:05+00:00", "threads": 64, "cpu": "an older one"}
+    unsaid = {"date": "2026-01-02", "threads": 3}
+    assert when([unsaid], "a CPU") == "2026-01-02 · a CPU, 3 threads"
+    assert when([found, earlier], "a CPU").startswith(f"2026-01-02 to {found['date'][:10]} · ")
+    assert f"{found['cpu']}, {torch.get_num_threads()} thread" in when([found, earlier], "a CPU")
+    assert when([earlier], "a CPU") == "2026-01-02 · an older one, 64 threads"
     assert when([{**earlier, "threads": 1}], "a CPU").endswith(", 1 thread")
 
 
