@@ -44,6 +44,7 @@ class FixedLayer(CompressingLayer):
         self.fed: Tensor | None = None  # int64 (): tokens fed so far, while frozen
         self.stepping = False  # whether the call that begins is a step on the slots
         self.new: tuple[Tensor, Tensor] | None = None  # the token of the step under way
+        self.whole = False  # whether nothing had gone when it was frozen
         self.frozen_at: tuple[int, list[int]] = (
             0,
             [],
@@ -95,6 +96,7 @@ class FixedLayer(CompressingLayer):
         self.keys, self.values = self.fixed.keys, self.fixed.values
         self.positions, self.scores, self.free = self.fixed.positions, self.fixed.scores, None
         self.frozen_at = self.seen, list(self.ages)
+        self.whole = self.counts == self.ages
         if self.capacity is not None and device.type == "cuda":
             for tensor in (*self.fixed.tensors().values(), self.fed):
                 torch._dynamo.mark_static_address(tensor)
@@ -191,6 +193,11 @@ class FixedLayer(CompressingLayer):
         out, p = plain.attend(query, turned, Terms(scale, None, softcap, sinks))
         plain.settle(p, fixed, rule, real)
         return out.transpose(1, 2)
+
+    def untouched(self) -> Tensor:
+        """Whether, on the device, all that came is still held."""
+        assert self.fixed is not None
+        return (self.fixed.age == self.fixed.count).all()
 
     def _told(self, mask: Any) -> Tensor | None:
         if not isinstance(mask, Tensor):

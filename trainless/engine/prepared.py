@@ -38,24 +38,27 @@ class Prepared:
         self.rolled = bool(plan.of["position"])
         self.kernel = "stock" if self.evictor is None else "slots"
         self.refusal = _refusal(plan)
+        # On the device: traced calls, and steps (traced or not) before which and in which nothing was dropped yet.
         self.calls: Tensor | None = None
+        self.idle: Tensor | None = None
         if device is not None and not plan.inert and self.refusal is None:
-            self.calls = torch.zeros((), dtype=torch.int64, device=device)
+            self.calls, self.idle = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
             if device.type == "cuda":  # or a CUDA graph would not be recorded around what is written to
                 torch._dynamo.mark_static_address(self.calls)
+                torch._dynamo.mark_static_address(self.idle)
 
     def freezes(self, lease: object) -> bool:
         """Whether a cache layer under this lease may settle: every later step is then one of this plan's."""
         return self.refusal is None and self.evictor is lease
 
-    def counted(self) -> int:
-        """How many traced calls have run since this was asked last; waits for the device."""
-        if self.calls is None:
-            return 0
-        found = int(self.calls)
-        if found:
-            self.calls.zero_()
-        return found
+    def counted(self) -> tuple[int, int]:
+        """Traced calls and idle steps since this was asked last; waits for the device."""
+        if self.calls is None or self.idle is None:
+            return 0, 0
+        calls, idle = int(self.calls), int(self.idle)
+        self.calls.zero_()
+        self.idle.zero_()
+        return calls, idle
 
     def gained(self, out: Tensor) -> Tensor:
         """The output (B, Lq, H, D) times the gains."""

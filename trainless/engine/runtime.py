@@ -111,16 +111,17 @@ class Runtime:
 
     def fold(self) -> None:
         """Add what compiled calls have counted on the device to the tallies; waits for the device."""
-        calls = self.prepared.counted()
-        if not calls:
+        calls, idle = self.prepared.counted()
+        if not (calls or idle):
             return
         with self.counting:
             for tally in self.live:
                 tally.fired += calls
-                tally.kernels[self.prepared.kernel] += calls
-                tally.reasons[self.prepared.kernel] = COMPILED
+                if calls:
+                    tally.kernels[self.prepared.kernel] += calls
+                    tally.reasons[self.prepared.kernel] = COMPILED
             for tally in self.acting:
-                tally.acted += calls
+                tally.acted += calls - idle
 
     def _tallies(self, entries: Sequence[Entry]) -> list[Tally]:
         return [self.tallies[o] for o in dict.fromkeys(e.owner for e in entries)]  # type: ignore[index]

@@ -103,6 +103,8 @@ def straight(
             query, mask, real=real, scale=scaling, softcap=kwargs.get("softcap"), sinks=kwargs.get(SINKS),
             rotate=runtime.rotate if ready.rolled else None,
         )  # fmt: skip
+        if layer.whole and ready.idle is not None and not (ready.gains or ready.factor != 1.0):
+            ready.idle.add_(layer.untouched())
     return ready.gained(out), weights
 
 
