@@ -3,6 +3,7 @@
 import os
 
 import pytest
+import slot_cases
 import torch
 from fixed_cases import copied, make, token
 from kernel_cases import no_worse
@@ -11,6 +12,9 @@ from triton_device import DEVICE, on_the_device  # noqa: F401 — a fixture that
 from trainless.kernels.common import Terms
 from trainless.kernels.quant_kv import fixed_plain, reference
 from trainless.kernels.quant_kv import fixed_triton as packed_form
+from trainless.kernels.slots import plain as slots_plain
+from trainless.kernels.slots import reference as slots_reference
+from trainless.kernels.slots import triton as slots_form
 
 ALL = DEVICE == "cuda" or os.environ.get("TRAINLESS_ALL") == "1"
 # As in ``fixed_cases``: several groups and parts, two bits and eight, a width that is no power of two, nothing packed.
@@ -62,3 +66,38 @@ def test_packed_decode_reads_only_what_there_is():
     given = token(shape, torch.float16)
     for a, b in zip(*(packed_form.decode(*given, x, Terms(0.3)) for x in (clean, dirty)), strict=True):
         assert torch.equal(a, b)
+
+
+# (B, H, Hkv, slots, held, D): several parts and blocks, a group of heads, one slot to spare
+SLOTS = [(2, 4, 2, 161, 160, 16), (1, 6, 2, 70, 20, 24), (1, 1, 1, 2, 1, 8)]
+FEW = {"oldest": 1, "sum": 0, "sum-max-normalised": 1, "sum-first": 0, "last-mean": 2, "last-shared": 0}
+SLOT_CASES = [
+    (name, s, DTYPES[(n + m) % 2])
+    for n, name in enumerate(slot_cases.RULES)
+    for m, s in enumerate(SLOTS)
+    if ALL or m == FEW[name]
+]
+
+
+@pytest.mark.parametrize(("name", "shape", "dtype"), SLOT_CASES, ids=str)
+def test_slot_decode(name, shape, dtype, monkeypatch):
+    monkeypatch.setattr(slots_form, "BLOCK", 64)
+    rule, b = slot_cases.RULES[name], shape[0]
+    never = torch.tensor([[[0, 5], [7, 7]]]).expand(b, 2, 2).contiguous() if shape[4] > 8 else None
+    mine = slot_cases.make(shape, rule, dtype, never=never, short=True)
+    near = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 5e-3, "atol": 5e-3}
+    for step in range(3):
+        terms = Terms(0.3, None, 2.0 if step else None, torch.randn(shape[1]) if step else None)
+        real = torch.tensor([True, False])[:b] if step == 1 else None
+        given = slot_cases.token(shape, dtype)
+        exact, low = slot_cases.copied(mine, torch.float64), slot_cases.copied(mine)
+        want = slots_reference.decode(*(t.double() for t in given), exact, rule, terms, real)
+        plain = slots_plain.decode(*given, low, rule, terms, real)
+        got = slots_form.decode(*given, mine, rule, terms, real)
+        assert got.dtype == dtype
+        no_worse(got, want, plain, factor=4.0)
+        for n, t in mine.tensors().items():
+            if n == "scores":
+                torch.testing.assert_close(t.double(), exact.scores, **near)
+            else:
+                assert torch.equal(t, low.tensors()[n]), (step, n)
