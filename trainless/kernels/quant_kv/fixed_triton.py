@@ -252,6 +252,15 @@ def _of_ring(
     best = tl.full((BR,), float("-inf"), tl.float32)
     whole = tl.zeros((BR,), tl.float32)
     acc = tl.zeros((BR, BW), tl.float32)
+    if APPEND:
+        # The new token comes first, so that what follows finds it in its slot.
+        at = seen % ring
+        if (until > seen) & (at >= first) & (at < last):
+            own_k = tl.load(new_k + lane * D + wide, mask=wide < D, other=0.0)
+            own_v = tl.load(new_v + lane * DV + wide_v, mask=wide_v < DV, other=0.0)
+            tl.store(tail_k + (lane * ring + at) * D + wide, own_k, mask=wide < D)
+            tl.store(tail_v + (lane * ring + at) * DV + wide_v, own_v, mask=wide_v < DV)
+        tl.debug_barrier()
     for start in range(first, last, BT):
         place = start + tl.arange(0, BT)
         # The slot of token n is n % ring.
@@ -261,17 +270,8 @@ def _of_ring(
         from_v = tail_v + (lane * ring + place)[:, None] * DV + wide_v[None, :]
         inside = here[:, None] & (wide < D)[None, :]
         inside_v = here[:, None] & (wide_v < DV)[None, :]
-        if APPEND:
-            fresh = (token >= seen)[:, None]
-            own_k = new_k + lane * D + wide[None, :] + place[:, None] * 0
-            own_v = new_v + lane * DV + wide_v[None, :] + place[:, None] * 0
-            k = tl.load(tl.where(fresh, own_k, from_k), mask=inside, other=0.0)
-            v = tl.load(tl.where(fresh, own_v, from_v), mask=inside_v, other=0.0)
-            tl.store(from_k, k, mask=inside & fresh)
-            tl.store(from_v, v, mask=inside_v & fresh)
-        else:
-            k = tl.load(from_k, mask=inside, other=0.0)
-            v = tl.load(from_v, mask=inside_v, other=0.0)
+        k = tl.load(from_k, mask=inside, other=0.0)
+        v = tl.load(from_v, mask=inside_v, other=0.0)
         z = _dot(k, query, tl.zeros((BT, BR), tl.float32), KIND) * once
         z = _finish(z, scale, softcap, CAP)
         number = slots - ring + place

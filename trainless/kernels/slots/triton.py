@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import Terms
+from ..split import MOST as CLUSTERS
 from ..split import last_lane, merge_parts
 from ..tickets import CLUSTER, MOST
 from ..tiles import tanh
@@ -49,29 +50,29 @@ def _attend(
     in_r = rows < r
     of = q + (lane * r + rows[None, :]) * D + wide[:, None]
     query = tl.load(of, mask=in_r[None, :] & (wide < D)[:, None], other=0.0)
+    first = part * share
+    last = tl.minimum(first + share, slots)
+    if (at >= first) & (at < last):
+        # The new token comes first, so that what follows finds it in its slot.
+        own = lane * slots + at
+        tl.store(positions + own, seen)
+        own_k = tl.load(new_k + lane * D + wide, mask=wide < D, other=0.0)
+        own_v = tl.load(new_v + lane * DV + wide_v, mask=wide_v < DV, other=0.0)
+        tl.store(keys + own * D + wide, own_k, mask=wide < D)
+        tl.store(values + own * DV + wide_v, own_v, mask=wide_v < DV)
+    tl.debug_barrier()
     best = tl.full((BR,), float("-inf"), tl.float32)
     total = tl.zeros((BN, BR), tl.float32)
     acc = tl.zeros((BR, BV), tl.float32)
-    first = part * share
-    for start in tl.range(first, tl.minimum(first + share, slots), BN):
+    for start in tl.range(first, last, BN):
         place = start + tl.arange(0, BN)
-        here = place < slots
-        fresh = (place == at)[:, None]
+        here = place < last
         near = (lane * slots + place)[:, None]
         position = tl.load(positions + lane * slots + place, mask=here, other=-1)
-        position = tl.where(place == at, seen, position)
-        inside = here[:, None] & (wide < D)[None, :]
-        inside_v = here[:, None] & (wide_v < DV)[None, :]
-        k = tl.load(keys + near * D + wide[None, :], mask=inside, other=0.0)
-        v = tl.load(values + near * DV + wide_v[None, :], mask=inside_v, other=0.0)
-        if (at >= start) & (at < start + BN):
-            tl.store(positions + lane * slots + place, position, mask=place == at)
-            own_k = tl.load(new_k + lane * D + wide, mask=wide < D, other=0.0)
-            own_v = tl.load(new_v + lane * DV + wide_v, mask=wide_v < DV, other=0.0)
-            k = tl.where(fresh, own_k[None, :], k)
-            v = tl.where(fresh, own_v[None, :], v)
-            tl.store(keys + near * D + wide[None, :], k, mask=inside & fresh)
-            tl.store(values + near * DV + wide_v[None, :], v, mask=inside_v & fresh)
+        k = tl.load(keys + near * D + wide[None, :], mask=here[:, None] & (wide < D)[None, :], other=0.0)
+        v = tl.load(
+            values + near * DV + wide_v[None, :], mask=here[:, None] & (wide_v < DV)[None, :], other=0.0
+        )
         if EXACT:
             z = tl.dot(k, query, input_precision="ieee")
         else:
@@ -177,7 +178,7 @@ def _settle(
     tl.store(found_slot + spot * 3 + 1, victim)
     tl.store(found_slot + spot * 3 + 2, empty)
     tl.debug_barrier()
-    own = tickets + lane * (MOST + 2)
+    own = tickets + lane * (CLUSTERS + 2)
     if tl.atomic_add(own, 1) == blocks - 1:
         tl.store(own, 0)
         each = tl.arange(0, BB)
