@@ -49,9 +49,7 @@ FORM = "trainless.kernels.{}"
 TYPES = {
     **dict.fromkeys("q k v new_k new_v keys_bf values_bf tail_k tail_v ek ev bias sinks out".split(), "bf16"),
     **dict.fromkeys("keys mask valid real".split(), "u8"),
-    **dict.fromkeys(
-        "lse logits scores part_out part_lse state total before counted found_worth".split(), "fp32"
-    ),
+    **dict.fromkeys("lse logits scores part_out part_lse state total records found_worth".split(), "fp32"),
     **dict.fromkeys("packed age tickets positions free count limit recent never found_slot".split(), "i32"),
     **dict.fromkeys("key_step key_min value_step value_min value_root".split(), "u32"),
     **dict.fromkeys("key value".split(), "u16"),
@@ -119,10 +117,16 @@ def cases() -> Iterator[Case]:
             2,
             4096,
         )
-    wide = {"FEATURE": 0, "KEYS": False, "EXACT": False, "BD": 64, "BV": 64}
-    yield Case("linear, sums", "linear.triton", "_reduce", {**wide, "BN": 64})
-    yield Case("linear, apply", "linear.triton", "_apply", {**wide, "BM": 64})
-    yield Case("linear, causal", "linear.triton", "_causal", {**wide, "BN": 64, "CUT": True})
+    kept: dict[str, float] = {"spills": 0}
+    for d in (64, 128):
+        wide = {"FEATURE": 0, "KEYS": False, "EXACT": False, "BD": d, "BV": 64}
+        sums, chunks = {"BN": 64, "WHOLE": True, "CLUSTER": 8}, {"BN": 32, "CUT": True}
+        yield Case(f"linear, sums, width {d}", "linear.triton", "_reduce", {**wide, **sums}, limits=kept)
+        yield Case(f"linear, apply, width {d}", "linear.triton", "_apply", {**wide, "BM": 64}, limits=kept)
+        yield Case(
+            f"linear, causal, width {d}", "linear.triton", "_causal", {**wide, **chunks}, 4 if d == 64 else 8, 2,
+            limits=kept if d == 64 else {},
+        )  # fmt: skip
     yield Case(
         "lse", "lse.triton", "_attention", {**masks, "BM": 64, "BN": 64, "BD": 128, "MODE": 0}, 4, 3, 4096
     )

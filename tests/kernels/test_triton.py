@@ -92,15 +92,15 @@ pointers = {"q": "bf16", "k": "bf16", "v": "bf16", "old": "bf16", "new": "bf16",
             "ek": "bf16", "ev": "bf16", "lse": "fp32", "keep": "fp32", "keys": "u8", "mask": "u8", "source": "u8",
             "index": "i64", "filled": "i64", "chosen": "i64", "state": "fp32", "total": "fp32",
             "rows_of": "i64", "cols_of": "i64", "limits": "i64", "spans": "i64",
-            "mass": "fp32", "before": "fp32", "counted": "fp32", "given": "fp32", "parts": "fp32", "groups": "i32"}
+            "mass": "fp32", "records": "fp32", "tickets": "i32", "given": "fp32", "parts": "fp32", "groups": "i32"}
 flags = dict(CAUSAL=True, WINDOW=FULL, CAP=FULL, KEYS=True, MASK=int(FULL), BIAS=FULL, SINKS=FULL, EXACT=False,
-             MODE=0, BM=64, BN=64, BS=32, BD=64, DISC=FULL, TY=8, TX=8, FEATURE=2 * FULL, BV=64, GIVEN=FULL,
-             COUNT=2, BG=2, CUT=True)
+             MODE=0, BM=64, BN=64, BD=64, DISC=FULL, TY=8, TX=8, FEATURE=2 * FULL, BV=64, GIVEN=FULL,
+             COUNT=2, BG=2, CUT=True, WHOLE=True, CLUSTER=8, BS=32)
 for kernel in KERNELS:
     types, constants = {}, {}
     for name in kernel.arg_names:
         if name.isupper():
-            types[name], constants[name] = "constexpr", flags[name]
+            types[name], constants[name] = "constexpr", 32 if kernel is _causal and name == "BN" else flags[name]
         elif name == "out":
             types[name] = "*fp32" if kernel is _column_mass else "*bf16"
         elif name in pointers:
