@@ -182,7 +182,7 @@ def old_packed_cases() -> Iterator[Case]:
             "EXACT": False, "ONE": True, "CAP": False,
             "BR": 16, "BN": 64, "BK": wide, "BV": wide,
         }  # fmt: skip
-        types = {"key": "u8", "value": "u8", "out": "fp32"} | dict.fromkeys(
+        types = {"key": "u8", "value": "u8", "out": "fp32", "spans": ""} | dict.fromkeys(
             ("key_step", "key_min", "value_step", "value_min", "value_root"), "bf16"
         )
         yield Case(
@@ -213,7 +213,7 @@ def built(case: Case) -> tuple[Any, list[tuple[str, str]], list[tuple[int, int]]
         elif name in FLOATS:
             types[name] = "fp32"
         else:
-            pointer = {**TYPES, **case.types}.get(name)
+            pointer = {**TYPES, **case.types}.get(name) or None
             types[name] = "i32" if pointer is None else "*" + pointer
             if pointer is not None or name not in UNALIGNED:
                 attributes[(place,)] = [["tt.divisibility", 16]]
