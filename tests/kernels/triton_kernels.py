@@ -152,6 +152,29 @@ def test_block_sparse(kind, shape, extras, name):
     no_worse(got, truth_of(case, allowed), truth_of(case, allowed, dtype))
 
 
+LISTED = [(1, 4, 1, 70, 90, 16), (2, 2, 2, 40, 33, 16), (1, 6, 2, 50, 50, 24)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("name", "shape"), [
+    ("blocks", LISTED[1]), ("blocks-shared", LISTED[0]), ("blocks-shared", LISTED[2]), ("spans", LISTED[0]),
+], ids=str)  # fmt: skip
+def test_block_sparse_over_lists_of_tiles(name, shape, dtype):
+    """Heads of a group together and apart, through descriptors and without, one pattern for two layers."""
+    pattern, allowed = pattern_of(name, shape)
+    for kind in ("causal",) if name == "spans" else ("causal", "full"):
+        for extras in (False, True):
+            case = make(kind, shape, dtype)
+            if extras:
+                case.terms = {"sink_logits": torch.randn(shape[1])}
+            before = dict(pattern.made)
+            call = (*case.qkv, pattern)
+            got = block_sparse_form.block_sparse(*call, visibility=case.seen(), terms=terms_of(case))
+            no_worse(got, truth_of(case, allowed), truth_of(case, allowed, dtype))
+            assert len(pattern.made) == len(before) + (not extras)
+            assert all(pattern.made[key] is value for key, value in before.items())
+
+
 def test_block_sparse_reads_and_writes_only_its_own():
     case = make("causal", (2, 4, 2, 70, 70, 24), torch.float32)
     options = {"visibility": case.seen(), "terms": terms_of(case)}
