@@ -55,6 +55,7 @@ TYPES = {
     **dict.fromkeys("key value".split(), "u16"),
     **dict.fromkeys("rows_of cols_of limits index spans".split(), "i64"),
 }
+PARAMETERS = ("key_step", "key_min", "value_step", "value_min", "value_root")
 FLOATS = {"scale", "softcap", "hidden", "eps"}
 ONES = {"q_d", "k_d", "v_d", "out_d"}  # strides along the width, which the launcher specialises
 UNALIGNED = {
@@ -159,6 +160,11 @@ def packed_cases() -> Iterator[Case]:
             f"packed_decode, {bits} bits, width {d}, {share} rows a head", "quant_kv.fixed_triton", "_packed_decode",
             constants, plan["num_warps"], plan["num_stages"], 2 * d * plan["BN"], limits=limits,
         )  # fmt: skip
+    pack = {"D": 128, "DV": 128, "SIZE": 64, "KBITS": 4, "VBITS": 4, "BS": 64, "BK": 64, "BV": 64}
+    types = dict.fromkeys(PARAMETERS, "bf16") | {"key": "u8", "value": "u8", "residual": "i32"}
+    yield Case(
+        "pack_group, 4 bits", "quant_kv.fixed_triton", "_pack", pack, 8, 3, types=types, limits={"spills": 0}
+    )
 
 
 def slot_cases() -> Iterator[Case]:
@@ -192,9 +198,7 @@ def old_packed_cases() -> Iterator[Case]:
             "EXACT": False, "ONE": True, "CAP": False,
             "BR": 16, "BN": 64, "BK": wide, "BV": wide,
         }  # fmt: skip
-        types = {"key": "u8", "value": "u8", "out": "fp32", "spans": ""} | dict.fromkeys(
-            ("key_step", "key_min", "value_step", "value_min", "value_root"), "bf16"
-        )
+        types = {"key": "u8", "value": "u8", "out": "fp32", "spans": ""} | dict.fromkeys(PARAMETERS, "bf16")
         yield Case(
             f"packed_rows, {bits} bits",
             "quant_kv.triton",
@@ -350,6 +354,8 @@ def calls() -> Iterator[tuple[str, str, Callable[[Any], Any]]]:
     step = some(1, 32, 1, 128), some(1, 8, 1, 128), some(1, 8, 1, 128)
     buffers = fixed_packed(step[1], step[2], k_bits=4, v_bits=4, group=64, groups=16, ring=192)
     yield "packed_decode", "quant_kv.fixed_triton", lambda m: m.decode(*step, buffers, Terms(0.1))
+    residual = torch.zeros(1, dtype=torch.int32)
+    yield "pack_group", "quant_kv.fixed_triton", lambda m: m.pack_group(buffers, residual)
     scores = torch.zeros(1, 32, buffers.slots)
     yield (
         "packed_decode, with probabilities",

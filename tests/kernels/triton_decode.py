@@ -10,7 +10,7 @@ from kernel_cases import no_worse
 from triton_device import DEVICE, on_the_device  # noqa: F401 — a fixture that every test uses
 
 from trainless.kernels.common import Terms
-from trainless.kernels.quant_kv import fixed_plain, reference
+from trainless.kernels.quant_kv import fixed_plain, reference, unpack
 from trainless.kernels.quant_kv import fixed_triton as packed_form
 from trainless.kernels.slots import plain as slots_plain
 from trainless.kernels.slots import reference as slots_reference
@@ -66,6 +66,30 @@ def test_packed_decode_reads_only_what_there_is():
     given = token(shape, torch.float16)
     for a, b in zip(*(packed_form.decode(*given, x, Terms(0.3)) for x in (clean, dirty)), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("shape", "dtype"), CASES, ids=str)
+def test_pack_group(shape, dtype):
+    """The same codes and parameters as in torch, in rows that are due; a constant channel and an empty one, too."""
+    residual = torch.tensor([1, 60][: shape[0]], dtype=torch.int32)
+    ring = max(shape[8], shape[6] + 6)
+    mine = make((*shape[:4], max(0, shape[4] - 1), *shape[5:7], ring - 2, ring, *shape[9:]), dtype)
+    mine.tail_key[..., 1], mine.tail_value[..., 2] = 3.0, 0.0
+    other, before = copied(mine), mine.packed.clone()
+    packed_form.pack_group(mine, residual)
+    fixed_plain.pack_group(other, residual)
+    near = {"rtol": 1e-6 if dtype == torch.float32 else 2e-3, "atol": 1e-6}
+    for name, t in mine.tensors().items():
+        held = other.tensors()[name]
+        if t.is_floating_point():  # torch's root is not always the nearest number
+            torch.testing.assert_close(t, held, **near)
+        elif t.dtype == torch.uint8:
+            bits = mine.k_bits if name == "key" else mine.v_bits
+            off = (unpack(t, bits).int() - unpack(held, bits).int()).abs()
+            assert off.max() <= 1 and off.float().mean() < 0.01, name
+        else:
+            assert torch.equal(t, held), name
+    assert (mine.packed > before).any()
 
 
 # (B, H, Hkv, slots, held, D): several parts and blocks, a group of heads, one slot to spare

@@ -64,7 +64,7 @@ def _(query: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op(
-    "trainless::pack_group", mutates_args=("packed_key", "packed_value", *PARAMETERS, "packed")
+    "trainless::pack_group", mutates_args=("packed_key", "packed_value", *PARAMETERS, "packed", "tickets")
 )
 def pack_group_op(
     packed_key: Tensor,
@@ -88,7 +88,12 @@ def pack_group_op(
         k_bits, v_bits, packed_key, packed_value, key_step, key_min, value_step, value_min, value_root, tail_key,
         tail_value, packed, age, tickets,
     )  # fmt: skip
-    fixed_plain.pack_group(buffers, residual)
+    if not triton_reasons((tail_key, packed_key)) and {k_bits, v_bits} <= {2, 4, 8}:
+        from . import fixed_triton
+
+        fixed_triton.pack_group(buffers, residual)
+    else:
+        fixed_plain.pack_group(buffers, residual)
 
 
 @pack_group_op.register_fake
