@@ -389,10 +389,11 @@ def calls() -> Iterator[tuple[str, str, Callable[[Any], Any]]]:
         "blocks": Blocks(index, 64),
         "spans": Spans(torch.full((32,), 128), 4),
     }
-    for name, pattern in patterns.items():
+    again = {f"{name}, next layer": patterns[name] for name in ("blocks", "spans")}
+    for name, pattern in {**patterns, **again}.items():
         yield (
             f"block_sparse, {name}",
-            "block_sparse.triton",
+            "block_sparse.triton block_sparse.listed",
             lambda m, p=pattern: m.block_sparse(q, k, k, p, visibility=seen, terms=Terms(0.1)),
         )
     x = some(1, 8, 4096, 64)
@@ -408,18 +409,20 @@ def calls() -> Iterator[tuple[str, str, Callable[[Any], Any]]]:
 def launched() -> Iterator[dict[str, Any]]:
     """One row per call: kernels of ours, other operators, and how often the host waits."""
     for name, module, call in calls():
-        form, count = import_module(FORM.format(module)), Launches()
-        before = dict(vars(form))
-        for known, value in before.items():
-            if isinstance(value, triton.runtime.jit.JITFunction):
-                setattr(form, known, count.stub())
-            elif isinstance(value, torch._library.custom_ops.CustomOpDef):
-                setattr(form, known, value._init_fn)  # so that what happens inside is counted
+        forms, count = [import_module(FORM.format(m)) for m in module.split()], Launches()
+        before = [dict(vars(form)) for form in forms]
+        for form in forms:
+            for known, value in list(vars(form).items()):
+                if isinstance(value, triton.runtime.jit.JITFunction):
+                    setattr(form, known, count.stub())
+                elif isinstance(value, torch._library.custom_ops.CustomOpDef):
+                    setattr(form, known, value._init_fn)  # so that what happens inside is counted
         try:
             with count:
-                call(form)
+                call(forms[0])
         finally:
-            vars(form).update(before)
+            for form, held in zip(forms, before, strict=True):
+                vars(form).update(held)
         yield {
             "call": name,
             "our launches": count.kernels,

@@ -138,6 +138,18 @@ def test_kernels_compile_for_a_gpu(kernels, full, capability, tmp_path):
         assert f"compiled {name}" in output
 
 
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kernel", ["packed_decode, 4 bits, width 128, 4", "slot_decode, attend", "block_sparse over lists"]
+)
+def test_machine_code_keeps_its_limits(kernel, tmp_path):
+    """No spills; of packed codes at most four instructions each and no conversions from integers."""
+    script = HERE.parent.parent / "benchmarks" / "machine_code.py"
+    code, output = python(tmp_path, str(script), "--only", kernel, "--check", TRITON_CACHE_DIR=str(tmp_path))
+    assert code == 0 and "'limits': 'kept'" in output, output[-3000:]
+
+
 def test_importing_the_kernels_does_not_import_triton(tmp_path):
     # torch may do so itself; what counts is that ours adds nothing.
     code = (
