@@ -42,6 +42,7 @@ def python(tmp_path, *arguments, **environment):
         ("triton_kernels.py", "float32"),
         ("triton_kernels.py", "not float32"),
         ("triton_linear.py", ""),
+        ("triton_decode.py", ""),
     ],
 )
 def test_every_kernel_runs_in_the_interpreter(file, those, tmp_path):
@@ -59,7 +60,7 @@ def test_every_kernel_runs_in_the_interpreter(file, those, tmp_path):
 @needs_triton
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-@pytest.mark.parametrize("file", ["triton_kernels.py", "triton_linear.py"])
+@pytest.mark.parametrize("file", ["triton_kernels.py", "triton_linear.py", "triton_decode.py"])
 def test_every_kernel_runs_on_the_gpu(file, tmp_path):
     code, output = python(
         tmp_path,
@@ -143,7 +144,7 @@ def test_importing_the_kernels_does_not_import_triton(tmp_path):
         "import sys, torch, torch.library; before = {m for m in sys.modules if m.split('.')[0] == 'triton'}; "
         "import trainless.kernels.lse, trainless.kernels.column_mass, trainless.kernels.mass_move, "
         "trainless.kernels.group_mass, trainless.kernels.window2d, trainless.kernels.linear, "
-        "trainless.kernels.block_sparse; "
+        "trainless.kernels.block_sparse, trainless.kernels.quant_kv, trainless.kernels.slots; "
         "after = {m for m in sys.modules if m.split('.')[0] == 'triton'}; "
         "assert not any(m.endswith('.triton') for m in sys.modules if m.startswith('trainless.kernels')); "
         "print(len(before), len(after))"
