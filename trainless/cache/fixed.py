@@ -82,7 +82,7 @@ class FixedLayer(Freezing):
         )  # fmt: skip
         self.keys, self.values = self.fixed.keys, self.fixed.values
         self.positions, self.scores, self.free = self.fixed.positions, self.fixed.scores, None
-        self._froze()
+        self._froze(self.fixed.count)
 
     def thaw(self) -> None:
         fixed = self.fixed

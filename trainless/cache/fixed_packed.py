@@ -18,7 +18,7 @@ from ..kernels.quant_kv import FixedPacked, fixed_packed, pack_group, packed_dec
 from ..seams import Evict, Lease, Quantise, tokens_of
 from .freezing import Freezing, thawing
 from .packed import PackedLayer
-from .store import Run
+from .store import Run, Store
 
 ROOM = 8  # groups that there is room for beyond those of a prompt, in a dynamic cache, at least
 
@@ -49,8 +49,18 @@ class FixedPackedLayer(Freezing, PackedLayer):
     def _clear(self) -> None:
         self.fixed: FixedPacked | None = None
         self.residual: Tensor | None = None  # (B,) int32: newest tokens that are never packed, while frozen
-        self.until = 0  # tokens that may be fed before the buffers of a dynamic cache are full
+        self.until = 0  # tokens that may have been fed before a dynamic cache needs larger buffers
         super()._clear()
+
+    @property
+    def store(self) -> Store:
+        """The packed runs; thaws, since they stand in buffers while frozen."""
+        self.thaw()
+        return self._store
+
+    @store.setter
+    def store(self, store: Store) -> None:
+        self._store = store
 
     @property
     def owners(self) -> tuple[Lease | None, Lease | None]:
@@ -68,9 +78,7 @@ class FixedPackedLayer(Freezing, PackedLayer):
             return
         if self.capacity is None and (not self.store.runs or self.seen - self.past > 1):
             return
-        if any(r.size != self.rule.group or r.segment.index is not None for r in self.store.runs):
-            return
-        if len(self.store.runs) > 1:
+        if not self._whole_groups():
             return
         if self.tail is None:
             self._locate(self.real_seen())
@@ -88,12 +96,18 @@ class FixedPackedLayer(Freezing, PackedLayer):
             group=group, groups=max(1, groups, *filled), ring=ring,
         )  # fmt: skip
         self._fill(fixed, run, filled)
-        room = fixed.slots - max(self.ages)
-        self.until = self.seen + room
-        self.fixed, self.store.runs, self.tail = fixed, [], None
+        # The next token but so many is packed with a group that there is no room for.
+        full = fixed.slots - ring + group - 1
+        self.until = self.seen + min(full + r - a for r, a in zip(residuals, self.ages, strict=True))
+        self.store.runs, self.tail, self.fixed = [], None, fixed
         self.residual = torch.tensor(residuals, dtype=torch.int32, device=fixed.age.device)
         self.keys, self.values = fixed.tail_key, fixed.tail_value
-        self._froze()
+        self._froze(fixed.age)
+
+    def _whole_groups(self) -> bool:
+        """Whether everything that is packed stands in groups as they were made."""
+        runs = self.store.runs
+        return len(runs) < 2 and all(r.size == self.rule.group and r.segment.index is None for r in runs)
 
     def _fill(self, fixed: FixedPacked, run: Run | None, filled: list[int]) -> None:
         """Put what is held into empty buffers."""

@@ -9,6 +9,7 @@ compiler can trace the step whole. Anything else that is asked of the layer *tha
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +19,32 @@ from ..errors import InputError, Unsupported
 from ..kernels.slots import SlotRule
 from ..seams import Lease
 from .compressing import CompressingLayer
+
+
+@dataclass
+class Counters:
+    """What a frozen layer has seen and holds, to be read when somebody asks.
+
+    fed (): tokens fed; held (B,): tokens that each row holds; nbytes: of all buffers; per_token: bytes of a token in an
+    unpatched layer.
+    """
+
+    fed: Tensor
+    held: Tensor
+    nbytes: int
+    per_token: int
+
+    @property
+    def seen(self) -> int:
+        return int(self.fed)
+
+    @property
+    def width(self) -> int:
+        return int(self.held.max())
+
+    @property
+    def stock_nbytes(self) -> int:
+        return self.seen * self.per_token
 
 
 class Freezing(CompressingLayer):
@@ -34,6 +61,7 @@ class Freezing(CompressingLayer):
 
     def _clear(self) -> None:
         self.fed = None
+        self.counters: Counters | None = None  # of the buffers that it froze into last
         self.stepping = False  # whether the call that begins is a step on the buffers
         self.new: tuple[Tensor, Tensor] | None = None  # the token of the step under way
         # Tokens fed, and ages of the rows, when it was frozen last.
@@ -86,9 +114,11 @@ class Freezing(CompressingLayer):
         waits = self.record_past or self.deferred or remembers or self.pending is not None or self.unplaced
         return self.fed is not None or waits or self.strayed or self.keys.requires_grad
 
-    def _froze(self) -> None:
-        """The buffers are filled: count tokens on the device from now on."""
+    def _froze(self, held: Tensor) -> None:
+        """The buffers are filled: count tokens on the device from now on. held (B,): those that each row holds."""
+        per_token = self.stock_nbytes // max(1, self.seen)
         self.fed = torch.tensor(self.seen, device=self.keys.device)
+        self.counters = Counters(self.fed, held, self.nbytes, per_token)
         self.frozen_at = self.seen, list(self.ages)
         if self.capacity is not None and self.keys.is_cuda:
             for tensor in (*self._buffers(), self.fed):

@@ -90,10 +90,9 @@ def _refusal(plan: AttentionPlan) -> str | None:
         given = entry.contribution
         if given.kind in NUMBERS and given.constant is not None:
             continue
-        alone = plan.quantiser is None
-        if (entry is plan.evictor or (given.kind == "position" and plan.evictor is not None)) and alone:
+        if entry is plan.evictor or (given.kind == "position" and plan.evictor is not None):
             continue
-        if entry is plan.quantiser and plan.evictor is None and not _chooses(entry):
+        if entry is plan.quantiser and not _chooses(entry):
             continue
         return f"{entry.method}: its {given.kind} depends on each call"
     return None

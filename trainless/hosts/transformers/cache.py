@@ -18,6 +18,7 @@ from transformers.cache_utils import (
 from ...cache import (
     CompressingLayer,
     ExpandedLayer,
+    FixedEvictingLayer,
     FixedLayer,
     FixedPackedLayer,
     Freezing,
@@ -162,7 +163,8 @@ def _compressing(runtime: Runtime, layer: Any) -> CompressingLayer:
         assert plan.evict is not None and evictor is not None
         made = FixedLayer(plan.evict, evictor, capacity) if settles else CompressingLayer(plan.evict, evictor)
     elif settles:
-        made = FixedPackedLayer(plan.quantise, packer, plan.evict, evictor, capacity)
+        kind = FixedPackedLayer if plan.evict is None else FixedEvictingLayer
+        made = kind(plan.quantise, packer, plan.evict, evictor, capacity)
     else:
         cls = PackedLayer if runtime.site.facts.get("keys", "same") == "same" else ExpandedLayer
         made = cls(plan.quantise, packer, plan.evict, evictor)
@@ -175,7 +177,8 @@ def _settles(runtime: Runtime, capacity: int | None) -> bool:
     if runtime.site.facts.get("keys", "same") != "same":
         return False
     if plan.quantise is not None:
-        return FixedPackedLayer.suits(plan.quantise, plan.evict, capacity)
+        kind = FixedPackedLayer if plan.evict is None else FixedEvictingLayer
+        return kind.suits(plan.quantise, plan.evict, capacity)
     return plan.evict is not None and FixedLayer.suits(plan.evict, capacity)
 
 

@@ -146,6 +146,7 @@ def _routed(
     if step is not None and kwargs.get("position_bias") is None:
         runtime.passed()
         runtime.acted(runtime.prepared.kernel)
+        runtime.settled = step.counters
         around = inputs.noted(runtime)
         padding = around.padding if around is not None else None
         return traced.straight(
@@ -206,6 +207,7 @@ def _routed(
         and runtime.prepared.freezes(call.layer.owners)
     ):
         call.layer.freeze()
+        runtime.settled = call.layer.counters
     facts.pop("residual", None)  # as large as the layer's activations: not to be kept until the next call
     weights = facts.pop("weights", None)
     if weights is None and facts.pop("attentions", False):
