@@ -339,8 +339,7 @@ class _Run(PackedRun):
                     tally.reasons[self.kernel] = self.reasons
         if layer is None:
             return
+        self.runtime.settled = None
         for entry in self.plan.of["kv"]:
             assert isinstance(entry.owner, Lease)
-            tally = self.runtime.tallies[entry.owner]
-            tally.tokens_seen, tally.tokens_kept = layer.seen, layer.width
-            tally.bytes_kept, tally.bytes_stock = layer.nbytes, layer.stock_nbytes
+            self.runtime.tallies[entry.owner].hold(layer)

@@ -17,6 +17,7 @@ from ..seams import AttentionPlan, Entry
 
 # Kinds that are one number here, known now.
 NUMBERS = frozenset({"scale", "gain"})
+PACKED = "packed/fixed"
 
 
 class Prepared:
@@ -36,7 +37,11 @@ class Prepared:
         )
         self.evictor = plan.evictor.owner if plan.evictor is not None else None
         self.rolled = bool(plan.of["position"])
-        self.kernel = "stock" if self.evictor is None else "slots"
+        self.packer = plan.quantiser.owner if plan.quantiser is not None else None
+        self.keeps = (
+            self.evictor is not None or self.packer is not None
+        )  # whether steps are on a layer's buffers
+        self.kernel = PACKED if self.packer is not None else "stock" if self.evictor is None else "slots"
         self.refusal = _refusal(plan)
         # On the device: traced calls, and steps (traced or not) before which and in which nothing was dropped yet.
         self.calls: Tensor | None = None
@@ -47,9 +52,9 @@ class Prepared:
                 torch._dynamo.mark_static_address(self.calls)
                 torch._dynamo.mark_static_address(self.idle)
 
-    def freezes(self, lease: object) -> bool:
-        """Whether a cache layer under this lease may settle: every later step is then one of this plan's."""
-        return self.refusal is None and self.evictor is lease
+    def freezes(self, owners: tuple[object, object]) -> bool:
+        """Whether a cache layer of these (evictor, packer) may settle: every later step is then one of this plan's."""
+        return self.refusal is None and self.evictor is owners[0] and self.packer is owners[1]
 
     def counted(self) -> tuple[int, int]:
         """Traced calls and idle steps since this was asked last; waits for the device."""
@@ -72,6 +77,12 @@ class Prepared:
         return out
 
 
+def _chooses(entry: Entry) -> bool:
+    """Whether the method looks at a call before it says how precisely its tokens are held."""
+    policy: Any = entry.contribution.policy
+    return bool(policy.chosen)
+
+
 def _number(entry: Entry) -> float:
     constant: Any = entry.contribution.constant
     return float(constant)
@@ -83,6 +94,8 @@ def _refusal(plan: AttentionPlan) -> str | None:
         if given.kind in NUMBERS and given.constant is not None:
             continue
         if entry is plan.evictor or (given.kind == "position" and plan.evictor is not None):
+            continue
+        if entry is plan.quantiser and not _chooses(entry):
             continue
         return f"{entry.method}: its {given.kind} depends on each call"
     return None

@@ -39,6 +39,11 @@ class Tally:
     bytes_kept: int = 0
     bytes_stock: int = 0  # what an unpatched cache would hold for the tokens seen
 
+    def hold(self, layer: Any) -> None:
+        """Note what a cache layer that evicts or packs, or the counters of one, has seen and holds."""
+        self.tokens_seen, self.tokens_kept = layer.seen, layer.width
+        self.bytes_kept, self.bytes_stock = layer.nbytes, layer.stock_nbytes
+
 
 class CallInThread(threading.local):
     """What the host's hooks note for the call that is under way in this thread."""
@@ -69,6 +74,7 @@ class Runtime:
             None  # while a call is traced by a compiler: its cache layer, from hook to attention
         )
         self.counting = threading.Lock()
+        self.settled: Any = None  # the counters of the frozen cache layer that was served last
         self.rotate: Callable[[Tensor, Tensor], Tensor] | None = None  # turns keys by so many positions
         self.hooked = False  # the host's own use: whether its hook is in place
         self.holders: dict[Contribution, nn.Module] = {}  # what holds the tensors of input contributions
@@ -110,8 +116,12 @@ class Runtime:
         return torch.device("cpu") if own is None or own.device.type == "meta" else own.device
 
     def fold(self) -> None:
-        """Add what compiled calls have counted on the device to the tallies; waits for the device."""
+        """Bring the tallies up to date with what stands on the device only; waits for it."""
         calls, idle = self.prepared.counted()
+        if self.settled is not None:
+            with self.counting:
+                for tally in self._tallies(self.plan.of["kv"]):
+                    tally.hold(self.settled)
         if not (calls or idle):
             return
         with self.counting:
