@@ -64,6 +64,7 @@ class Runtime:
         self.journal = Journal()
         self.plan = AttentionPlan([])
         self.prepared = Prepared(self.plan)
+        self.asks: frozenset[str] = frozenset()
         self.call = CallInThread()
         self.compiled_layer: Any = (
             None  # while a call is traced by a compiler: its cache layer, from hook to attention
@@ -100,7 +101,9 @@ class Runtime:
         """Merge anew what is active; called when a patch arrives, leaves, pauses or resumes."""
         self.fold()
         self.plan = AttentionPlan([e for e in self.entries if e.owner.active])  # type: ignore[attr-defined]
-        self.prepared = Prepared(self.plan, self._device())
+        self.prepared = Prepared(self.plan, self._device(), self.site.facts.get("whole", False))
+        # Those of paused patches as well: their steps go by all the same.
+        self.asks = frozenset().union(*(e.contribution.asks for e in self.entries))
         self.live = self._tallies(self.plan.entries)
         self.acting = self._tallies(self.plan.active)
 
@@ -111,16 +114,16 @@ class Runtime:
 
     def fold(self) -> None:
         """Add what compiled calls have counted on the device to the tallies; waits for the device."""
-        calls = self.prepared.counted()
-        if not calls:
-            return
-        with self.counting:
-            for tally in self.live:
-                tally.fired += calls
-                tally.kernels[self.prepared.kernel] += calls
-                tally.reasons[self.prepared.kernel] = COMPILED
-            for tally in self.acting:
-                tally.acted += calls
+        owners = self.prepared.owners
+        for calls, outcome in self.prepared.counted():
+            why = "; ".join(filter(None, (COMPILED, outcome.reasons)))
+            with self.counting:
+                for tally in self.live:
+                    tally.fired += calls
+                    tally.kernels[outcome.kernel] += calls
+                    tally.reasons[outcome.kernel] = why
+                for number in outcome.acted:
+                    self.tallies[owners[number]].acted += calls  # type: ignore[index]
 
     def _tallies(self, entries: Sequence[Entry]) -> list[Tally]:
         return [self.tallies[o] for o in dict.fromkeys(e.owner for e in entries)]  # type: ignore[index]
