@@ -10,6 +10,8 @@ from __future__ import annotations
 import threading
 from typing import NamedTuple
 
+from ..kernels.dispatch import constant
+
 SLOTS = 64
 
 
@@ -25,6 +27,7 @@ _known: list[Outcome] = []
 _changing = threading.Lock()
 
 
+@constant
 def slot_of(kernel: str, reasons: str, acted: tuple[int, ...]) -> int:
     """The number of an outcome, given when it is first met. The last one stands for all that come after it."""
     outcome = Outcome(kernel, reasons, acted)
@@ -32,11 +35,6 @@ def slot_of(kernel: str, reasons: str, acted: tuple[int, ...]) -> int:
         if outcome not in _known and len(_known) < SLOTS:
             _known.append(outcome)
         return _known.index(outcome) if outcome in _known else SLOTS - 1
-
-
-# What torch.compiler.assume_constant_result does: a compiler calls it and keeps the number. (Importing this package
-# must not import the compiler.)
-slot_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def outcome_at(slot: int) -> Outcome:

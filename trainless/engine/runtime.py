@@ -10,7 +10,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,22 @@ class Tally:
     tokens_kept: int = 0
     bytes_kept: int = 0
     bytes_stock: int = 0  # what an unpatched cache would hold for the tokens seen
+
+
+class Input(NamedTuple):
+    """An input contribution that is active: whose input it changes, how, and the method's own tensors.
+
+    holder: the module beside the site that has them. names: what the method calls each -> what it is called there.
+    """
+
+    module: str
+    value: Any
+    holder: nn.Module | None
+    names: dict[str, str]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors, where and as they are now."""
+        return {name: getattr(self.holder, own) for name, own in self.names.items()}
 
 
 class CallInThread(threading.local):
@@ -104,6 +120,7 @@ class Runtime:
         self.prepared = Prepared(self.plan, self._device(), self.site.facts.get("whole", False))
         # Those of paused patches as well: their steps go by all the same.
         self.asks = frozenset().union(*(e.contribution.asks for e in self.entries))
+        self.inputs = tuple(self._input(e.contribution) for e in self.plan.of["input"])
         self.live = self._tallies(self.plan.entries)
         self.acting = self._tallies(self.plan.active)
 
@@ -130,10 +147,14 @@ class Runtime:
 
     def own_tensors(self, contribution: Contribution) -> dict[str, Tensor]:
         """The tensors that stand beside the site for ``contribution``, where and as they are now."""
+        return self._input(contribution).tensors()
+
+    def _input(self, contribution: Contribution) -> Input:
         holder = self.holders.get(contribution)
-        if holder is None:
-            return {}
-        return {name: getattr(holder, name.replace(".", "_")) for name in contribution.tensors or ()}
+        names = (
+            {} if holder is None else {name: name.replace(".", "_") for name in contribution.tensors or ()}
+        )
+        return Input(contribution.module, contribution.value, holder, names)
 
     def mark(self) -> tuple[int, bool, dict[str, Any]]:
         """How the host has equipped this site so far; ``back_to`` takes back what came since."""

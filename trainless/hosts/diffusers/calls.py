@@ -44,7 +44,7 @@ REASON = "trainless counts and edits attention outside compiled regions"
 # ---------------------------------------------------------------- what cannot be reached
 
 
-# What follows from classes and settings alone is no part of a compiled graph: the compiler calls it, and keeps the answer.
+# What follows from classes and settings alone is no part of a compiled graph: the compiler keeps the answer.
 
 
 @torch.compiler.assume_constant_result

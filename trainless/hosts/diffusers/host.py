@@ -57,11 +57,11 @@ class DiffusersHost:
     def sites(self, model: nn.Module, prefix: str = "", parts: frozenset[str] = frozenset()) -> list[Site]:
         """Every attention module, numbered per part and role in module order.
 
-        Facts of a site: whole (traced calls go to the engine with all that is known of them), denoiser (the model), local (the site's name inside it), family, layout (what is declared
-        about its class), holds (what the site's tokens are), no_images (why no method can know image tokens there,
-        None where it can), level and levels (of a UNet), patch (latent pixels per token as (rows, columns), None in a
-        UNet and where nothing is declared), sizes (see ``Sizes``), trained_latent (rows, columns) or None, vae_scale
-        (for showing).
+        Facts of a site: denoiser (the model), local (the site's name inside it), family, whole (calls that are traced
+        go to the engine with all that is known of them), layout (what is declared about its class), holds (what the
+        site's tokens are), no_images (why no method can know image tokens there, None where it can), level and levels
+        (of a UNet), patch (latent pixels per token as (rows, columns), None in a UNet and where nothing is declared),
+        sizes (see ``Sizes``), trained_latent (rows, columns) or None, vae_scale (for showing).
         """
         owners = _denoisers(model)
         common = {name: self._model_facts(owner) for name, owner in owners.items()}

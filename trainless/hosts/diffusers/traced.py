@@ -6,6 +6,7 @@ something that the compiler follows, and of which nothing is left in the graph b
 
 from __future__ import annotations
 
+from types import FunctionType
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,6 +18,14 @@ from ...seams import AttentionCall
 from .calls import SDPA, Catching, refusal
 
 
+# Methods of a tensor that are written in Python: the compiler knows them by name, not by what they are made of.
+METHODS = {
+    method: name
+    for name, method in vars(Tensor).items()
+    if isinstance(method, FunctionType) and name not in ("matmul", "__matmul__", "bmm", "softmax")
+}
+
+
 def traceable(runtime: Runtime, module: nn.Module) -> bool:
     """Whether the call of ``module`` that begins can be traced whole."""
     ready = runtime.prepared
@@ -25,6 +34,12 @@ def traceable(runtime: Runtime, module: nn.Module) -> bool:
 
 class Traced(Catching):
     """Open while a compiler traces one patched module."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = METHODS.get(func)
+        if name is None:
+            return super().__torch_function__(func, types, args, kwargs)
+        return getattr(args[0], name)(*args[1:], **(kwargs or {}))
 
     def attention(
         self,
