@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo.eval_frame import skip_code
 
 from ...engine.runtime import Runtime
 from ...errors import Unsupported
@@ -67,12 +68,16 @@ class Context:
         if torch.compiler.is_compiling():
             self._trace(module, given)
         else:
-            self._note(module, given)
+            _uncompiled(self, module, given)
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if torch.compiler.is_compiling() and not self._asked():
             return
         self.local.geometry = None
+
+    # Around the module that is compiled itself hooks run outside of the graph: they are no graphs of their own.
+    skip_code(before.__code__)
+    skip_code(after.__code__)
 
     def _note(self, module: nn.Module, given: Mapping[str, Any]) -> None:
         geometry = self.read(module, given)

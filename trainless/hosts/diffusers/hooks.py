@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo.eval_frame import skip_code
 from torch.overrides import _get_current_function_mode
 
 from ...engine.runtime import Runtime
@@ -41,7 +42,7 @@ class AttentionHooks:
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not torch.compiler.is_compiling():
-            self._enter(module, args, kwargs)
+            _enter_uncompiled(self, module, args, kwargs)
         elif self.runtime.prepared.inert:
             return
         elif traceable(self.runtime, module):
@@ -51,7 +52,7 @@ class AttentionHooks:
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not torch.compiler.is_compiling():
-            self._leave(module, output)
+            _leave_uncompiled(self, module, output)
             return
         if self.runtime.prepared.inert:
             return
@@ -61,6 +62,10 @@ class AttentionHooks:
             mode.finish()
         else:
             _leave_uncompiled(self, module, output)
+
+    # Around the module that is compiled itself hooks run outside of the graph: they are no graphs of their own.
+    skip_code(before.__code__)
+    skip_code(after.__code__)
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         modes = _modes()

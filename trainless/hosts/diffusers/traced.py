@@ -6,7 +6,6 @@ something that the compiler follows, and of which nothing is left in the graph b
 
 from __future__ import annotations
 
-from types import FunctionType
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,12 +17,8 @@ from ...seams import AttentionCall
 from .calls import SDPA, Catching, refusal
 
 
-# Methods of a tensor that are written in Python: the compiler knows them by name, not by what they are made of.
-METHODS = {
-    method: name
-    for name, method in vars(Tensor).items()
-    if isinstance(method, FunctionType) and name not in ("matmul", "__matmul__", "bmm", "softmax")
-}
+# Methods of a tensor in which Python calls the parent's: the compiler follows them by name only.
+INHERITED = frozenset({"unflatten"})
 
 
 def traceable(runtime: Runtime, module: nn.Module) -> bool:
@@ -36,10 +31,10 @@ class Traced(Catching):
     """Open while a compiler traces one patched module."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = METHODS.get(func)
-        if name is None:
-            return super().__torch_function__(func, types, args, kwargs)
-        return getattr(args[0], name)(*args[1:], **(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        if name in INHERITED:
+            return getattr(args[0], name)(*args[1:], **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs)
 
     def attention(
         self,
