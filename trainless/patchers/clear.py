@@ -132,7 +132,7 @@ class Clear(Method):
                 return None
             return _disc(call, found, self.radius)
 
-        found = [Contribution("pattern", pattern, asks=asks)]
+        found = [Contribution("pattern", pattern, asks=asks, traceable=True)]
         source = None if self.weights is None else distilled(self.weights, self.name)
         if self.pool is not None:
             weight = _pooling(source, site, self.pool)
@@ -141,7 +141,7 @@ class Clear(Method):
                 found = self._image(call)
                 return None if found is None else _patches(call, found, weight)
 
-            found.append(Contribution("keys", pooled, asks=asks))
+            found.append(Contribution("keys", pooled, asks=asks, traceable=True))
         if source is not None:
             found.append(Contribution("weights", tensors=source.under(_keys(site))))
         return found

@@ -133,13 +133,14 @@ class LinFusion(Method):
                 _through(entry.middle),
                 module=projection,
                 tensors=source.under(entry.front(projection)),
+                traceable=True,
             )
             for projection in ("to_q", "to_k")
         ]
         return [
             Contribution("weights", tensors=source.under(entry.keys())),
             *fronts,
-            Contribution("form", _form, plain=_plainly),
+            Contribution("form", _form, plain=_plainly, traceable=True),
         ]
 
     def _published(self) -> Distilled:

@@ -30,6 +30,8 @@ class Contribution:
     says that it is known now to change nothing: the engine then runs the stock kernel. ``stateful`` asks
     for a State that outlives the call. ``lookahead`` says that a row's result depends on later rows of
     the same call, so a prefill cut into chunks would differ.
+    ``traceable`` says that ``value`` can be traced by a compiler: it looks at no tensor's values, reads the sizes of
+    the call as numbers, and changes nothing that outlives the call. Others run outside of compiled graphs.
     ``probes`` chooses the rows of the statistic "probe_mass", at a cost that grows with their number only;
     on a kv contribution it chooses the rows that the cache layer is told about.
 
@@ -49,6 +51,7 @@ class Contribution:
     inert: bool = False
     stateful: bool = False
     lookahead: bool = False
+    traceable: bool = False
     in_order: bool = False  # reads keys by their place in the sequence, so none may be evicted
     probes: Probes | None = None
     dynamic: bool = False  # pattern only: chosen from statistics, in the calls in which it needs some
