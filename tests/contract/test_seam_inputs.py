@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import trainless
-from trainless.seams import Contribution
+from trainless.seams import Contribution, Input
 
 from .test_seam_rules import Head, _replacing
 from .tools import CALLS, EXACT, Snapshot, build, outputs, same
@@ -16,7 +16,7 @@ from .toys import registered, toy, with_toys
 def _input(name, module, change, tensors=None):
     def make(site):
         given = {n: torch.full(t, 0.25, dtype=torch.float64) for n, t in (tensors or {}).items()}
-        return [Contribution("input", change, module=module, tensors=given)]
+        return [Input(change, module=module, tensors=given)]
 
     return toy(name, make)
 

@@ -18,6 +18,9 @@ KINDS = (
     "weights",  # replace tensors: tensors
 )
 STATISTICS = ("lse", "column_mass", "probe_mass", "group_mass")
+# How long a State lasts: for one call (what the contributions of a method hand each other), or for the sequence, with
+# whose cache layer it moves.
+SCOPES = ("call", "sequence")
 # Facts that a host finds out only for those who ask, in ``call.facts``:
 #   step: the number of the denoising step within its run, from 0; None where no timestep says it.
 #   images: bool (B, 1|Hkv, Lk), the keys that are image tokens, and image_rows: bool (B, Lq), the rows that are;

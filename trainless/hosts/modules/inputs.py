@@ -47,7 +47,7 @@ class Inputs(Edit):
             self._place(name)
         if names and self.runtime.site.kind == "module" and not self.runtime.plan.of["around"]:
             self.runtime.passed()
-        self.local.called = set()
+        self.local.called, self.local.acted = set(), set()
         self.local.counts = {owner: tally.acted for owner, tally in self.runtime.tallies.items()}
         self.local.passed = self.runtime.call.passed
 
@@ -69,7 +69,7 @@ class Inputs(Edit):
                     f"{entry.method}: {self.runtime.site.name} computed its output without calling {name!r}, so "
                     "the patch would act in part only; take fused projections apart (unfuse_qkv_projections)"
                 )
-            if name in called and tally.acted == acted:
+            if name in called and entry in self.local.acted and tally.acted == acted:
                 with self.runtime.counting:
                     tally.acted += 1
 
@@ -98,7 +98,11 @@ class Inputs(Edit):
                 if entry.contribution.module != name:
                     continue
                 value: Any = entry.contribution.value
-                args, kwargs = changed = value(args, kwargs, self.runtime.own_tensors(entry.contribution))
+                found = value(args, kwargs, self.runtime.own_tensors(entry.contribution))
+                if found is None:  # it declines this call
+                    continue
+                args, kwargs = changed = found
+                self.local.acted.add(entry)
             called = getattr(self.local, "called", None)
             if called is not None:
                 called.add(name)
