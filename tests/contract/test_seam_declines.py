@@ -112,12 +112,12 @@ def test_a_form_that_declines_leaves_the_cache_to_what_it_admits():
 def test_around_declines_by_calling_on():
     seen = []
 
-    def value(proceed, args, kwargs, state):
-        seen.append(args or tuple(kwargs))
-        return proceed(*args, **kwargs)
+    def value(proceed, call, state):
+        seen.append(call.site.layer)
+        return proceed(*call.args, **call.kwargs)
 
     model = build("llama")
     stock = outputs(model, "llama")
     with registered(toy("on", lambda site: [seams.Around(value)])), trainless.patched(model, "toy_on"):
         same(outputs(model, "llama"), stock)
-    assert len(seen) == 3 * len(CALLS)
+    assert seen == [0, 1, 2] * len(CALLS)

@@ -92,7 +92,7 @@ def _around(name, pattern, change):
     def make(site):
         if not site.name.endswith(pattern):
             return []
-        return [Around(lambda proceed, args, kwargs, state: change(proceed(*args, **kwargs)))]
+        return [Around(lambda proceed, call, state: change(proceed(*call.args, **call.kwargs)))]
 
     return toy(name, make, site_kind="module")
 

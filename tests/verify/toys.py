@@ -67,7 +67,7 @@ class Unreached(Method):
         return site.name.endswith("spare")
 
     def contribute(self, site: Site) -> Sequence[Contribution]:
-        return [Around(lambda proceed, args, kwargs, state: proceed(*args, **kwargs))]
+        return [Around(lambda proceed, call, state: proceed(*call.args, **call.kwargs))]
 
 
 @dataclass(frozen=True)

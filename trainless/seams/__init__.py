@@ -11,7 +11,7 @@ Shapes: B batch, H query heads, Hkv key/value heads, Lq queries and Lk keys of t
 
 from __future__ import annotations
 
-from .calls import AttentionCall, Groups, ImageTokens, Site, State, Statistics
+from .calls import AttentionCall, Groups, ImageTokens, ModuleCall, Site, State, Statistics
 from .contributions import (
     Around,
     Cache,
@@ -64,6 +64,7 @@ __all__ = [
     "Lease",
     "Mass",
     "MassMove",
+    "ModuleCall",
     "Observe",
     "Pairs",
     "Pattern",

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ..errors import InputError
-from .calls import AttentionCall, Groups, State, Statistics
+from .calls import AttentionCall, Groups, ModuleCall, State, Statistics
 from .eviction import Evict
 from .kinds import FACTS, SCOPES, STATISTICS
 from .precision import Quantise
@@ -327,14 +327,28 @@ class Cache(Contribution):
 
 @dataclass(frozen=True, eq=False)
 class Around(Contribution):
-    """Wraps the call of any module. value: ``(proceed, args, kwargs, state)`` -> what the module is to return.
+    """Wraps the call of any module. value: ``(proceed, call, state)`` -> what the module is to return.
 
-    It declines a call by returning ``proceed(*args, **kwargs)``.
+    call: a ``ModuleCall``; ``proceed(*call.args, **call.kwargs)`` runs the module, which is also how a call is
+    declined. state: takes tensors where ``scope`` is more than "call"; a sequence's begins with the first forward that
+    the patch sees of it.
     """
 
     kind: ClassVar[str] = "around"
-    value: Callable[..., Any] = field()
+    value: Callable[[Callable[..., Any], ModuleCall, State], Any] = field()
     inert: bool = field(default=False, kw_only=True)
+    scope: str = field(default="call", kw_only=True)
+    asks: frozenset[str] = field(default=frozenset(), kw_only=True)
+
+    @property
+    def stateful(self) -> bool:
+        return False  # it needs no cache layer of its own
+
+    def _check(self, said: str) -> None:
+        if self.asks - {"step"}:
+            raise InputError(
+                f"{said}: asks={sorted(self.asks)}: of a module's call only the step is found out"
+            )
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,7 +17,8 @@ from torch import nn
 
 from ...engine.runtime import Runtime
 from ...errors import Unsupported
-from ...seams import Site
+from ...seams import Site, State
+from ..modules.around import Surroundings
 from .denoisers import Geometry, Size, Unknown, layout_of
 from .steps import Steps
 
@@ -52,6 +53,11 @@ class Context:
         return getattr(self.local, "geometry", None)
 
     @property
+    def run(self) -> dict[str, State] | None:
+        """What is kept for the run of the call under way; None where none is known or nobody keeps anything."""
+        return getattr(self.local, "run", None)
+
+    @property
     def steps(self) -> Steps:
         if not hasattr(self.local, "steps"):
             self.local.steps = Steps()
@@ -65,14 +71,25 @@ class Context:
     @torch.compiler.disable(reason="trainless notes the size of the call outside compiled regions")
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         geometry = self.read(module, {**dict(zip(self.names, args, strict=False)), **kwargs})
+        self.local.run = None
         # Paused patches count as well: their steps go by all the same.
-        if any("step" in e.contribution.asks for runtime in self.runtimes for e in runtime.entries):
+        given = [e.contribution for runtime in self.runtimes for e in runtime.entries]
+        if any("step" in c.asks or c.scope == "run" for c in given):
             geometry = replace(geometry, step=self.steps.at(geometry.sample, geometry.timestep))
+            if geometry.step is not None:
+                self.local.run = self.steps.states[geometry.sample]
         self.local.geometry = geometry
 
     @torch.compiler.disable(reason="trainless notes the size of the call outside compiled regions")
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.local.geometry = None
+        self.local.geometry = self.local.run = None
+
+    def surroundings(self, runtime: Runtime) -> Surroundings:
+        """What the call under way says to those who stand around a module inside."""
+        geometry = self.geometry
+        if geometry is None:
+            return Surroundings()
+        return Surroundings(self.run, geometry.sample, geometry.step)
 
     def read(self, model: Any, given: Mapping[str, Any]) -> Geometry:
         """What the arguments of a call state, by the declared layout of the class."""

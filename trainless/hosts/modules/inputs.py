@@ -69,7 +69,7 @@ class Inputs(Edit):
                     f"{entry.method}: {self.runtime.site.name} computed its output without calling {name!r}, so "
                     "the patch would act in part only; take fused projections apart (unfuse_qkv_projections)"
                 )
-            if name in called and entry in getattr(self.local, "acted", ()) and tally.acted == acted:
+            if name in called and entry in self.local.acted and tally.acted == acted:
                 with self.runtime.counting:
                     tally.acted += 1
 
@@ -102,7 +102,8 @@ class Inputs(Edit):
                 if found is None:  # it declines this call
                     continue
                 args, kwargs = changed = found
-                getattr(self.local, "acted", set()).add(entry)
+                if getattr(self.local, "called", None) is not None:
+                    self.local.acted.add(entry)
             called = getattr(self.local, "called", None)
             if called is not None:
                 called.add(name)
