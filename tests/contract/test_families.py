@@ -20,14 +20,6 @@ CLOSED = {
         "FalconForCausalLM",
         {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 67},
     ),
-    "gptj": (
-        "GPTJForCausalLM",
-        {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4, "vocab_size": 67, "n_positions": 64},
-    ),
-    "codegen": (
-        "CodeGenForCausalLM",
-        {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4, "vocab_size": 67, "n_positions": 64},
-    ),
     "mpt": ("MptForCausalLM", {"d_model": 32, "n_layers": 2, "n_heads": 4, "vocab_size": 67}),
     "deberta": (
         "DebertaModel",

@@ -119,12 +119,15 @@ def test_prefill_in_chunks(case: Case, chunk: int):
             assert a.kept() == b.kept()
 
 
+STATIC = {"attn_temperature", "head_gain", "h2o", "streaming", "tova", "snapkv"}
+
+
 @pytest.mark.parametrize(**named(ON_LLAMA))
 def test_a_static_cache_is_refused_by_name_or_right(case: Case):
     model = _model()
     ids = models.prompt(14)
     patch = trainless.patch(model, case.method, **case.parameters)
-    if case.method in ("attn_temperature", "head_gain"):
+    if case.method in STATIC:
         same(_generate(model, ids, cache_implementation="static").logits, _generate(model, ids).logits, 3e-5)
     else:
         with pytest.raises(trainless.Unsupported, match=rf"{case.method}.*(static|Static)"):
