@@ -22,7 +22,7 @@ from trainless.bench.measure import alternate, memory_method, peak_of
 from trainless.bench.result import check_folder
 from trainless.bench.subjects import kl, packaged_text, token_ids
 from trainless.patchers import Method, base
-from trainless.seams import Contribution, Site
+from trainless.seams import Contribution, Gain, Site
 
 SMALL = {"tokens": 60, "new_tokens": 5, "repeats": 2}
 
@@ -36,7 +36,7 @@ class Liar(Method):
     identity: ClassVar[dict[str, Any] | None] = {}
 
     def contribute(self, site: Site) -> Sequence[Contribution]:
-        return [Contribution("gain", lambda call, stats, state: 2.0)]
+        return [Gain(lambda call, stats, state: 2.0)]
 
 
 @pytest.fixture

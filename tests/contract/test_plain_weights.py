@@ -12,7 +12,7 @@ from oracle import models
 from safetensors.torch import save_file
 
 import trainless
-from trainless.seams import why_not_plain
+from trainless.seams import Weights, why_not_plain
 
 
 class Packed(torch.Tensor):
@@ -142,11 +142,11 @@ def test_layers_of_torch_are_plain_and_biases_may_be_missing():
 
 def test_what_the_weights_seam_writes_is_checked_for_every_method():
     from trainless.edits.weights import check
-    from trainless.seams import Contribution, Site
+    from trainless.seams import Site
 
     linear = _packed(nn.Linear(4, 4))
     site = Site("net.layer", nn.ModuleDict({"inner": linear}), "any")
-    given = Contribution("weights", tensors={"inner.weight": torch.zeros(4, 4)})
+    given = Weights(tensors={"inner.weight": torch.zeros(4, 4)})
     with pytest.raises(
         trainless.Unsupported, match=r"some: net\.layer\.inner\.weight cannot be replaced.*Packed"
     ):

@@ -1,11 +1,15 @@
 """The seams input and weights beyond the plain case: modules inside a site, adapters, offloading, what is refused."""
 
+import dataclasses
+
 import pytest
 import torch
 
 import trainless
-from trainless.seams import Contribution
+from trainless import seams
+from trainless.seams import Input
 
+from . import toys
 from .test_seam_rules import Head, _replacing
 from .tools import CALLS, EXACT, Snapshot, build, outputs, same
 from .toys import registered, toy, with_toys
@@ -16,7 +20,7 @@ from .toys import registered, toy, with_toys
 def _input(name, module, change, tensors=None):
     def make(site):
         given = {n: torch.full(t, 0.25, dtype=torch.float64) for n, t in (tensors or {}).items()}
-        return [Contribution("input", change, module=module, tensors=given)]
+        return [Input(change, module=module, tensors=given)]
 
     return toy(name, make)
 
@@ -124,10 +128,143 @@ def test_a_module_that_is_not_there_or_not_called_is_refused():
         outputs(model, "llama")
 
 
-def test_only_an_input_names_a_module():
-    for kind, module in (("input", ""), ("gain", "q_proj")):
-        with pytest.raises(trainless.InputError, match="only input names one"):
-            Contribution(kind, module=module)
+# ---------------------------------------------------------------- misuse of every seam
+
+
+def _value(call, statistics, state):
+    return None
+
+
+def _rows(call, state):
+    return None
+
+
+EVICT = seams.Evict(recent=4)
+SCORED = seams.Evict(capacity=4, score="probe_mass", last=2)
+CHOSEN = seams.Quantise(chosen=True)
+ASKED = (
+    seams.Position,
+    seams.Keys,
+    seams.Scale,
+    seams.Pattern,
+    seams.Observe,
+    seams.Form,
+    seams.Mass,
+    seams.Gain,
+)
+BESIDE = (seams.Around, seams.Input, seams.Weights)
+EVERY = (*ASKED, seams.Cache, *BESIDE)
+FIELDS = {
+    "heads": (seams.Observe, seams.Mass, seams.Gain),
+    "constant": (seams.Scale, seams.Gain),
+    "needs": (seams.Pattern, seams.Observe, seams.Mass, seams.Gain, seams.Cache),
+    "statistics": (seams.Pattern, seams.Observe, seams.Mass, seams.Gain, seams.Cache),
+    "probes": (seams.Pattern, seams.Observe, seams.Mass, seams.Gain, seams.Cache),
+    "lookahead": (seams.Pattern, seams.Observe, seams.Mass, seams.Gain, seams.Cache),
+    "groups": (seams.Observe, seams.Mass, seams.Gain),
+    "asks": (*ASKED, seams.Cache, seams.Around),
+    "scope": (*ASKED, seams.Around),
+    "in_order": (seams.Mass,),
+    "admits": (seams.Form,),
+    "plain": (seams.Form,),
+    "policy": (seams.Cache,),
+    "module": (seams.Input,),
+    "tensors": (seams.Input, seams.Weights),
+    "inert": EVERY,
+    "kind": (),
+    "dynamic": (),
+    "stateful": (),
+}
+
+
+def test_every_kind_has_a_class_and_none_can_be_made_without():
+    assert sorted(cls.kind for cls in EVERY) == sorted(seams.KINDS)
+    with pytest.raises(TypeError, match="class of its kind"):
+        seams.Contribution("gain", _value)
+
+
+@pytest.mark.parametrize("kind", EVERY, ids=lambda cls: cls.kind)
+def test_a_kind_takes_the_fields_that_it_can_use_and_no_others(kind):
+    given = {"policy": EVICT} if kind is seams.Cache else {"value": _value}
+    given = {"tensors": {"a": torch.zeros(1)}} if kind is seams.Weights else given
+    given |= {"module": "q_proj"} if kind is seams.Input else {}
+    made = kind(**given)
+    assert not made.inert and kind(**given, inert=True).inert
+    own = {field.name for field in dataclasses.fields(kind)}
+    for name, kinds in FIELDS.items():
+        assert (name in own) == (kind in kinds)
+        if kind in kinds:
+            continue
+        with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
+            kind(**given, **{name: (0, 1)})
+    with pytest.raises((TypeError, trainless.InputError)):
+        kind()  # nothing to do
+    with pytest.raises(AttributeError):
+        made.inert = True
+
+
+def _needs(call, state):
+    return ("column_mass",)
+
+
+MISUSES = {
+    "two": (lambda: seams.Scale(_value, constant=2.0), "either a value.*or a constant, and both"),
+    "neither": (lambda: seams.Gain(), "either a value.*or a constant, and neither"),
+    "infinite": (lambda: seams.Scale(constant=float("inf")), "constant=inf"),
+    "number": (lambda: seams.Scale(0.5), r"value=0\.5 is no function"),
+    "constant_needs": (lambda: seams.Gain(constant=2.0, needs={"lse"}), "a constant reads neither"),
+    "name": (lambda: seams.Observe(_value, needs={"column_mas"}), "no statistic 'column_mas'; known: lse"),
+    "text": (lambda: seams.Observe(_value, needs="lse"), "give a set of names"),
+    "undeclared": (lambda: seams.Pattern(_value, needs=_needs), "say by `statistics` what it may ask for"),
+    "looks": (lambda: seams.Pattern(_value, lookahead=True), "depends on no row"),
+    "rows": (lambda: seams.Gain(_value, needs={"probe_mass"}), "says by `probes` of which rows"),
+    "no_rows": (lambda: seams.Mass(_value, probes=_rows), "and only that"),
+    "groups": (lambda: seams.Mass(_value, needs={"group_mass"}), "asked for by `groups`"),
+    "no_heads": (lambda: seams.Gain(constant=2.0, heads=()), "give distinct query heads"),
+    "same_heads": (lambda: seams.Mass(_value, heads=(1, 1)), "give distinct query heads"),
+    "fact": (lambda: seams.Scale(_value, asks={"steps"}), "no host knows the fact 'steps'; known: step"),
+    "scope": (lambda: seams.Mass(_value, scope="layers"), "scope='layers': a State lasts for one of call"),
+    "policy": (lambda: seams.Cache(_value), "neither an Evict nor a Quantise"),
+    "not_asked": (lambda: seams.Cache(EVICT, value=_value), "chosen=True takes a value that chooses"),
+    "not_chosen": (lambda: seams.Cache(CHOSEN), "chosen=True takes a value that chooses"),
+    "not_scored": (lambda: seams.Cache(SCORED), "needs `probes`, the rows to score by"),
+    "unread": (lambda: seams.Cache(EVICT, needs={"column_mass"}), r"nobody reads \['column_mass'\]"),
+    "module": (lambda: seams.Input(_value, module=""), "name a module inside the site"),
+    "nothing": (lambda: seams.Weights({}), "give at least one name"),
+}
+
+
+@pytest.mark.parametrize("name", MISUSES)
+def test_what_makes_no_sense_together_is_refused_when_it_is_made(name):
+    make, said = MISUSES[name]
+    with pytest.raises(trainless.InputError, match=f"seam .*{said}"):
+        make()
+    misused = toy("misused", lambda site: [make()])
+    model = build("llama")
+    before = Snapshot(model)
+    with registered(misused), pytest.raises(trainless.InputError, match=said):
+        trainless.patch(model, "toy_misused")
+    before.check(model)
+
+
+def test_a_statistic_that_was_not_declared_is_refused_at_the_call():
+    def needs(call, state):
+        return {"lse"} if call.fresh else {"column_mass"}
+
+    sly = toy("sly", lambda site: [seams.Observe(_value, needs=needs, statistics={"lse"})])
+    model = build("llama")
+    with registered(sly), trainless.patched(model, "toy_sly"):
+        with pytest.raises(trainless.InputError, match="needs 'column_mass', which its `statistics`"):
+            outputs(model, "llama")
+
+
+def test_statistics_and_another_operator_at_one_site_conflict():
+    reads = toy("reads", lambda site: [seams.Gain(_value, needs={"lse"})])
+    model = build("llama")
+    with registered(reads, toys.Form):
+        trainless.patch(model, "toy_form")
+        with pytest.raises(trainless.Conflict, match=r"toy_form and toy_reads.*seam form leaves no softmax"):
+            trainless.patch(model, "toy_reads")
 
 
 # ---------------------------------------------------------------- weights behind adapters

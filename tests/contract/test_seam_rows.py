@@ -112,11 +112,11 @@ def test_no_chosen_rows_cost_nothing():
 
 def test_a_statistic_over_chosen_rows_says_which():
     from trainless.errors import InputError
-    from trainless.seams import Contribution
+    from trainless.seams import Observe
 
     for given in ({"needs": {"probe_mass"}}, {"probes": toys.last_and_third}):
         with pytest.raises(InputError, match="probe"):
-            Contribution("observe", lambda call, stats, state: None, **given)
+            Observe(lambda call, stats, state: None, **given)
 
 
 # ---------------------------------------------------------------- some of the tokens

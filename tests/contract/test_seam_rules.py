@@ -6,7 +6,7 @@ from oracle import models, replay
 
 import trainless
 from trainless.patchers import known
-from trainless.seams import Contribution
+from trainless.seams import Around, Weights
 
 from . import toys
 from .tools import CALLS, EXACT, Snapshot, build, outputs, same
@@ -92,7 +92,7 @@ def _around(name, pattern, change):
     def make(site):
         if not site.name.endswith(pattern):
             return []
-        return [Contribution("around", lambda proceed, args, kwargs, state: change(proceed(*args, **kwargs)))]
+        return [Around(lambda proceed, call, state: change(proceed(*call.args, **call.kwargs)))]
 
     return toy(name, make, site_kind="module")
 
@@ -167,9 +167,7 @@ def _replacing(name, ends, tensor, **make):
     def contribute(site):
         if not site.name.endswith(ends):
             return []
-        return [
-            Contribution("weights", tensors={tensor: torch.full(make["shape"], 0.25, dtype=torch.float64)})
-        ]
+        return [Weights(tensors={tensor: torch.full(make["shape"], 0.25, dtype=torch.float64)})]
 
     return toy(name, contribute, site_kind="module")
 

@@ -7,7 +7,7 @@ from oracle import models
 import trainless
 from trainless.kernels import Window2d
 from trainless.kernels.window2d import blocked
-from trainless.seams import Contribution, ExtraKeys
+from trainless.seams import ExtraKeys, Keys, Pattern, Scale
 
 from . import toys
 from .reference import attention_of
@@ -21,7 +21,7 @@ SEEN = WINDOW.visible(torch.arange(26)[:, None], torch.arange(26)[None])
 
 
 def _pattern(window):
-    return lambda site: [Contribution("pattern", lambda call, stats, state: window)]
+    return lambda site: [Pattern(lambda call, stats, state: window)]
 
 
 def _image_keys(site):
@@ -29,7 +29,7 @@ def _image_keys(site):
         key, value = (t.expand(call.shape[0], -1, -1, -1) for t in toys.extra(site.layer, 4))
         return ExtraKeys(key, value, rows=(1, 26))
 
-    return [Contribution("keys", value)]
+    return [Keys(value)]
 
 
 COUNTS = []
@@ -40,7 +40,7 @@ def _by_count(site):
         COUNTS.append(call.facts["visible_keys"])
         return call.facts["visible_keys"].to(call.query.dtype).log()
 
-    return [Contribution("scale", value)]
+    return [Scale(value)]
 
 
 Window, Whole = toy("window", _pattern(WINDOW)), toy("whole", _pattern(Window2d((SIDE, SIDE), 9, text=1)))

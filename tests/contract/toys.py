@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainless import seams
 from trainless.patchers import Method, register
 from trainless.patchers.base import _registry
 from trainless.seams import Contribution, ExtraKeys, Groups, MassMove, Pairs, Site, Tokens
@@ -76,7 +77,7 @@ def _keys(site: Site) -> Sequence[Contribution]:
         key, value = (t.expand(call.shape[0], -1, -1, -1).to(call.query.dtype) for t in extra(site.layer))
         return ExtraKeys(key, value, visible_extra(call.shape[3]))
 
-    return [Contribution("keys", value)]
+    return [seams.Keys(value)]
 
 
 def _more_keys(site: Site) -> Sequence[Contribution]:
@@ -84,7 +85,7 @@ def _more_keys(site: Site) -> Sequence[Contribution]:
         key, value = (t.expand(call.shape[0], -1, -1, -1) for t in extra(site.layer + 10))
         return ExtraKeys(key, value)
 
-    return [Contribution("keys", value)]
+    return [seams.Keys(value)]
 
 
 Keys, MoreKeys = toy("keys", _keys), toy("more_keys", _more_keys)
@@ -113,7 +114,7 @@ def _probe(probes: Any) -> Make:
         def value(call: Any, stats: Any, state: Any) -> None:
             PROBED.setdefault(site.layer, []).append((stats.probe_mass.clone(), stats.probe_rows.clone()))
 
-        return [Contribution("observe", value, needs={"probe_mass"}, probes=probes)]
+        return [seams.Observe(value, needs={"probe_mass"}, probes=probes)]
 
     return make
 
@@ -121,9 +122,7 @@ def _probe(probes: Any) -> Make:
 ProbeMask, ProbeIndex = toy("probe_mask", _probe(last_and_third)), toy("probe_index", _probe(twice_and_none))
 ProbeNone = toy(
     "probe_none",
-    lambda site: [
-        Contribution("observe", lambda c, s, t: None, needs={"probe_mass"}, probes=lambda c, s: None)
-    ],
+    lambda site: [seams.Observe(lambda c, s, t: None, needs={"probe_mass"}, probes=lambda c, s: None)],
 )
 
 # ---------------------------------------------------------------- patterns
@@ -138,11 +137,11 @@ def even(q: Tensor, k: Tensor) -> Tensor:
 
 
 def _static(predicate: Any) -> Make:
-    return lambda site: [Contribution("pattern", lambda call, stats, state: Pairs(predicate))]
+    return lambda site: [seams.Pattern(lambda call, stats, state: Pairs(predicate))]
 
 
 Near, Even = toy("near", _static(near)), toy("even", _static(even))
-Nothing = toy("nothing", lambda site: [Contribution("pattern", lambda call, stats, state: None)])
+Nothing = toy("nothing", lambda site: [seams.Pattern(lambda call, stats, state: None)])
 
 
 def chosen(mass: Tensor) -> Tensor:
@@ -158,7 +157,7 @@ def _dynamic(site: Site) -> Sequence[Contribution]:
         keep = chosen(stats.column_mass)
         return Pairs(lambda q, k: keep[k] | (q == k))
 
-    return [Contribution("pattern", value, needs={"column_mass"}, dynamic=True)]
+    return [seams.Pattern(value, needs={"column_mass"})]
 
 
 Dynamic = toy("dynamic", _dynamic)
@@ -182,8 +181,7 @@ def _tokens(site: Site) -> Sequence[Contribution]:
         return Tokens(taking_part(stats.probe_mass, real))
 
     return [
-        Contribution(
-            "pattern", value, needs={"probe_mass"}, probes=last_and_third, dynamic=True, stateful=True,
+        seams.Pattern(value, needs={"probe_mass"}, probes=last_and_third, scope="sequence",
         )
     ]  # fmt: skip
 
@@ -216,7 +214,7 @@ def _form(site: Site) -> Sequence[Contribution]:
             seen = call.mask
         return linear(call.query, key, value, seen).transpose(1, 2)
 
-    return [Contribution("form", value)]
+    return [seams.Form(value)]
 
 
 Form, OtherForm = toy("form", _form), toy("other_form", _form)
@@ -239,7 +237,7 @@ def _observe(site: Site) -> Sequence[Contribution]:
         seen.lse.append(stats.lse.clone())
         seen.column_mass.append(stats.column_mass.clone())
 
-    return [Contribution("observe", value, needs={"lse", "column_mass"})]
+    return [seams.Observe(value, needs={"lse", "column_mass"})]
 
 
 Observe, ObserveToo = toy("observe", _observe), toy("observe_too", _observe)
@@ -250,7 +248,7 @@ def _position(site: Site) -> Sequence[Contribution]:
         b, _, hkv, _, lk = call.shape
         return torch.arange(lk).expand(b, hkv, lk) % 3
 
-    return [Contribution("position", value)]
+    return [seams.Position(value)]
 
 
 Position, OtherPosition = toy("position", _position), toy("other_position", _position)
@@ -264,7 +262,7 @@ def _mass_of(heads: tuple[int, ...]) -> Make:
             target = (torch.arange(lk) % 3 == 0).expand(call.shape[0], len(heads), lk)
             return MassMove(source, 0.25, target)
 
-        return [Contribution("mass", value, heads=heads)]
+        return [seams.Mass(value, heads=heads)]
 
     return make
 
@@ -280,7 +278,7 @@ def _lse_elsewhere(site: Site) -> Sequence[Contribution]:
     def value(call: Any, stats: Any, state: Any) -> None:
         SEEN.setdefault(site.layer, Seen([], [])).lse.append(stats.lse.clone())
 
-    return [Contribution("mass", value, needs={"lse"}, heads=(2, 3))]
+    return [seams.Mass(value, needs={"lse"}, heads=(2, 3))]
 
 
 LseElsewhere = toy("lse_elsewhere", _lse_elsewhere)
@@ -309,7 +307,7 @@ def _gated(heads: tuple[int, ...] | None) -> Make:
             source, target = ((thirds(call) == n).expand(b, len(own), lk) for n in (1, 0))
             return MassMove(source, 0.25, target, gate)
 
-        return [Contribution("mass", value, heads=heads, groups=groups)]
+        return [seams.Mass(value, heads=heads, groups=groups)]
 
     return make
 

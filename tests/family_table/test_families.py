@@ -171,7 +171,7 @@ def test_a_call_that_raises_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
         def raises(call: Any, statistics: Any, state: Any) -> Any:
             raise trainless.Unsupported("not in this call")
 
-        return [trainless.seams.Contribution("scale", raises)]
+        return [trainless.seams.Scale(raises)]
 
     monkeypatch.setattr(AttnTemperature, "contribute", refuse)
     found = language.found_on(zoo.build("llama"), ["attn_temperature"])

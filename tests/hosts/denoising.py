@@ -17,7 +17,7 @@ from torch import nn
 from trainless.edits.journal import Journal
 from trainless.engine.runtime import Runtime
 from trainless.hosts.diffusers.host import DiffusersHost
-from trainless.seams import AttentionCall, Contribution, Entry, Lease
+from trainless.seams import AttentionCall, Entry, Lease, Scale
 
 TRAINED = 128  # pixels; the tiny models' sample_size is 16
 
@@ -47,7 +47,7 @@ def watched(model: nn.Module) -> Iterator[list[AttentionCall]]:
     runtimes = []
     for site in host.sites(model):
         runtime = Runtime(site)
-        look = Contribution("scale", lambda call, statistics, state: calls.append(call))
+        look = Scale(lambda call, statistics, state: calls.append(call))
         runtime.add([Entry("watch", lease, look)])
         host.install(runtime)
         runtimes.append(runtime)

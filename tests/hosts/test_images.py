@@ -10,7 +10,7 @@ from contract.toys import registered, toy
 from transformers import DynamicCache
 
 import trainless
-from trainless.seams import Contribution
+from trainless.seams import Observe
 
 from . import tiny_vlms
 from .tiny_vlms import FAMILIES, IMAGE
@@ -23,7 +23,7 @@ def _note(site):
         keep = {name: call.facts[name] for name in ("images", "image_rows", "residual")}
         SEEN.setdefault(site.layer, []).append({**keep, "keys": call.key.shape[2]})
 
-    return [Contribution("observe", value, asks=frozenset({"images", "residual"}))]
+    return [Observe(value, asks=frozenset({"images", "residual"}))]
 
 
 Notes = toy("notes_images", _note, parts=frozenset({"text"}))

@@ -9,7 +9,7 @@ from oracle import models
 import trainless
 from trainless.patchers import Method
 from trainless.recipes import Recipe, Use, Where
-from trainless.seams import Contribution
+from trainless.seams import Gain
 
 
 def _clone(inputs):
@@ -71,7 +71,7 @@ class _Shown(Method):
             mass = logits.softmax(-1).sum(2)
             self.gaps.append(float((stats.column_mass - mass).abs().max() / mass.max()))
 
-        return [Contribution("gain", note, needs=frozenset({"column_mass"}))]
+        return [Gain(note, needs=frozenset({"column_mass"}))]
 
 
 @torch.no_grad()

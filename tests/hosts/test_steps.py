@@ -15,7 +15,7 @@ from oracle import models
 
 import trainless
 from trainless.hosts.diffusers.steps import Steps
-from trainless.seams import Contribution
+from trainless.seams import Scale
 
 SEEN: list[int | None] = []
 
@@ -26,10 +26,10 @@ def _note(call, statistics, state):
 
 
 Asks = toy(
-    "asks", lambda site: [Contribution("scale", _note, asks=frozenset({"step"}))],
+    "asks", lambda site: [Scale(_note, asks=frozenset({"step"}))],
     hosts=frozenset({"diffusers"}), roles=frozenset({"self", "joint"}),
 )  # fmt: skip
-Silent = toy("silent", lambda site: [Contribution("scale", _note)], hosts=frozenset({"diffusers"}))
+Silent = toy("silent", lambda site: [Scale(_note)], hosts=frozenset({"diffusers"}))
 
 
 @pytest.fixture(autouse=True)
@@ -159,4 +159,4 @@ def test_verifying_belongs_to_no_run():
 
 def test_a_fact_that_no_host_knows():
     with pytest.raises(trainless.InputError, match="'steps'; known: step"):
-        Contribution("scale", _note, asks=frozenset({"steps"}))
+        Scale(_note, asks=frozenset({"steps"}))

@@ -12,7 +12,7 @@ import pytest
 
 import trainless
 from trainless.patchers import Method, base, known, register
-from trainless.seams import Contribution, Site
+from trainless.seams import Contribution, Gain, Site
 
 PLAIN = {"summary": "for tests", "source": "no paper"}
 
@@ -23,7 +23,7 @@ class Good(Method):
     summary: ClassVar[str] = "for tests"
 
     def contribute(self, site: Site) -> Sequence[Contribution]:
-        return [Contribution("gain", lambda call, stats, state: 0.5)]
+        return [Gain(lambda call, stats, state: 0.5)]
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,22 @@ from trainless.hosts.modules import inputs
 from trainless.hosts.transformers import calls as transformers_calls
 from trainless.patch import handle
 from trainless.patchers import Method
-from trainless.seams import AttentionPlan, Contribution, ExtraKeys, MassMove, Pairs, Site
+from trainless.seams import (
+    AttentionPlan,
+    Contribution,
+    ExtraKeys,
+    Form,
+    Gain,
+    Input,
+    Keys,
+    Mass,
+    MassMove,
+    Pairs,
+    Pattern,
+    Scale,
+    Site,
+    Weights,
+)
 
 from .toys import detail, failures, llama, patch, status
 
@@ -37,7 +52,7 @@ class Seam(Method):
     kind: str = "scale"
 
     def contribute(self, site: Site) -> Sequence[Contribution]:
-        return [Contribution(self.kind, getattr(self, f"_{self.kind}"), admits=frozenset({"gain"}))]
+        return [KINDS[self.kind](getattr(self, f"_{self.kind}"))]
 
     @staticmethod
     def _scale(call: Any, stats: Any, state: Any) -> float:
@@ -63,7 +78,8 @@ class Seam(Method):
         return MassMove(source, 0.3)
 
 
-SEAMS = ["scale", "gain", "pattern", "keys", "mass"]
+KINDS: dict[str, Any] = {"scale": Scale, "gain": Gain, "pattern": Pattern, "keys": Keys, "mass": Mass}
+SEAMS = list(KINDS)
 
 
 @pytest.mark.parametrize("kind", SEAMS)
@@ -157,7 +173,7 @@ def test_another_operator_is_held_against_its_plain_form() -> None:
 
         def contribute(self, site: Site) -> Sequence[Contribution]:
             plain = functools.partial(output, by=self.by) if self.plain else None
-            return [Contribution("form", lambda call, stats, state: output(call), plain=plain)]
+            return [Form(lambda call, stats, state: output(call), plain=plain)]
 
     assert status(patch(llama(), Sums()).verify())["sums", "result"] == "ok"
     assert "plain form" in detail(patch(llama(), Sums(by=1.01)).verify(), "result")
@@ -172,7 +188,7 @@ def test_replaced_weights_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None
 
         def contribute(self, site: Site) -> Sequence[Contribution]:
             weight = site.module.q_proj.weight
-            return [Contribution("weights", tensors={"q_proj.weight": weight.detach() * 2})]
+            return [Weights(tensors={"q_proj.weight": weight.detach() * 2})]
 
     assert "3 tensors replaced" in detail(patch(llama(), Replaces()).verify(), "result")
     # What a quantised tensor does that looks like a plain one: it takes what is written to it, and stays as it is.
@@ -190,7 +206,7 @@ def test_inputs_of_modules_must_be_changed(monkeypatch: pytest.MonkeyPatch) -> N
             def value(args: Any, kwargs: Any, tensors: Any) -> Any:
                 return (args[0] * 2, *args[1:]), kwargs
 
-            return [Contribution("input", value, module="q_proj")]
+            return [Input(value, module="q_proj")]
 
     made = patch(llama(), Doubles())
     assert "inputs changed as the method says" in detail(made.verify(), "result")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import trainless
 from trainless.patchers import Method
-from trainless.seams import Contribution, Site
+from trainless.seams import Contribution, Site, Weights
 
 from .toys import Toy, llama, patch, status
 
@@ -125,7 +125,7 @@ def test_replaced_weights_come_and_go() -> None:
 
         def contribute(self, site: Site) -> Sequence[Contribution]:
             weight = site.module.q_proj.weight
-            return [Contribution("weights", tensors={"q_proj.weight": weight.detach() * 2})]
+            return [Weights(tensors={"q_proj.weight": weight.detach() * 2})]
 
     model = llama()
     state = {k: v.clone() for k, v in model.state_dict().items()}

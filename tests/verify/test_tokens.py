@@ -15,7 +15,7 @@ import trainless
 from trainless.engine.runtime import runtime_of
 from trainless.hosts.diffusers.denoisers.words import Sequence
 from trainless.patchers import Method, entropy
-from trainless.seams import Contribution, Site
+from trainless.seams import Contribution, Scale, Site
 from trainless.verify import layout
 
 from .toys import detail, failures, patch, status
@@ -131,7 +131,7 @@ class Sharp(Method):
         return site.facts.get("no_images")
 
     def contribute(self, site: Site) -> list[Contribution]:
-        return [Contribution("scale", lambda call, stats, state: entropy.factor(call, (16, 16)))]
+        return [Scale(lambda call, stats, state: entropy.factor(call, (16, 16)))]
 
 
 @pytest.mark.parametrize("method", ["clear", "entropy"])

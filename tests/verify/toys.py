@@ -13,7 +13,7 @@ from torch import nn
 import trainless
 from trainless.patchers import Method
 from trainless.recipes import Recipe, Use, Where
-from trainless.seams import Contribution, Evict, Site
+from trainless.seams import Around, Cache, Contribution, Evict, Gain, Scale, Site
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Toy(Method):
 
     def contribute(self, site: Site) -> Sequence[Contribution]:
         gain = self.gain if self.honest else self.gain * 1.5
-        return [Contribution("gain", lambda call, stats, state: gain)]
+        return [Gain(lambda call, stats, state: gain)]
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Idle(Method):
     name: ClassVar[str] = "idle"
 
     def contribute(self, site: Site) -> Sequence[Contribution]:
-        return [Contribution("scale", lambda call, stats, state: None)]
+        return [Scale(lambda call, stats, state: None)]
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Explodes(Method):
                 raise ZeroDivisionError("on purpose")
             return float("nan")
 
-        return [Contribution("gain", value)]
+        return [Gain(value)]
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Unreached(Method):
         return site.name.endswith("spare")
 
     def contribute(self, site: Site) -> Sequence[Contribution]:
-        return [Contribution("around", lambda proceed, args, kwargs, state: proceed(*args, **kwargs))]
+        return [Around(lambda proceed, call, state: proceed(*call.args, **call.kwargs))]
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Keeps(Method):
     recent: int = 8
 
     def contribute(self, site: Site) -> Sequence[Contribution]:
-        return [Contribution("kv", policy=Evict(recent=self.recent))]
+        return [Cache(Evict(recent=self.recent))]
 
 
 def patch(model: nn.Module, *methods: Method) -> trainless.Patch:

@@ -18,7 +18,7 @@ class Carrier:
 
     states: dict[str, State]
 
-    def _each(self, change: Callable[[Tensor, int, int | None, float], Tensor]) -> None:
+    def _each(self, change: Callable[[Tensor, int | None, int | None, float], Tensor]) -> None:
         for state in self.states.values():
             for name, tensor in state.tensors.items():
                 batch, keys = state.axes[name]
@@ -27,7 +27,7 @@ class Carrier:
     def _states_grow(self, before: int, added: int) -> None:
         """Make room for ``added`` keys after the ``before`` that are stored; drop what slid out on the left."""
 
-        def grow(t: Tensor, batch: int, keys: int | None, fill: float) -> Tensor:
+        def grow(t: Tensor, batch: int | None, keys: int | None, fill: float) -> Tensor:
             if keys is None:
                 return t
             if t.shape[keys] > before:
@@ -44,12 +44,12 @@ class Carrier:
         )
 
     def _states_batch(self, change: Callable[[Tensor, int], Tensor]) -> None:
-        self._each(lambda t, batch, keys, fill: change(t, batch))
+        self._each(lambda t, batch, keys, fill: t if batch is None else change(t, batch))
 
     def _states_gather(self, index: Tensor) -> None:
         """Keep the keys at ``index`` (B, Hkv, W) in every state that has one entry per key."""
 
-        def gather(t: Tensor, batch: int, keys: int | None, fill: float) -> Tensor:
+        def gather(t: Tensor, batch: int | None, keys: int | None, fill: float) -> Tensor:
             if keys is None:
                 return t
             # States are (B, heads, Lk): heads may be query heads, key/value heads, or one for all.

@@ -159,7 +159,7 @@ class Slots(Carrier, DynamicLayer):
         if self.scores is not None:
             self.scores.scatter_(2, slot, 0.0)
 
-        def blank(t: Tensor, batch: int, keys: int | None, fill: float) -> Tensor:
+        def blank(t: Tensor, batch: int | None, keys: int | None, fill: float) -> Tensor:
             if keys is None:
                 return t
             index = (

@@ -37,7 +37,7 @@ from ..patch.api import patched, patches_on
 from ..patchers import Method
 from ..recipes import Recipe, Use, Where
 from ..recipes.values import values_of
-from ..seams import AttentionCall, Contribution, Site, State, Statistics
+from ..seams import AttentionCall, Contribution, Observe, Site, State, Statistics
 from ._heads import built
 from ._meter import Meter
 from ._sinks import Options, Seen, sinkness, threshold_of
@@ -355,7 +355,7 @@ class _Watch(Method):
             assert stats.column_mass is not None and stats.rows is not None
             self.found[site.layer] = stats.column_mass[0].mean(0) / stats.rows[0].clamp_min(1)
 
-        return [Contribution("observe", look, needs=("column_mass",))]
+        return [Observe(look, needs=("column_mass",))]
 
 
 def _items(data: Any) -> tuple[str, list[Item]]:

@@ -76,9 +76,9 @@ class _Run(PackedRun):
         wanted = self._wanted(layer)
         self._ask_groups()
         moves = plan.of["mass"]
-        if form:
-            out = self._form(form[0])
-            self.acted.add(form[0].owner)
+        formed = self._form(form[0]) if form else None
+        if formed is not None:
+            out = formed
         elif isinstance(layer, PackedLayer) and layer.packed:
             out = self._packed_softmax(layer, extra, wanted, moves)
         elif not (self.edited or extra or patterns or wanted or moves or self.groups or dynamic):
@@ -259,9 +259,13 @@ class _Run(PackedRun):
 
     # ------------------------------------------------------------------ instead of the softmax
 
-    def _form(self, entry: Entry) -> Tensor:
+    def _form(self, entry: Entry) -> Tensor | None:
+        """The output by another operator; None where the method leaves this call to the ordinary attention."""
         value = self._value(entry)
+        if value is None:
+            return None
         self.kernel = entry.method
+        self.acted.add(entry.owner)
         if isinstance(value, Formed):
             self.kernel, self.reasons = value.kernel, value.reasons
             return value.output

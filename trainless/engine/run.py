@@ -21,6 +21,7 @@ from .chosen_rows import Probed
 from .extra_keys import merge_extra
 from .patterns import Pattern
 from .runtime import Runtime
+from .scopes import of_run
 
 
 class Run:
@@ -42,11 +43,18 @@ class Run:
 
     def _state(self, entry: Entry) -> State:
         if entry.method not in self.states:
-            kept = getattr(self.call.layer, "states", None)
-            # Without a cache there is no sequence to remember: the state lives for this call.
-            state = State(entry.owner)
-            self.states[entry.method] = state if kept is None else kept.setdefault(entry.method, state)
+            self.states[entry.method] = self._kept(entry)
         return self.states[entry.method]
+
+    def _kept(self, entry: Entry) -> State:
+        """The State of a method at this site, as it was left or a new one."""
+        if entry.owner in self.plan.running:
+            return of_run(self.call.facts.get("run"), entry, self.runtime.site)
+        kept = getattr(self.call.layer, "states", None) if entry.owner in self.plan.keeping else None
+        # Without a cache there is no sequence to remember: the state lives for this call.
+        state = State(entry.owner)
+        found: State = state if kept is None else kept.setdefault(entry.method, state)
+        return found
 
     def _value(self, entry: Entry) -> Any:
         if entry.contribution.constant is not None:

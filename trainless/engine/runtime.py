@@ -45,7 +45,7 @@ class Tally:
         self.bytes_kept, self.bytes_stock = layer.nbytes, layer.stock_nbytes
 
 
-class Input(NamedTuple):
+class ActiveInput(NamedTuple):
     """An input contribution that is active: whose input it changes, how, and the method's own tensors.
 
     holder: the module beside the site that has them. names: what the method calls each -> what it is called there.
@@ -55,6 +55,7 @@ class Input(NamedTuple):
     value: Any
     holder: nn.Module | None
     names: dict[str, str]
+    entry: Entry
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors, where and as they are now."""
@@ -126,7 +127,7 @@ class Runtime:
         self.prepared = Prepared(self.plan, self._device(), self.site.facts.get("whole", False))
         # Those of paused patches as well: their steps go by all the same.
         self.asks = frozenset().union(*(e.contribution.asks for e in self.entries))
-        self.inputs = tuple(self._input(e.contribution) for e in self.plan.of["input"])
+        self.inputs = tuple(self._input(e) for e in self.plan.of["input"])
         self.live = self._tallies(self.plan.entries)
         self.acting = self._tallies(self.plan.active)
 
@@ -161,14 +162,19 @@ class Runtime:
 
     def own_tensors(self, contribution: Contribution) -> dict[str, Tensor]:
         """The tensors that stand beside the site for ``contribution``, where and as they are now."""
-        return self._input(contribution).tensors()
+        holder, names = self.holders.get(contribution), self._names(contribution)
+        return {name: getattr(holder, own) for name, own in names.items()}
 
-    def _input(self, contribution: Contribution) -> Input:
+    def _names(self, contribution: Contribution) -> dict[str, str]:
+        """What the method calls each of its tensors -> what the module that holds them calls it."""
+        if contribution not in self.holders:
+            return {}
+        return {name: name.replace(".", "_") for name in contribution.tensors or ()}
+
+    def _input(self, entry: Entry) -> ActiveInput:
+        contribution = entry.contribution
         holder = self.holders.get(contribution)
-        names = (
-            {} if holder is None else {name: name.replace(".", "_") for name in contribution.tensors or ()}
-        )
-        return Input(contribution.module, contribution.value, holder, names)
+        return ActiveInput(contribution.module, contribution.value, holder, self._names(contribution), entry)
 
     def mark(self) -> tuple[int, bool, dict[str, Any]]:
         """How the host has equipped this site so far; ``back_to`` takes back what came since."""

@@ -140,15 +140,37 @@ def unmatched(parts: list[Component]) -> dict[str, int]:
 
 def module_sites(parts: list[Component]) -> list[Site]:
     """Every module as a site, for methods that wrap calls or replace weights."""
-    return [
-        Site(
-            name=part.prefix + name,
-            module=module,
-            host=part.host.name,
-            kind="module",
-            parts=part.parts,
-            role="module",
-        )
-        for part in parts
-        for name, module in part.module.named_modules()
+    found = []
+    for part in parts:
+        layers = _layers_of_modules(part)
+        for name, module in part.module.named_modules():
+            layer, count = layers.get(name, (0, 0))
+            found.append(
+                Site(
+                    name=part.prefix + name, module=module, host=part.host.name, kind="module", parts=part.parts,
+                    role="module", layer=layer, layers=count, lasting=part.host.lasting,
+                )
+            )  # fmt: skip
+    return found
+
+
+def _layers_of_modules(part: Component) -> dict[str, tuple[int, int]]:
+    """(number of the layer, number of layers) of the modules in layers, by name.
+
+    A layer is the largest item of a list of modules whose attention sites are all of one number.
+    """
+    attention = [
+        (s.name.removeprefix(part.prefix), s) for s in part.host.sites(part.module, part.prefix, part.parts)
     ]
+    found: dict[str, tuple[int, int]] = {}
+    for name, module in part.module.named_modules():  # from the outside in
+        if not isinstance(module, nn.ModuleList):
+            continue
+        for index, item in enumerate(module):
+            root = f"{name}.{index}"
+            inside = {(s.layer, s.layers) for at, s in attention if at == root or at.startswith(f"{root}.")}
+            if len({number for number, _ in inside}) != 1 or root in found:
+                continue
+            for inner, _ in item.named_modules():
+                found[f"{root}.{inner}" if inner else root] = max(inside)
+    return found

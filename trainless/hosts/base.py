@@ -11,12 +11,14 @@ from torch import nn
 from ..edits.journal import Journal
 from ..engine.runtime import Runtime
 from ..seams import Site
+from .modules.around import Tell
 
 
 class Host(Protocol):
     """A library whose models we know how to patch."""
 
     name: str
+    lasting: str  # what a State may outlast its call for: a "sequence" or a "run"
 
     def accepts(self, model: nn.Module) -> bool:
         """Whether ``model`` belongs to this host."""
@@ -26,6 +28,9 @@ class Host(Protocol):
 
     def install(self, runtime: Runtime) -> None:
         """Make the edits that route the site through ``runtime``, into ``runtime.journal``."""
+
+    def around(self, runtime: Runtime, model: nn.Module, station: Journal) -> Tell:
+        """Who tells what is known of the calls at a site around which somebody stands; edits go into ``station``."""
 
     def install_model(self, model: nn.Module, journal: Journal, runtimes: Sequence[Runtime]) -> None:
         """Make the edits that a patched model needs once, into ``journal``."""

@@ -63,6 +63,8 @@ def _clash(a: Entry, b: Entry) -> str | None:
     for one, other in ((x, y), (y, x)):
         if one.kind == "form" and other.kind not in one.admits and other.kind not in BESIDE:
             return f"seam form replaces softmax attention, which seam {other.kind} needs; use `where` to part them"
+        if one.kind == "form" and other.statistics:
+            return f"seam form leaves no softmax whose statistics seam {other.kind} could read; use `where` to part them"
         if one.in_order and other.kind == "kv":
             return f"seam {one.kind} reads the keys in their order, and seam kv drops some; give them different layers"
         # A dynamic pattern is for the calls that it asks about; on a layer that packs, those before it does.

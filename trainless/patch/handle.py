@@ -225,12 +225,12 @@ class Patch:
 
     def _equip(self, runtime: Runtime, site: Site) -> None:
         part = self._part(site)
-        prepare = getattr(part.host, "prepare", None)
+        prepare, station = getattr(part.host, "prepare", None), vars(part.module)[STATION].journal
         if prepare is not None:
-            prepare(runtime, part.module, vars(part.module)[STATION].journal)
+            prepare(runtime, part.module, station)
         around = any(e.contribution.kind == "around" for e in runtime.entries)
         if around and "forward" not in {getattr(e, "name", "") for e in runtime.journal.edits}:
-            wrap_forward(runtime)
+            wrap_forward(runtime, part.host.around(runtime, part.module, station))
         if any(e.contribution.kind == "input" for e in runtime.entries):
             watch_inputs(runtime)
 

@@ -8,7 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..seams import AttentionCall, Contribution, Evict, Probes, Site, State, Statistics
+from ..seams import (
+    AttentionCall,
+    Cache,
+    Contribution,
+    Evict,
+    Position,
+    Probes,
+    Site,
+    State,
+    Statistics,
+)
 from .base import option
 
 EVERYTHING = 1 << 62  # tokens
@@ -36,14 +46,13 @@ def evicting(rule: Evict, site: Site, ratio: float | None = None) -> list[Contri
     if ratio == 1.0:
         rule = replace(rule, capacity=EVERYTHING)
     inert = ratio == 1.0 or (limit is not None and rule.fixed >= limit)
+    found: list[Contribution] = []
     if rule.last:
-        found = [
-            Contribution("kv", policy=rule, inert=inert, needs={"probe_mass"}, probes=scoring_rows(rule))
-        ]
+        found.append(Cache(rule, inert=inert, needs={"probe_mass"}, probes=scoring_rows(rule)))
     else:
-        found = [Contribution("kv", policy=rule, inert=inert)]
+        found.append(Cache(rule, inert=inert))
     if rule.rolled:
-        found.append(Contribution("position", _shifts, inert=inert))
+        found.append(Position(_shifts, inert=inert))
     return found
 
 

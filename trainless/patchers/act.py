@@ -34,7 +34,17 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..seams import AttentionCall, Contribution, MassMove, RowEdit, Site, State, Statistics
+from ..seams import (
+    AttentionCall,
+    Contribution,
+    Mass,
+    MassMove,
+    Observe,
+    RowEdit,
+    Site,
+    State,
+    Statistics,
+)
 from ._choice import check_heads, heads_at, validate_heads
 from .base import Method, option, register
 
@@ -101,14 +111,10 @@ class Act(Method):
         heads = heads_at(self.heads, site, self.skip_layers)
         inert = self.beta == 1.0
         if self.statistics == "running":
-            return [
-                Contribution(
-                    "mass", self._running(heads), heads=heads, inert=inert, stateful=True, in_order=True
-                )
-            ]
+            return [Mass(self._running(heads), heads=heads, inert=inert, scope="sequence", in_order=True)]
         return [
-            Contribution(
-                "mass", self._frozen(heads), needs=_at_prefill, heads=heads, inert=inert, stateful=True,
+            Mass(
+                self._frozen(heads), needs=_at_prefill, heads=heads, inert=inert, scope="sequence",
                 lookahead=True, statistics=frozenset({"column_mass"}),
             )
         ]  # fmt: skip
@@ -134,10 +140,8 @@ class Act(Method):
             return RowEdit(unchanged)
 
         if self.statistics == "running":
-            return Contribution("mass", follow, heads=heads, stateful=True)
-        return Contribution(
-            "observe", look, needs=_at_prefill, heads=heads, statistics=frozenset({"column_mass"})
-        )
+            return Mass(follow, heads=heads, scope="sequence")
+        return Observe(look, needs=_at_prefill, heads=heads, statistics=frozenset({"column_mass"}))
 
     # ------------------------------------------------------------------ sinks of the prefill, then frozen
 

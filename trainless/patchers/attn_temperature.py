@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..errors import InputError
-from ..seams import Contribution, Site
+from ..seams import Contribution, Scale, Site
 from .base import Method, option, register
 
 
@@ -50,4 +50,4 @@ class AttnTemperature(Method):
             )
 
     def contribute(self, site: Site) -> Sequence[Contribution]:
-        return [Contribution("scale", constant=1.0 / self.temperature, inert=self.temperature == 1.0)]
+        return [Scale(constant=1.0 / self.temperature, inert=self.temperature == 1.0)]

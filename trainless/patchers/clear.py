@@ -39,7 +39,18 @@ from torch import Tensor
 
 from ..errors import InputError, Unsupported
 from ..kernels import Window2d
-from ..seams import AttentionCall, Contribution, ExtraKeys, Pairs, Site, State, Statistics
+from ..seams import (
+    AttentionCall,
+    Contribution,
+    ExtraKeys,
+    Keys,
+    Pairs,
+    Pattern,
+    Site,
+    State,
+    Statistics,
+    Weights,
+)
 from ..seams.layers import check_layers, layer_numbers
 from ._distilled import Distilled, check_keys, check_plain, distilled, shape_at
 from .base import Method, option, register
@@ -132,7 +143,7 @@ class Clear(Method):
                 return None
             return _disc(call, found, self.radius)
 
-        found = [Contribution("pattern", pattern, asks=asks, traceable=True)]
+        given: list[Contribution] = [Pattern(pattern, asks=asks, traceable=True)]
         source = None if self.weights is None else distilled(self.weights, self.name)
         if self.pool is not None:
             weight = _pooling(source, site, self.pool)
@@ -141,10 +152,10 @@ class Clear(Method):
                 found = self._image(call)
                 return None if found is None else _patches(call, found, weight)
 
-            found.append(Contribution("keys", pooled, asks=asks, traceable=True))
+            given.append(Keys(pooled, asks=asks, traceable=True))
         if source is not None:
-            found.append(Contribution("weights", tensors=source.under(_keys(site))))
-        return found
+            given.append(Weights(source.under(_keys(site))))
+        return given
 
     def _image(self, call: AttentionCall) -> OnGrid | None:
         """The image that this call restricts; None in a dense step, and where it holds nothing of the image."""

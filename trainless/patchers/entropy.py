@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, TrainlessError, Unsupported
-from ..seams import AttentionCall, Contribution, Site, State, Statistics
+from ..seams import AttentionCall, Contribution, Scale, Site, State, Statistics
 from .base import Method, option, register
 
 HIDDEN = (
@@ -84,7 +84,7 @@ class Entropy(Method):
         def scale(call: AttentionCall, statistics: Statistics, state: State) -> float | Tensor | None:
             return factor(call, latent)
 
-        return [Contribution("scale", scale, traceable=True)]
+        return [Scale(scale, traceable=True)]
 
     def _latent(self, site: Site) -> tuple[int, int]:
         """The trained size in latents, (rows, columns), as the host has checked it."""

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..errors import InputError
-from ..seams import Contribution, Site
+from ..seams import Contribution, Gain, Site
 from ._choice import Heads, check_heads, heads_at, validate_heads
 from .base import ANY_MEASUREMENT, Method, option, register
 
@@ -54,7 +54,7 @@ class HeadGain(Method):
 
     def contribute(self, site: Site) -> Sequence[Contribution]:
         heads = heads_at(self.heads, site)
-        return [Contribution("gain", constant=self.gain, heads=heads, inert=self.gain == 1.0)]
+        return [Gain(constant=self.gain, heads=heads, inert=self.gain == 1.0)]
 
 
 __all__ = ["HeadGain", "Heads"]

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..errors import InputError
-from ..seams import Budget, Contribution, Quantise, Site, check_bits, check_budget
+from ..seams import Budget, Cache, Contribution, Quantise, Site, check_bits, check_budget
 from ._packing import width_refusal
 from .base import Method, option, register
 
@@ -73,4 +73,4 @@ class KVQuant(Method):
         limit = site.facts.get("max_positions")
         fixed = self.residual if isinstance(self.residual, int) else 0
         never = limit is not None and limit < fixed + self.group
-        return [Contribution("kv", policy=rule, inert=rule.exact or never)]
+        return [Cache(rule, inert=rule.exact or never)]

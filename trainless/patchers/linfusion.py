@@ -34,7 +34,17 @@ from torch.nn.functional import elu, layer_norm, leaky_relu, linear
 from ..errors import InputError, Unsupported
 from ..kernels import Visibility, linear_attention, visibility
 from ..kernels.linear import choose
-from ..seams import AttentionCall, Contribution, Formed, Site, State, Statistics
+from ..seams import (
+    AttentionCall,
+    Contribution,
+    Form,
+    Formed,
+    Input,
+    Site,
+    State,
+    Statistics,
+    Weights,
+)
 from ._distilled import Distilled, Shape, check_keys, check_plain, distilled, shape_at
 from .base import Method, option, register
 
@@ -128,8 +138,7 @@ class LinFusion(Method):
         source = self._published()
         entry = _listed(source)[_name(site)]
         fronts = [
-            Contribution(
-                "input",
+            Input(
                 _through(entry.middle),
                 module=projection,
                 tensors=source.under(entry.front(projection)),
@@ -138,9 +147,9 @@ class LinFusion(Method):
             for projection in ("to_q", "to_k")
         ]
         return [
-            Contribution("weights", tensors=source.under(entry.keys())),
+            Weights(tensors=source.under(entry.keys())),
             *fronts,
-            Contribution("form", _form, plain=_plainly, traceable=True),
+            Form(_form, plain=_plainly, traceable=True),
         ]
 
     def _published(self) -> Distilled:

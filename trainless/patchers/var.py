@@ -42,7 +42,17 @@ import torch
 from torch import Tensor
 
 from ..errors import CalibrationError, InputError
-from ..seams import AttentionCall, Contribution, Groups, MassMove, Site, State, Statistics, tokens_of
+from ..seams import (
+    AttentionCall,
+    Contribution,
+    Groups,
+    Mass,
+    MassMove,
+    Site,
+    State,
+    Statistics,
+    tokens_of,
+)
 from ..seams.layers import check_layers, layer_numbers
 from .base import Method, option, register
 
@@ -132,9 +142,9 @@ class Var(Method):
     def contribute(self, site: Site) -> Sequence[Contribution]:
         shut = self.min_nonsink > 1 or self.min_visual > 1 or self.tau == math.inf
         return [
-            Contribution(
-                "mass", self._moved, groups=self._groups, asks=frozenset({"images", "residual"}),
-                stateful=True, lookahead=True, inert=self.move == 0 or shut or self.max_sink_share == 0,
+            Mass(
+                self._moved, groups=self._groups, asks=frozenset({"images", "residual"}),
+                scope="sequence", lookahead=True, inert=self.move == 0 or shut or self.max_sink_share == 0,
             )
         ]  # fmt: skip
 

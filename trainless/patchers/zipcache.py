@@ -33,6 +33,7 @@ from ..errors import InputError
 from ..seams import (
     AttentionCall,
     Budget,
+    Cache,
     Contribution,
     Quantise,
     Site,
@@ -96,8 +97,8 @@ class ZipCache(Method):
     def contribute(self, site: Site) -> Sequence[Contribution]:
         rule = self._rule()
         return [
-            Contribution(
-                "kv", self._salient, policy=rule, needs=self._when_due, probes=self._rows,
+            Cache(
+                rule, value=self._salient, needs=self._when_due, probes=self._rows,
                 statistics=PROBE_MASS, lookahead=True, inert=rule.exact,
             )
         ]  # fmt: skip

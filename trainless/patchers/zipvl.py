@@ -35,8 +35,10 @@ from ..errors import InputError
 from ..seams import (
     AttentionCall,
     Budget,
+    Cache,
     Contribution,
     Evict,
+    Pattern,
     Quantise,
     Site,
     State,
@@ -135,18 +137,18 @@ class ZipVL(Method):
 
     def contribute(self, site: Site) -> Sequence[Contribution]:
         whole = self._whole
-        pattern = Contribution(
-            "pattern", self._taking_part, needs=self._at_prefill, probes=self._rows, statistics=PROBE_MASS,
-            dynamic=True, lookahead=True, inert=whole,
+        pattern = Pattern(
+            self._taking_part, needs=self._at_prefill, probes=self._rows, statistics=PROBE_MASS,
+            lookahead=True, inert=whole,
         )  # fmt: skip
         if self.mode == "discard":
-            cache = Contribution(
-                "kv", self._staying, policy=self._discarding(), needs=self._when_due, probes=last_rows(1),
+            cache = Cache(
+                self._discarding(), value=self._staying, needs=self._when_due, probes=last_rows(1),
                 statistics=PROBE_MASS, inert=whole,
             )  # fmt: skip
         else:
-            cache = Contribution(
-                "kv", self._precise, policy=self._rule(), needs=self._when_packing, probes=last_rows(1),
+            cache = Cache(
+                self._rule(), value=self._precise, needs=self._when_packing, probes=last_rows(1),
                 statistics=PROBE_MASS, lookahead=True, inert=self._rule().exact,
             )  # fmt: skip
         return [pattern, cache]

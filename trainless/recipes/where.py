@@ -81,12 +81,13 @@ class Where:
             found = [s for s in found if any(fnmatchcase(s.name, glob) for glob in hits)]
         if self.layers is None:
             return found
-        chosen: dict[tuple[frozenset[str], str], set[int]] = {}
+        found = [s for s in found if s.layers]  # modules outside of layers have none
+        chosen: dict[tuple[frozenset[str], str, int], set[int]] = {}
         for site in found:
-            group = (site.parts, site.role)
+            group = (site.parts, site.role, site.layers)
             if group not in chosen:
                 chosen[group] = set(self._numbers(site))
-        return [s for s in found if s.layer in chosen[(s.parts, s.role)]]
+        return [s for s in found if s.layer in chosen[(s.parts, s.role, s.layers)]]
 
     def _numbers(self, site: Site) -> list[int]:
         assert self.layers is not None

@@ -1,7 +1,7 @@
 """The vocabulary: where a method may act, what it may contribute there, and how contributions meet.
 
-A method never forks a model's forward. It *contributes* to *sites*. A contribution is a kind, what
-it needs to know, and one function ``(call, statistics, state) -> value``. The engine
+A method never forks a model's forward. It *contributes* to *sites*. A contribution is an object of the class of its
+kind: what it needs to know, and one function ``(call, statistics, state) -> value``. The engine
 (``trainless.engine``) merges the contributions of all methods at a site into an ``AttentionPlan`` and
 runs it; the cache layers (``trainless.cache``) carry out the rules of eviction and precision. Nothing in here knows a
 model or a method.
@@ -11,10 +11,26 @@ Shapes: B batch, H query heads, Hkv key/value heads, Lq queries and Lk keys of t
 
 from __future__ import annotations
 
-from .calls import AttentionCall, Groups, ImageTokens, Site, State, Statistics
-from .contributions import Contribution, Probes, Value
+from .calls import AttentionCall, Groups, ImageTokens, ModuleCall, Site, State, Statistics
+from .contributions import (
+    Around,
+    Cache,
+    Contribution,
+    Form,
+    Gain,
+    Input,
+    Keys,
+    Mass,
+    Observe,
+    Pattern,
+    Position,
+    Probes,
+    Scale,
+    Value,
+    Weights,
+)
 from .eviction import Budget, Evict, check_budget, check_ratio, draws, tokens_of
-from .kinds import BESIDE, EXCLUSIVE, FACTS, KINDS, STATISTICS
+from .kinds import BESIDE, EXCLUSIVE, FACTS, KINDS, SCOPES, STATISTICS
 from .lease import Lease
 from .parameters import layer_of, parameter_of, unwrapped, why_not_plain
 from .plans import AttentionPlan, Entry
@@ -27,28 +43,42 @@ __all__ = [
     "EXCLUSIVE",
     "FACTS",
     "KINDS",
+    "SCOPES",
     "STATISTICS",
+    "Around",
     "AttentionCall",
     "AttentionPlan",
     "Budget",
+    "Cache",
     "Contribution",
     "Entry",
     "Evict",
     "ExtraKeys",
+    "Form",
     "Formed",
+    "Gain",
     "Groups",
     "ImageTokens",
+    "Input",
+    "Keys",
     "Lease",
+    "Mass",
     "MassMove",
+    "ModuleCall",
+    "Observe",
     "Pairs",
+    "Pattern",
+    "Position",
     "Probes",
     "Quantise",
     "RowEdit",
+    "Scale",
     "Site",
     "State",
     "Statistics",
     "Tokens",
     "Value",
+    "Weights",
     "check_bits",
     "check_budget",
     "check_ratio",

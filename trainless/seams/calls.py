@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import InputError
+
 
 @dataclass(frozen=True, eq=False)
 class Site:
@@ -16,7 +18,8 @@ class Site:
 
     ``parts`` holds every name that ``where: {part}`` may use for it: text, vision, encoder, decoder,
     denoiser, text_encoder. ``layer`` counts from 0 among the sites of the same part and role, and is
-    the module's own ``layer_idx`` where it has one. ``heads``/``kv_heads``/``head_dim`` are None when
+    the module's own ``layer_idx`` where it has one; of a module that is no attention it is that of the attention in the
+    same layer, 0 of 0 outside of layers. ``heads``/``kv_heads``/``head_dim`` are None when
     the module does not say; live shapes are then checked at the first call.
     """
 
@@ -32,6 +35,9 @@ class Site:
     heads: int | None = None
     kv_heads: int | None = None
     head_dim: int | None = None
+    lasting: str = (
+        "sequence"  # what a State may outlast its call for here: a "sequence", or the "run" of a denoiser
+    )
     facts: Mapping[str, Any] = field(default_factory=dict)  # host-specific: sliding_window, family, level …
     refusal: str | None = None  # why nothing can be patched here, when that is so
 
@@ -106,6 +112,35 @@ class AttentionCall:
         return torch.float64 if self.query.dtype == torch.float64 else torch.float32
 
 
+@dataclass(frozen=True, eq=False)
+class ModuleCall:
+    """One call of a module that somebody stands around: its arguments, and what the host knows about it.
+
+    size: rows and columns of the latents that the denoiser was called with, None elsewhere. past: tokens that the
+    sequence had before this forward, None where the forward was given no cache.
+    """
+
+    site: Site
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    size: tuple[int, int] | None = None
+    past: int | None = None
+    counted: bool = False  # whether somebody asked for the step
+    number: int | None = None
+
+    @property
+    def step(self) -> int | None:
+        """Number of the denoising step within its run, from 0; None where no timestep says it.
+
+        InputError unless the contribution asks for it: it is found out for those who do.
+        """
+        if not self.counted:
+            raise InputError(
+                f'{self.site.name}: the step is known where it is asked for: Around(…, asks={{"step"}})'
+            )
+        return self.number
+
+
 @dataclass
 class Statistics:
     """Statistics of the attention before mass and gain; only what was asked for is filled in.
@@ -139,16 +174,19 @@ class Groups:
 
 
 class State:
-    """Tensors of one method that belong to a sequence. They live on the cache layer and move with it.
+    """Tensors of one method that outlast a call, for as long as the ``scope`` of its contribution says.
 
-    Every tensor names its batch axis and, where it has one entry per key, its key axis, so that
-    reordering beams, cropping and eviction can carry it along without knowing what it means.
+    Those of a sequence live on the cache and move with it. Every tensor names its batch axis (None, and numbers: the
+    same for all rows) and, where it has one entry per key, its key axis, so that reordering beams, cropping and
+    eviction can carry it along without knowing what it means.
     """
 
-    def __init__(self, owner: Any = None) -> None:
+    def __init__(self, owner: Any = None, *, keyed: bool = True, refusal: str | None = None) -> None:
         self.owner = owner  # whose it is: the lease of the patch
+        self.keyed = keyed  # whether it lies where keys come and go
+        self.refusal = refusal  # why nothing can be kept in it
         self.tensors: dict[str, Tensor] = {}
-        self.axes: dict[str, tuple[int, int | None]] = {}
+        self.axes: dict[str, tuple[int | None, int | None]] = {}
         self.fill: dict[str, float] = {}
         self.cumulative: set[str] = set()
 
@@ -160,7 +198,7 @@ class State:
         name: str,
         tensor: Tensor,
         *,
-        batch: int = 0,
+        batch: int | None = 0,
         keys: int | None = None,
         fill: float = 0,
         cumulative: bool = False,
@@ -169,6 +207,12 @@ class State:
 
         ``cumulative``: it adds up over rows, so rows that are taken back have left their trace in it.
         """
+        if self.refusal is not None:
+            raise InputError(self.refusal)
+        if keys is not None and not self.keyed:
+            raise InputError(f"state {name!r}: no axis over keys is carried along here; keep what differs by key at "
+                             "the attention layer")  # fmt: skip
+        batch = batch if tensor.dim() else None
         self.tensors[name], self.axes[name], self.fill[name] = tensor, (batch, keys), fill
         if cumulative:
             self.cumulative.add(name)

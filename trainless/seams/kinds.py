@@ -13,11 +13,16 @@ KINDS = (
     "mass",  # move probability between key groups: value -> MassMove
     "gain",  # factor on a head's output: value -> tensor broadcastable to (B, Lq, H, 1)
     "kv",  # what the cache keeps and how precisely: policy, an Evict or a Quantise; value: what it chooses
-    "around",  # wrap the call of a module: value(proceed, args, kwargs, state) -> result
+    "around",  # wrap the call of a module: value(proceed, call, state) -> result
     "input",  # what a module inside the site is given: value(args, kwargs, tensors) -> (args, kwargs)
     "weights",  # replace tensors: tensors
 )
 STATISTICS = ("lse", "column_mass", "probe_mass", "group_mass")
+# How long a State lasts. There is no scope for all layers of a sequence together: attention layers have a State each.
+#   call: for one call, and what the contributions of a method hand each other in it.
+#   sequence: as long as there is a cache for it, with which it moves; without a cache a call is a whole sequence.
+#   run: of a denoiser, from its first step to the next rise of the timestep; one for each thread and latent size.
+SCOPES = ("call", "sequence", "run")
 # Facts that a host finds out only for those who ask, in ``call.facts``:
 #   step: the number of the denoising step within its run, from 0; None where no timestep says it.
 #   images: bool (B, 1|Hkv, Lk), the keys that are image tokens, and image_rows: bool (B, Lq), the rows that are;

@@ -34,6 +34,11 @@ class AttentionPlan:
         self.asks = frozenset().union(*(e.contribution.asks for e in self.active))
         # Which keys are image tokens is remembered with the sequence.
         self.stateful = any(e.contribution.stateful for e in self.active) or "images" in self.asks
+        # Whose State lies on the cache layer of the call; what rules the layer remembers there in any case.
+        self.keeping = frozenset(
+            e.owner for e in self.active if e.contribution.stateful or e.contribution.kind == "kv"
+        )
+        self.running = frozenset(e.owner for e in self.active if e.contribution.scope == "run")
         # At most one of each: two would be a conflict.
         self.evictor = next((e for e in self.of["kv"] if isinstance(e.contribution.policy, Evict)), None)
         self.quantiser = next((e for e in self.of["kv"] if isinstance(e.contribution.policy, Quantise)), None)

@@ -68,7 +68,8 @@ class InputsWatch:
                 own = entry.contribution
                 if own.module == name and own.value is not None:
                     value: Any = own.value
-                    want = value(*want, runtime.own_tensors(own))
+                    found = value(*want, runtime.own_tensors(own))
+                    want = want if found is None else found
             if _same((args, kwargs), want):
                 self.held += 1
             else:

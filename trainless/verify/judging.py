@@ -71,7 +71,7 @@ class Judge:
             return
         published = self._published(plan, history, lk)
         record.seams |= {e.contribution.kind for e in plan.active if e.contribution.kind not in BESIDE}
-        form = [v for v in self.values if v.entry.contribution.kind == "form"]
+        form = [v for v in self.values if v.entry.contribution.kind == "form" and v.given is not None]
         found = None
         if form:
             self._form(form[-1], out, published)

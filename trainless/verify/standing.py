@@ -66,7 +66,7 @@ class Standing:
     def __init__(self, parts: Sequence[Component]):
         self.parts = parts
         self.entries = {r.site.module: list(r.entries) for r in runtimes(parts)}
-        self.tallies = {r.site.module: (r.tallies, r.facts.get("around")) for r in runtimes(parts)}
+        self.tallies = {r.site.module: r.tallies for r in runtimes(parts)}
         self.modules = list({m: None for part in parts for m in part.module.modules()})
         self.hooks = [
             (hooks, list(hooks))
@@ -87,7 +87,6 @@ class Standing:
                     vars(module)[name] = value
         for runtime in runtimes(self.parts):
             runtime.tallies = {lease: Tally() for lease in runtime.tallies}
-            runtime.facts.pop("around", None)
             runtime.refresh()
         self._forget_runs()
 
@@ -109,11 +108,8 @@ class Standing:
         """Counters and what models remember, as they were."""
         self._forget_runs()
         for runtime in runtimes(self.parts):
-            tallies, around = self.tallies[runtime.site.module]
+            tallies = self.tallies[runtime.site.module]
             runtime.tallies = {lease: tallies[lease] for lease in runtime.tallies if lease in tallies}
-            runtime.facts.pop("around", None)
-            if around is not None:
-                runtime.facts["around"] = around
             runtime.refresh()
         self.restore_models()
 

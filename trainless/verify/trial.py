@@ -162,9 +162,7 @@ def rules_of(binding: Binding) -> Sequence[Evict | Quantise]:
 
 def uninformed(binding: Binding) -> Binding:
     """The same binding, not known beforehand to change nothing."""
-    contributions = [
-        (site, [dataclasses.replace(c, inert=False) for c in given]) for site, given in binding.contributions
-    ]
+    contributions = [(site, [c.but(inert=False) for c in given]) for site, given in binding.contributions]
     return dataclasses.replace(binding, lease=Lease(binding.name), contributions=contributions)
 
 

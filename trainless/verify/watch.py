@@ -73,7 +73,7 @@ class SiteWatch:
         more: dict[str, Any] = (
             {} if own.groups is None else {"groups": self._telling_groups(entry, own.groups)}
         )
-        return dataclasses.replace(entry, contribution=dataclasses.replace(own, value=telling, **more))
+        return dataclasses.replace(entry, contribution=own.but(value=telling, **more))
 
     def _telling_groups(
         self, entry: Entry, groups: Callable[..., Groups | None]

@@ -196,6 +196,7 @@ class Catching(TorchFunctionMode):
         )
         if foreign := foreign_order(site.facts.get("layout"), self.module):
             known = {"facts": {**known["facts"], "no_images": foreign}}
+        known["facts"]["run"] = context.run if context is not None else None
         if mask is not None and mask.dim() < 4:
             mask = mask[(None,) * (4 - mask.dim())]
         return AttentionCall(

@@ -18,7 +18,8 @@ from torch._dynamo.eval_frame import skip_code
 
 from ...engine.runtime import Runtime
 from ...errors import Unsupported
-from ...seams import Site
+from ...seams import Site, State
+from ..modules.around import Surroundings
 from .denoisers import Geometry, Size, Unknown, Unseen, layout_of
 from .steps import Steps
 
@@ -53,6 +54,11 @@ class Context:
         return getattr(self.local, "geometry", None)
 
     @property
+    def run(self) -> dict[str, State] | None:
+        """What is kept for the run of the call under way; None where none is known or nobody keeps anything."""
+        return getattr(self.local, "run", None)
+
+    @property
     def steps(self) -> Steps:
         if not hasattr(self.local, "steps"):
             self.local.steps = Steps()
@@ -73,7 +79,7 @@ class Context:
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if torch.compiler.is_compiling() and not self._asked():
             return
-        self.local.geometry = None
+        self.local.geometry = self.local.run = None
 
     # Around the module that is compiled itself hooks run outside of the graph: they are no graphs of their own.
     skip_code(before.__code__)
@@ -81,8 +87,11 @@ class Context:
 
     def _note(self, module: nn.Module, given: Mapping[str, Any]) -> None:
         geometry = self.read(module, given)
-        if any("step" in runtime.asks for runtime in self.runtimes):
+        self.local.run = None
+        if self._stepping():
             geometry = replace(geometry, step=self.steps.at(geometry.sample, geometry.timestep))
+            if geometry.step is not None:
+                self.local.run = self.steps.states[geometry.sample]
         self.local.geometry = geometry
 
     def _trace(self, module: nn.Module, given: Mapping[str, Any]) -> None:
@@ -90,7 +99,7 @@ class Context:
         if not self._asked():
             return
         try:
-            if not any(runtime.prepared.refusal or "step" in runtime.asks for runtime in self.runtimes):
+            if not (self._stepping() or any(runtime.prepared.refusal for runtime in self.runtimes)):
                 self.local.geometry = self._stated(module, given)
                 return
         except Unseen:
@@ -104,9 +113,25 @@ class Context:
         """Whether a site needs to know anything of a call that is being traced."""
         for runtime in self.runtimes:
             ready = runtime.prepared
-            if ready.sized or ready.refusal is not None or "step" in runtime.asks:
+            if ready.sized or ready.refusal is not None:
                 return True
+        return self._stepping()
+
+    def _stepping(self) -> bool:
+        """Whether the step of a call is asked for, or something is kept for a run of steps."""
+        # Paused patches count as well: their steps go by all the same.
+        for runtime in self.runtimes:
+            for entry in runtime.entries:
+                if "step" in entry.contribution.asks or entry.contribution.scope == "run":
+                    return True
         return False
+
+    def surroundings(self, runtime: Runtime) -> Surroundings:
+        """What the call under way says to those who stand around a module inside."""
+        geometry = self.geometry
+        if geometry is None:
+            return Surroundings()
+        return Surroundings(self.run, geometry.sample, geometry.step)
 
     def read(self, model: Any, given: Mapping[str, Any]) -> Geometry:
         """What the arguments of a call state, by the declared layout of the class."""

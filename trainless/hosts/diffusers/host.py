@@ -22,6 +22,7 @@ from torch import nn
 from ...edits.journal import AttributeEdit, HookEdit, Journal
 from ...engine.runtime import ATTRIBUTE, Runtime
 from ...seams import Lease, Site
+from ..modules.around import Tell, nothing
 from .calls import foreign_order, refusal
 from .denoisers import Layout, layout_of
 from .denoisers.words import ROLES, holds_no_image, undeclared
@@ -43,6 +44,7 @@ class DiffusersHost:
     """
 
     name = "diffusers"
+    lasting = "run"
 
     def __init__(self, pipeline: Any = None):
         self.pipeline = pipeline
@@ -95,7 +97,7 @@ class DiffusersHost:
                 Site(
                     name=prefix + name, module=module, host=self.name, role=role, parts=group,
                     layer=running[role, group], layers=totals[role, group], heads=heads, kv_heads=kv_heads,
-                    head_dim=width, facts=facts, refusal=refusal(module),
+                    head_dim=width, lasting=self.lasting, facts=facts, refusal=refusal(module),
                 )
             )  # fmt: skip
             running[role, group] += 1
@@ -148,6 +150,14 @@ class DiffusersHost:
         seen = [note for asked in found if asked is not None for note in asked.notes()]
         said = None if self.pipeline is None or any(found) else declared(self.pipeline)
         return seen if said is None else [said]
+
+    def around(self, runtime: Runtime, model: nn.Module, station: Journal) -> Tell:
+        """Who tells of the denoiser's call that a module's call is part of."""
+        for owner in _denoisers(model).values():
+            inside = any(module is runtime.site.module for module in owner.modules())
+            if inside and CONTEXT in vars(owner):
+                return vars(owner)[CONTEXT].surroundings
+        return nothing
 
     def forget_runs(self, model: nn.Module) -> None:
         """Take the next call of every denoiser inside ``model`` for the first of a run."""

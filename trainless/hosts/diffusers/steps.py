@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ...errors import Unsupported
+from ...seams import State
 
 Size = tuple[int, int]
 
@@ -25,6 +26,7 @@ class Steps:
     def __init__(self) -> None:
         self.runs: dict[Size | None, tuple[float, int]] = {}
         self.risen: dict[Size | None, int] = {}  # how often in a row the timestep has risen
+        self.states: dict[Size | None, dict[str, State]] = {}  # what is kept for each run
 
     def at(self, sample: Size | None, timestep: Any) -> int | None:
         """Number of the step, from 0; None without a timestep. Unsupported for models whose time runs upwards."""
@@ -40,5 +42,7 @@ class Steps:
                 f"the timestep has risen twice in a row, to {now:g}: where time runs upwards the steps of a run "
                 "cannot be told apart; use no setting that counts steps"
             )
+        if sample not in self.runs or now > before:
+            self.states[sample] = {}
         self.runs[sample] = (now, step)
         return step

@@ -74,7 +74,7 @@ class Inputs(Edit):
             self._place(name)
         if names and self.runtime.site.kind == "module" and not self.runtime.plan.of["around"]:
             self.runtime.passed()
-        self.local.called = set()
+        self.local.called, self.local.acted = set(), set()
         self.local.counts = {owner: tally.acted for owner, tally in self.runtime.tallies.items()}
         self.local.passed = self.runtime.call.passed
 
@@ -96,7 +96,7 @@ class Inputs(Edit):
                     f"{entry.method}: {self.runtime.site.name} computed its output without calling {name!r}, so "
                     "the patch would act in part only; take fused projections apart (unfuse_qkv_projections)"
                 )
-            if name in called and tally.acted == acted:
+            if name in called and entry in self.local.acted and tally.acted == acted:
                 with self.runtime.counting:
                     tally.acted += 1
 
@@ -131,10 +131,17 @@ class Inputs(Edit):
 
         def changed_by(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             changed = None
+            tracing = torch.compiler.is_compiling()
             for given in self.runtime.inputs:
-                if given.module == name:
-                    args, kwargs = changed = given.value(args, kwargs, given.tensors())
-            if not torch.compiler.is_compiling():
+                if given.module != name:
+                    continue
+                found = given.value(args, kwargs, given.tensors())
+                if found is None:  # it declines this call
+                    continue
+                args, kwargs = changed = found
+                if not tracing and getattr(self.local, "called", None) is not None:
+                    self.local.acted.add(given.entry)
+            if not tracing:
                 called = getattr(self.local, "called", None)
                 if called is not None:
                     called.add(name)

@@ -22,7 +22,7 @@ from transformers.utils import logging
 from ...cache import CompressingLayer
 from ...edits.journal import Journal
 from ...engine.runtime import Runtime
-from ...seams import Contribution, Entry, Evict, Lease
+from ...seams import Cache, Contribution, Entry, Evict, Lease, Scale
 from .version import CACHE_NAME, TESTED, layers_of, untested, version
 
 REGISTRY, CACHE, GENERATE = "registry", "cache", "generate"
@@ -122,7 +122,7 @@ def _registry() -> None:
         calls.append((call.query.shape[2], call.key.shape[2]))
         return 0.5
 
-    tiny = _Tiny(Contribution("scale", look))
+    tiny = _Tiny(Scale(look))
     stock, _ = tiny.logits(tiny.ids)
     tiny.switch(True)
     got, _ = tiny.logits(tiny.ids)
@@ -139,7 +139,7 @@ def _registry() -> None:
 
 
 def _cache() -> None:
-    tiny = _Tiny(Contribution("kv", policy=Evict(sinks=1, recent=KEPT - 1)))
+    tiny = _Tiny(Cache(Evict(sinks=1, recent=KEPT - 1)))
     tiny.switch(True)
     cuts = (LENGTH, LENGTH + 1)
     alone, cache = tiny.logits(tiny.ids, cuts=cuts)
@@ -163,7 +163,7 @@ def _cache() -> None:
 
 
 def _generate() -> None:
-    tiny = _Tiny(Contribution("kv", policy=Evict(sinks=1, recent=KEPT - 1)))
+    tiny = _Tiny(Cache(Evict(sinks=1, recent=KEPT - 1)))
     tiny.switch(True)
     given: dict[str, Any] = {
         "attention_mask": torch.ones_like(tiny.ids), "max_new_tokens": 4, "do_sample": False, "eos_token_id": None,

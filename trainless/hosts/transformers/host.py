@@ -28,10 +28,11 @@ from ...engine.watching import Made
 from ...errors import Unsupported
 from ...kernels.visibility import bias_times
 from ...seams import AttentionCall, Contribution, Site
+from ..modules.around import Tell, nothing
 from . import images as images
 from . import inputs as inputs
 from . import residual as residual
-from . import traced
+from . import sequences, traced
 from .cache import before, cache_wrapper, continuous_wrapper, prefill_wrapper
 from .calls import PACKED, call_of, tell
 from .dispatch import unmatched
@@ -290,6 +291,7 @@ class TransformersHost:
     """Attention modules of transformers models that dispatch through ``ALL_ATTENTION_FUNCTIONS``."""
 
     name = "transformers"
+    lasting = "sequence"
 
     def accepts(self, model: nn.Module) -> bool:
         return any(isinstance(m, PreTrainedModel) for m in model.modules())
@@ -356,6 +358,14 @@ class TransformersHost:
                 f"forward hook on {name}",
             )
         )
+
+    def around(self, runtime: Runtime, model: nn.Module, station: Journal) -> Tell:
+        """Who tells what is known of the calls of a module that somebody stands around."""
+        if any(
+            e.contribution.scope == "sequence" for e in runtime.entries if e.contribution.kind == "around"
+        ):
+            return sequences.watch(runtime, model, station)
+        return nothing
 
     @staticmethod
     def _calls_differ(runtime: Runtime) -> bool:

@@ -10,15 +10,18 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from ...edits.journal import AttributeEdit, HookEdit, Journal
 from ...engine.runtime import Runtime
+from ...seams import State
 from .outside import Generating, generating
 
 TOKENS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
@@ -39,6 +42,9 @@ class Noted:
     positions: Tensor | None = None
     attentions: bool = False
     by: Any = None  # whose forward it is
+    cache: Cache | None = None  # that it was given
+    past: int | None = None  # tokens in it then
+    states: dict[str, State] | None = None  # of modules, once one of them has been called
     generating: Generating | None = None  # what runs it, where patches have to prepare for that
     _real: dict[int, Tensor | None] | None = None
     _several: bool | None = None
@@ -107,6 +113,8 @@ class Given:
     def __init__(self) -> None:
         self.under = Under()
         self.runtimes: list[Runtime] = []
+        # Who keeps the States of modules when a forward is over.
+        self.keep: Callable[[Noted, Any], None] = lambda ended, output: None
 
     @property
     def noted(self) -> list[Noted]:
@@ -140,12 +148,14 @@ class Reader:
         elif not self.given.dispensable(self.rows(args, kwargs)):
             _uncompiled(self, args, kwargs)
 
-    def leave(self, *ignored: Any) -> None:
+    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         # Called after errors too, also after one before ``enter``.
         if torch.compiler.is_compiling() and self.given.dispensable(1):
             return
         if self.given.noted and self.given.noted[-1].by is self:
-            self.given.noted.pop()
+            ended = self.given.noted.pop()
+            if ended.states and output is not None:
+                self.given.keep(ended, output)
 
     def rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         """How many tokens the forward is given, in its longest input."""
@@ -171,6 +181,8 @@ def _enter(reader: Reader, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Non
         asked = outer.attentions if outer is not None else getattr(reader.config, "output_attentions", False)
     positions = reader.argument("position_ids", args, kwargs)
     noted = Noted(positions=positions, attentions=bool(asked), by=reader)
+    noted.cache = cache_among((*kwargs.values(), *args))
+    noted.past = None if noted.cache is None else int(noted.cache.get_seq_length())
     noted.generating = generating() if outer is None else outer.generating
     if isinstance(mask, Tensor) and mask.dim() == 2:
         noted.padding = mask
@@ -186,6 +198,12 @@ def _enter(reader: Reader, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Non
 
 
 _uncompiled = torch.compiler.disable(_enter)
+
+
+def cache_among(values: Iterable[Any]) -> Cache | None:
+    """The cache of the decoder's own tokens among ``values``, by its type."""
+    found = next((v for v in values if isinstance(v, Cache | EncoderDecoderCache)), None)
+    return found.self_attention_cache if isinstance(found, EncoderDecoderCache) else found
 
 
 def watch(runtime: Runtime, model: nn.Module, station: Journal) -> None:
@@ -219,3 +237,9 @@ def noted(runtime: Runtime) -> Noted | None:
     """What the forward around the call under way was given; None outside any."""
     given: Given | None = runtime.asked.get("inputs")
     return given.noted[-1] if given is not None and given.noted else None
+
+
+def outermost(runtime: Runtime) -> Noted | None:
+    """The forward under way that the user made, where the call is inside one."""
+    given: Given | None = runtime.asked.get("inputs")
+    return given.noted[0] if given is not None and given.noted else None
