@@ -1,4 +1,4 @@
-"""The shape of the package: imports point one way, files stay short, the core knows no method's name."""
+"""The shape of the package: imports point one way, the core knows no method's name."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from trainless.patchers import known
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "trainless"
-LONGEST = 500
-
 # From the bottom to the top; a unit may import units of earlier lines only. A unit is a file or a folder of the
 # package. The walk of a call: hosts → engine → cache; of a patch: patch, over hosts; of a batch: batch.
 ORDER = [
@@ -36,11 +34,6 @@ METHODS_MAY_IMPORT = {"errors", "seams", "kernels"}
 LEVEL = {unit: level for level, units in enumerate(ORDER) for unit in units}
 
 FILES = sorted(PACKAGE.rglob("*.py"))
-SOURCES = [
-    f
-    for folder in ("trainless", "tests", "examples", "benchmarks", "docs")
-    for f in (ROOT / folder).rglob("*.py")
-]
 
 
 def unit_of(parts: tuple[str, ...]) -> str:
@@ -81,19 +74,31 @@ def is_module(parts: tuple[str, ...]) -> bool:
     return place.with_suffix(".py").is_file() or (place / "__init__.py").is_file()
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
-def test_imports_point_one_way(file: Path) -> None:
+def faults_of(file: Path) -> list[str]:
+    """What ``file`` imports and must not."""
     own = unit_of(file.relative_to(PACKAGE).with_suffix("").parts)
-    assert own in LEVEL, f"{own} has no place in ORDER: say where it belongs"
+    if own not in LEVEL:
+        return [f"{own} has no place in ORDER: say where it belongs"]
+    found = []
     for target in imports(file):
-        assert target in LEVEL, f"{own} imports {target}, which has no place in ORDER"
-        if frozenset({own, target}) not in TOGETHER:
-            assert LEVEL[target] < LEVEL[own], f"{own} imports {target}, which stands beside or above it"
+        if target not in LEVEL:
+            found.append(f"{file}: {target} has no place in ORDER")
+        elif frozenset({own, target}) not in TOGETHER and LEVEL[target] >= LEVEL[own]:
+            found.append(f"{file}: imports {target}, which stands beside or above it")
+    return found
 
 
-@pytest.mark.parametrize("file", [f for f in FILES if f.parent.name == "patchers"], ids=lambda f: f.stem)
-def test_methods_see_only_the_vocabulary(file: Path) -> None:
-    assert imports(file) <= METHODS_MAY_IMPORT
+def test_imports_point_one_way() -> None:
+    assert len(FILES) > 200
+    assert not [fault for file in FILES for fault in faults_of(file)]
+
+
+def test_methods_see_only_the_vocabulary() -> None:
+    methods = [file for file in FILES if file.parent.name == "patchers"]
+    assert methods
+    assert not {
+        file.name: more for file in methods if (more := imports(file) - METHODS_MAY_IMPORT - {"patchers"})
+    }
 
 
 def test_an_import_upwards_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,11 +114,6 @@ def test_an_import_upwards_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert imports(file) == {"__init__", "hosts", "seams", "cli"}
     (tmp_path / "errors.py").write_text("")
     assert "errors" in imports(file)
-
-
-@pytest.mark.parametrize("file", SOURCES, ids=lambda f: str(f.relative_to(ROOT)))
-def test_files_are_short(file: Path) -> None:
-    assert len(file.read_text(encoding="utf-8").splitlines()) <= LONGEST
 
 
 def names() -> set[str]:
@@ -149,14 +149,14 @@ def test_a_name_in_code_is_seen() -> None:
     assert names_in(f'"""Such as {name}."""\n') == set()
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
-def test_the_core_knows_no_method(file: Path) -> None:
-    # A method's own file and the measurement that is made for it may name it.
-    own = {file.stem} if file.parent.name in ("patchers", "calibrators") else set()
-    classes = {
-        cls.name
-        for cls in known().values()
-        if cls.__module__ == ".".join(("trainless", *file.relative_to(PACKAGE).with_suffix("").parts))
-    }
-    aliases = {alias for cls in known().values() if cls.name in classes for alias in cls.aliases}
-    assert names_in(file.read_text(encoding="utf-8")) <= own | classes | aliases
+def test_the_core_knows_no_method() -> None:
+    strangers = {}
+    for file in FILES:
+        # A method's own file and the measurement that is made for it may name it.
+        own = {file.stem} if file.parent.name in ("patchers", "calibrators") else set()
+        module = ".".join(("trainless", *file.relative_to(PACKAGE).with_suffix("").parts))
+        classes = {cls.name for cls in known().values() if cls.__module__ == module}
+        aliases = {alias for cls in known().values() if cls.name in classes for alias in cls.aliases}
+        if more := names_in(file.read_text(encoding="utf-8")) - own - classes - aliases:
+            strangers[file.name] = more
+    assert not strangers

@@ -19,7 +19,7 @@ from .engine import Engine
 from .foreign import annotate
 from .interrupt import Interrupt
 from .items import Faults, Item
-from .keys import UNKNOWN, Job, jobs, rename
+from .keys import UNKNOWN, Job, Settings, jobs, rename
 from .launch import Launch
 from .lock import Lock
 from .plan import (
@@ -108,23 +108,36 @@ def generate(request: Request, voice: Voice | None = None) -> int:
         notes.append(outline(request, description, engine, work, f"{settings.dtype} on {device}"))
     run = _Run(request, launch, description, engine, recipe, device, dtype, size, voice)
     if isinstance(store, Scratch):
-        for line in notes:
-            voice.say(line)
-        interrupt, _ = _work(run, store, work, {})
-        report = _close(run, store, work, interrupt)
-        return interrupt.exit_code if interrupt.signal is not None else 3 if report["errors"] else 0
+        return _on_screen(run, store, work, notes)
+    return _into_folder(run, store, work, notes, settings, about)
+
+
+def _on_screen(run: _Run, store: Scratch, work: list[Job], notes: list[str]) -> int:
+    """A run whose results are printed and kept nowhere; its exit code."""
+    for line in notes:
+        run.voice.say(line)
+    interrupt, _ = _work(run, store, work, {})
+    report = _close(run, store, work, interrupt)
+    return interrupt.exit_code if interrupt.signal is not None else 3 if report["errors"] else 0
+
+
+def _into_folder(
+    run: _Run, store: Store, work: list[Job], notes: list[str], settings: Settings, about: dict[str, Any]
+) -> int:
+    """This rank's part of a run into a results folder; its exit code."""
+    launch = run.launch
     store.make()
     lock = Lock(store.folder, launch)
     if launch.rank == 0:
         lock.take()
         try:
-            past = store.prepare(settings, about, request.overwrite)
+            past = store.prepare(settings, about, run.request.overwrite)
         except BaseException:
             lock.close()
             raise
         lock.publish(past)
         for line in notes:  # not before the folder is there: an error should not stand below a page of advice
-            voice.say(line)
+            run.voice.say(line)
     else:
         past = lock.join()
     last = False

@@ -140,8 +140,9 @@ class Runtime:
         """Bring the tallies up to date with what stands on the device only; waits for it."""
         if self.settled is not None:
             with self.counting:
-                for tally in self._tallies(self.plan.of["kv"]):
-                    tally.hold(self.settled)
+                for entry in self.plan.of["kv"]:
+                    if (tally := self.tallies.get(entry.owner)) is not None:  # type: ignore[call-overload]
+                        tally.hold(self.settled)
         owners = self.prepared.owners
         for calls, outcome in self.prepared.counted():
             why = "; ".join(filter(None, (COMPILED, outcome.reasons)))

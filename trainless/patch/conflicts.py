@@ -60,22 +60,28 @@ def _clash(a: Entry, b: Entry) -> str | None:
         return "seam mass takes one contribution per head; give them different heads, or layers with `where`"
     if x.kind == y.kind == "weights" and set(x.tensors or ()) & set(y.tensors or ()):
         return "seam weights: both replace the same tensors"
-    for one, other in ((x, y), (y, x)):
-        if one.kind == "form" and other.kind not in one.admits and other.kind not in BESIDE:
-            return f"seam form replaces softmax attention, which seam {other.kind} needs; use `where` to part them"
-        if one.kind == "form" and other.statistics:
-            return f"seam form leaves no softmax whose statistics seam {other.kind} could read; use `where` to part them"
-        if one.in_order and other.kind == "kv":
-            return f"seam {one.kind} reads the keys in their order, and seam kv drops some; give them different layers"
+    return _stands_against(x, y) or _stands_against(y, x)
+
+
+def _stands_against(one: Contribution, other: Contribution) -> str | None:
+    """Why ``one`` cannot do what it does where ``other`` does what it does."""
+    if one.kind == "form" and other.kind not in one.admits and other.kind not in BESIDE:
+        return (
+            f"seam form replaces softmax attention, which seam {other.kind} needs; use `where` to part them"
+        )
+    if one.kind == "form" and other.statistics:
+        return f"seam form leaves no softmax whose statistics seam {other.kind} could read; use `where` to part them"
+    if one.in_order and other.kind == "kv":
+        return f"seam {one.kind} reads the keys in their order, and seam kv drops some; give them different layers"
+    if isinstance(other.policy, Quantise):
         # A dynamic pattern is for the calls that it asks about; on a layer that packs, those before it does.
-        every = one.kind == "position" or (one.kind == "pattern" and not one.dynamic)
-        if isinstance(other.policy, Quantise) and every:
+        if one.kind == "position" or (one.kind == "pattern" and not one.dynamic):
             return f"seam {one.kind} needs every key as it is, and seam kv packs them; give them different layers"
-        if isinstance(other.policy, Quantise) and one.groups is not None:
+        if one.groups is not None:
             return f"seam {one.kind} names groups of keys, and seam kv packs them; give them different layers"
-        scored = isinstance(other.policy, Evict) and other.policy.score is not None
-        if one.kind == "pattern" and one.dynamic and (other.statistics or scored):
-            return f"seam pattern is chosen from statistics that seam {other.kind} reads as well"
+    scored = isinstance(other.policy, Evict) and other.policy.score is not None
+    if one.kind == "pattern" and one.dynamic and (other.statistics or scored):
+        return f"seam pattern is chosen from statistics that seam {other.kind} reads as well"
     return None
 
 

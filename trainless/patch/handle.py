@@ -121,24 +121,32 @@ class Patch:
         foreign += self.journal.undo() + self.added.undo()
         for module in list(entries_by_module(self.bindings)):
             runtime = runtime_of(module)
-            if runtime is None:
-                continue
-            for binding in self.bindings:
-                runtime.drop(binding.lease)
-            for _, _, contribution in self._given():
-                runtime.holders.pop(contribution, None)
-            if not runtime.entries:
-                foreign += runtime.journal.undo()
-                for station in self._stations():
-                    if runtime in station.runtimes:
-                        station.runtimes.remove(runtime)
+            if runtime is not None:
+                foreign += self._leave_site(runtime)
         for station in self._stations():
-            if self in station.patches:
-                station.patches.remove(self)
-            if not any(other.journal.edits for other in station.patches):
-                foreign += station.saving.undo()
-            if not station.patches:
-                foreign += station.journal.undo()
+            foreign += self._leave_station(station)
+        return foreign
+
+    def _leave_site(self, runtime: Runtime) -> list[str]:
+        for binding in self.bindings:
+            runtime.drop(binding.lease)
+        for _, _, contribution in self._given():
+            runtime.holders.pop(contribution, None)
+        if runtime.entries:
+            return []
+        for station in self._stations():
+            if runtime in station.runtimes:
+                station.runtimes.remove(runtime)
+        return runtime.journal.undo()
+
+    def _leave_station(self, station: Station) -> list[str]:
+        foreign: list[str] = []
+        if self in station.patches:
+            station.patches.remove(self)
+        if not any(other.journal.edits for other in station.patches):
+            foreign += station.saving.undo()
+        if not station.patches:
+            foreign += station.journal.undo()
         return foreign
 
     @contextlib.contextmanager

@@ -45,23 +45,29 @@ def build(cls: type[T], values: Mapping[str, Any], fault: Fault) -> T | None:
     for name, field in fields.items():
         if name in given:
             continue
-        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            if name not in values:
-                note((), f"needs {name!r} ({field.metadata.get('help', 'no default')})")
-        else:
+        if not _needed(field):
             given[name] = _default(field, hints[name])
+        elif name not in values:
+            note((), f"needs {name!r} ({field.metadata.get('help', 'no default')})")
     if not found:
         try:
-            made = cls(**given)
-            check = getattr(made, "check", None)
-            if check is not None:
-                check()
-            return made
+            return _checked(cls(**given))
         except InputError as error:
             note(*_placed(str(error), fields))
     for path, reason in found:
         fault(path, _short(reason, path, {**values, **given}))
     return None
+
+
+def _checked(made: T) -> T:
+    check = getattr(made, "check", None)
+    if check is not None:
+        check()
+    return made
+
+
+def _needed(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def _without_replaced(cls: type, values: Mapping[str, Any], fault: Fault) -> Mapping[str, Any]:

@@ -349,24 +349,11 @@ class Judge:
             return
         mass = None
         if isinstance(policy, Evict) and policy.score is not None:
-            b, _, lq, _ = found.probabilities.shape
-            rows = torch.ones(b, lq, dtype=torch.bool, device=found.lse.device) if real is None else real
-            if policy.last:
-                # Where the budget is a share, the prompt of a row may be scored by fewer.
-                few = [policy.parts(int(n)).last if policy.once else policy.last for n in rows.sum(1)]
-                counts = torch.tensor(few, device=rows.device)[:, None]
-                rows = rows & (rows.long().flip(1).cumsum(1).flip(1) <= counts)
-            mass = found.probabilities * rows[:, None, :, None]
+            mass = self._scored(policy, found, real)
         chosen = None
         if plan.evictor is not None and policy is not None and policy.chosen:
-            original = self.originals.get(plan.evictor, plan.evictor)
-            mine = [v for v in self.values if v.entry is original]
-            if mine and mine[-1].given is not None:
-                if mine[-1].positions is not None:
-                    policy = None  # chosen among slots that have moved since
-                    record.skip("kept", "a later choice is among what is left, and is taken as it is")
-                else:
-                    chosen = mine[-1].given
+            told, chosen = self._chosen(plan.evictor)
+            policy = policy if told else None
         slack = {torch.float64: 1e-9, torch.float32: 1e-4}.get(dtype, 0.1)
         problems, dropped = history.settle(policy, mass, chosen, slack)
         for problem in problems:
@@ -381,3 +368,26 @@ class Judge:
                 record.fail("precision", problem)
             if packed and not problems:
                 record.held["precision"] += 1
+
+    @staticmethod
+    def _scored(policy: Evict, found: Found, real: Tensor | None) -> Tensor:
+        """Probabilities (B, H, Lq, Lk) of the rows by which a rule scores; zero in the others."""
+        b, _, lq, _ = found.probabilities.shape
+        rows = torch.ones(b, lq, dtype=torch.bool, device=found.lse.device) if real is None else real
+        if policy.last:
+            # Where the budget is a share, the prompt of a row may be scored by fewer.
+            few = [policy.parts(int(n)).last if policy.once else policy.last for n in rows.sum(1)]
+            counts = torch.tensor(few, device=rows.device)[:, None]
+            rows = rows & (rows.long().flip(1).cumsum(1).flip(1) <= counts)
+        return found.probabilities * rows[:, None, :, None]
+
+    def _chosen(self, evictor: Entry) -> tuple[bool, Tensor | None]:
+        """Whether the method's own choice after this call can be followed, and the choice; None: everything stays."""
+        original = self.originals.get(evictor, evictor)
+        mine = [v for v in self.values if v.entry is original]
+        if not mine or mine[-1].given is None:
+            return True, None
+        if mine[-1].positions is not None:  # chosen among slots that have moved since
+            self.record.skip("kept", "a later choice is among what is left, and is taken as it is")
+            return False, None
+        return True, mine[-1].given

@@ -126,34 +126,11 @@ def _routed(
             "this name is internal: pick another implementation with set_attn_implementation"
         )
     if runtime.watch is not None and runtime.watch.wants():
-        made = _made(query, key, value, attention_mask, scaling, dropout, kwargs)
-        weights: list[Any] = [None]
-
-        def proceed() -> Tensor:
-            out, weights[0] = _routed(
-                module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
-            )
-            return out
-
-        def stock() -> Tensor:
-            own = _user_function(module)
-            given = query, key, value, attention_mask
-            found: Tensor = own(module, *given, scaling=scaling, dropout=dropout, **kwargs)[0]
-            return found
-
-        return runtime.watch.around(made, proceed, stock), weights[0]
+        return _watched(runtime, module, query, key, value, attention_mask, scaling, dropout, kwargs)
     here = runtime.call
     step, here.step = here.step, None
     if step is not None and kwargs.get("position_bias") is None:
-        runtime.passed()
-        runtime.acted(runtime.prepared.kernel)
-        runtime.settled = step.counters
-        around = inputs.noted(runtime)
-        padding = around.padding if around is not None else None
-        return traced.straight(
-            runtime, _user_function, step, module, query, key, value, attention_mask, scaling, dropout, kwargs,
-            None if padding is None else padding[:, -1].bool(),
-        )  # fmt: skip
+        return _stepped(runtime, step, module, query, key, value, attention_mask, scaling, dropout, kwargs)
     facts = here.facts
     entering, here.residual = here.residual, None
     # Also while its patch is paused: only here is it known which of its slots hold a token.
@@ -180,6 +157,79 @@ def _routed(
     if runtime.watch is not None:
         runtime.watch.told(call)
     order = facts.pop("order", None)  # of the query heads, where the engine sees them in another
+    facts.pop("weights", None)
+    out = attend(runtime, call, _delegate(module, facts, order, kwargs))
+    if isinstance(call.layer, Freezing) and runtime.watch is None:
+        _settle(runtime, call.layer)
+    facts.pop("residual", None)  # as large as the layer's activations: not to be kept until the next call
+    weights = facts.pop("weights", None)
+    if weights is None and facts.pop("attentions", False):
+        _refuse_attentions(runtime)
+    return out if order is None else out[:, :, order.argsort()], weights
+
+
+def _watched(
+    runtime: Runtime,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Any,
+    scaling: float | None,
+    dropout: float,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, Any]:
+    """A call that ``verify`` looks at: it is told what the model made, and may run it or the user's own."""
+    made = _made(query, key, value, mask, scaling, dropout, kwargs)
+    weights: list[Any] = [None]
+
+    def proceed() -> Tensor:
+        out, weights[0] = _routed(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
+        return out
+
+    def stock() -> Tensor:
+        own = _user_function(module)
+        found: Tensor = own(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)[0]
+        return found
+
+    assert runtime.watch is not None
+    return runtime.watch.around(made, proceed, stock), weights[0]
+
+
+def _stepped(
+    runtime: Runtime,
+    layer: Freezing,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Any,
+    scaling: float | None,
+    dropout: float,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, Any]:
+    """A step of one token on the buffers of a frozen cache layer."""
+    runtime.passed()
+    runtime.acted(runtime.prepared.kernel)
+    runtime.settled = layer.counters
+    around = inputs.noted(runtime)
+    padding = around.padding if around is not None else None
+    real = None if padding is None else padding[:, -1].bool()
+    given = query, key, value, mask, scaling, dropout, kwargs
+    return traced.straight(runtime, _user_function, layer, module, *given, real)
+
+
+def _settle(runtime: Runtime, layer: Freezing) -> None:
+    """Freeze a layer whose every later step is one of the prepared plan."""
+    if runtime.prepared.freezes(layer.owners):
+        layer.freeze()
+        runtime.settled = layer.counters
+
+
+def _delegate(
+    module: nn.Module, facts: dict[str, Any], order: Tensor | None, kwargs: dict[str, Any]
+) -> Callable[[AttentionCall], Tensor]:
+    """The user's own attention for a call that the engine hands back; its probabilities go into ``facts``."""
 
     def delegate(call: AttentionCall) -> Tensor:
         passed = dict(kwargs)
@@ -194,26 +244,12 @@ def _routed(
         if order is not None:
             times = call.query.shape[1] // call.key.shape[1]
             given = call.query[:, order.argsort()], *(t.repeat(1, times, 1, 1) for t in given[1:])
-        function = _user_function(module)
-        out, facts["weights"] = function(
+        out, facts["weights"] = _user_function(module)(
             module, *given, call.mask, scaling=call.scaling, dropout=call.dropout, **passed
         )
         return out if order is None else out[:, :, order]
 
-    facts.pop("weights", None)
-    out = attend(runtime, call, delegate)
-    if (
-        isinstance(call.layer, Freezing)
-        and runtime.watch is None
-        and runtime.prepared.freezes(call.layer.owners)
-    ):
-        call.layer.freeze()
-        runtime.settled = call.layer.counters
-    facts.pop("residual", None)  # as large as the layer's activations: not to be kept until the next call
-    weights = facts.pop("weights", None)
-    if weights is None and facts.pop("attentions", False):
-        _refuse_attentions(runtime)
-    return out if order is None else out[:, :, order.argsort()], weights
+    return delegate
 
 
 def _refuse_attentions(runtime: Runtime) -> None:
