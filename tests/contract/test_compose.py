@@ -223,7 +223,7 @@ def test_running_means_refuse_an_evictor_at_the_same_layer(evictor: str):
 
 def _given(case: Case):
     return get(case.method)(**case.parameters).contribute(
-        Site("a", torch.nn.Identity(), "transformers", causal=True)
+        Site("a", torch.nn.Identity(), "transformers", causal=True, layer=1, layers=3)
     )
 
 
