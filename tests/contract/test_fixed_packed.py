@@ -344,7 +344,7 @@ def test_generate_on_a_static_cache_with_padding(use, more):
             return_dict_in_generate=True,
             **more,
             **static,
-        )  # fmt: skip
+        )
         for static in ({}, {"cache_implementation": "static"})
     ]
     assert torch.equal(found[0].sequences, found[1].sequences)

@@ -98,6 +98,7 @@ class Runtime:
     def drop(self, owner: Lease) -> None:
         """Forget the contributions of one patch; its tally stays readable through the patch."""
         self.fold()
+        self.settled = None
         self.entries = [e for e in self.entries if e.owner is not owner]
         self.tallies.pop(owner, None)
         self.refresh()
@@ -105,6 +106,7 @@ class Runtime:
     def refresh(self) -> None:
         """Merge anew what is active; called when a patch arrives, leaves, pauses or resumes."""
         self.fold()
+        self.settled = None
         self.plan = AttentionPlan([e for e in self.entries if e.owner.active])  # type: ignore[attr-defined]
         self.prepared = Prepared(self.plan, self._device())
         self.live = self._tallies(self.plan.entries)
