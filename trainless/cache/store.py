@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,7 +53,10 @@ class Store:
 
     @property
     def nbytes(self) -> int:
-        return sum(s.code_bytes + s.parameter_bytes for s in self.segments)
+        """Bytes of codes, parameters and positions, from their storages."""
+        held = [t for run in self.runs for t in (run.positions, run.segment.index) if t is not None]
+        beside = sum(t.untyped_storage().nbytes() for t in held)
+        return beside + sum(s.code_bytes + s.parameter_bytes for s in self.segments)
 
     def positions(self) -> list[Tensor]:
         return [run.positions for run in self.runs]
@@ -128,7 +132,7 @@ class Store:
         held = run.segment.key.shape[2]
         if all(f == held for f in run.filled) and len(set(used)) == 1:
             pairs = zip(run.segment.tensors().items(), segment.tensors().values(), strict=True)
-            joined = {name: torch.cat([a, b], 2) for (name, a), b in pairs}
+            joined: dict[str, Any] = {name: torch.cat([a, b], 2) for (name, a), b in pairs}
             run.segment = Segment(segment.k_bits, segment.v_bits, **joined)
             run.positions = torch.cat([run.positions, positions], 2)
             ids[number] = torch.cat([ids[number], new], 2)
