@@ -318,3 +318,35 @@ def test_bytes_are_those_of_every_storage(kind):
         assert row["tokens_seen"] == 15
         assert layer.fed is not None
     assert isinstance(cache.layers[0], PackedLayer)
+
+
+GENERATED = {**BOTH, "kvquant": [KV], "h2o alone": BOTH["h2o"][:1]}
+
+
+@pytest.mark.parametrize("use", GENERATED.values(), ids=GENERATED)
+@pytest.mark.parametrize(
+    "more", [{}, {"num_beams": 3}, {"prefill_chunk_size": 5}], ids=["greedy", "beams", "chunks"]
+)
+def test_generate_on_a_static_cache_with_padding(use, more):
+    """generate() hands over a mask as wide as the cache then, and nobody may take its end for padding."""
+    model = build(torch.float32)
+    trainless.patch(model, use)
+    ids, mask = models.left_padded([19, 12])
+    found = [
+        model.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=10,
+            min_new_tokens=10,
+            do_sample=False,
+            pad_token_id=0,
+            output_logits=True,
+            return_dict_in_generate=True,
+            **more,
+            **static,
+        )
+        for static in ({}, {"cache_implementation": "static"})
+    ]
+    assert torch.equal(found[0].sequences, found[1].sequences)
+    same(found[1].logits, found[0].logits, 1e-4)
+    assert all(layer.fed is not None for layer in found[1].past_key_values.layers)

@@ -150,7 +150,7 @@ class FixedEvictingLayer(FixedPackedLayer):
         filled = (packed.amax(1) // fixed.size).tolist()
         groups = max(filled)
         codes, self._store.runs = groups * fixed.size, []
-        positions = marks.positions.long()
+        positions = marks.positions
         if groups:
             segment = fixed.segments()[0].each(lambda t: t.view(b, hkv, *t.shape[2:])[:, :, :groups].clone())
             self._store.runs = [Run(0, segment, positions[:, :, :codes].clone(), filled)]

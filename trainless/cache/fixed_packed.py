@@ -143,7 +143,7 @@ class FixedPackedLayer(Freezing, PackedLayer):
             segment = fixed.segments()[0].each(lambda t: t[:, :, :groups].clone())
             number = torch.arange(groups * fixed.size, device=device)
             number = torch.where(number < fixed.packed[:, None], number, -1)
-            self.store.runs = [Run(0, segment, _per_head(number, hkv), filled)]
+            self.store.runs = [Run(0, segment, _per_head(number.to(torch.int32), hkv), filled)]
         # The newest stands last, whatever a row lacks.
         width = max(a - p for a, p in zip(ages, packed, strict=True))
         token = fixed.age[:, None].long() - width + torch.arange(width, device=device)
@@ -155,7 +155,7 @@ class FixedPackedLayer(Freezing, PackedLayer):
             return t.gather(2, place.expand(-1, hkv, -1, t.shape[3])).masked_fill(lacks, 0)
 
         self.keys, self.values = waiting(fixed.tail_key), waiting(fixed.tail_value)
-        self.tail = _per_head(token.masked_fill(~exists, -1), hkv)
+        self.tail = _per_head(token.masked_fill(~exists, -1).to(torch.int32), hkv)
 
     # ------------------------------------------------------------------ a step
 

@@ -48,11 +48,12 @@ class PackedLayer(CompressingLayer):
 
     @property
     def positions(self) -> Tensor | None:
-        """(B, Hkv, slots), packed ones first; None until something is packed or dropped."""
+        """(B, Hkv, slots), packed ones first, held as int32; None until something is packed or dropped."""
         return self._where()
 
     @positions.setter
     def positions(self, positions: Tensor | None) -> None:
+        positions = None if positions is None else positions.to(torch.int32)
         packed = self.store.slots if positions is not None else 0
         if positions is not None and packed:
             self.store.place(positions[:, :, :packed])
@@ -61,7 +62,8 @@ class PackedLayer(CompressingLayer):
     def _where(self) -> Tensor | None:
         if self.tail is None:
             return None
-        return torch.cat([*self.store.positions(), self.tail], 2) if self.store.runs else self.tail
+        whole = torch.cat([*self.store.positions(), self.tail], 2) if self.store.runs else self.tail
+        return whole.long()
 
     @property
     def leases(self) -> set[Lease]:
@@ -92,7 +94,10 @@ class PackedLayer(CompressingLayer):
 
     @property
     def nbytes(self) -> int:
-        return super().nbytes + self.store.nbytes
+        """Bytes of every storage that is held: codes, parameters, what waits, positions and scores."""
+        beside = (self.tail, self.scores, self.pending, self.real)
+        mine = sum(t.untyped_storage().nbytes() for t in beside if t is not None)
+        return super().nbytes + self.store.nbytes + mine
 
     def valid(self) -> Tensor | None:
         if self.tail is None or all(c == self.slots for c in self.counts):

@@ -53,7 +53,10 @@ class Store:
 
     @property
     def nbytes(self) -> int:
-        return sum(s.code_bytes + s.parameter_bytes for s in self.segments)
+        """Bytes of codes, parameters and positions, from their storages."""
+        held = [t for run in self.runs for t in (run.positions, run.segment.index) if t is not None]
+        beside = sum(t.untyped_storage().nbytes() for t in held)
+        return beside + sum(s.code_bytes + s.parameter_bytes for s in self.segments)
 
     def positions(self) -> list[Tensor]:
         return [run.positions for run in self.runs]

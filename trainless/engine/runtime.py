@@ -116,6 +116,7 @@ class Runtime:
     def drop(self, owner: Lease) -> None:
         """Forget the contributions of one patch; its tally stays readable through the patch."""
         self.fold()
+        self.settled = None
         self.entries = [e for e in self.entries if e.owner is not owner]
         self.tallies.pop(owner, None)
         self.refresh()
@@ -123,6 +124,7 @@ class Runtime:
     def refresh(self) -> None:
         """Merge anew what is active; called when a patch arrives, leaves, pauses or resumes."""
         self.fold()
+        self.settled = None
         self.plan = AttentionPlan([e for e in self.entries if e.owner.active])  # type: ignore[attr-defined]
         self.prepared = Prepared(self.plan, self._device(), self.site.facts.get("whole", False))
         # Those of paused patches as well: their steps go by all the same.

@@ -8,6 +8,7 @@ from typing import Any
 from ..errors import InputError
 
 BITS = (2, 4, 8, 16)  # widths that a code may have; 16 means the model's own dtype, unquantised
+POSITION = 4  # bytes of a token's position in one head
 
 
 def check_bits(name: str, bits: Any) -> None:
@@ -64,7 +65,8 @@ class Quantise:
     def nbytes(
         self, held: int, residual: int, width: int, itemsize: int, value_width: int | None = None
     ) -> int:
-        """Bytes of one head after a prefill of which ``held`` tokens are kept: codes, parameters, those that wait.
+        """Bytes of one head after a prefill of which ``held`` tokens are kept: codes, parameters, those that wait, and
+        positions (int32) once something is packed.
 
         width: channels of a key, and of a value where ``value_width`` says nothing else; itemsize: bytes of a number
         of the model's own dtype.
@@ -72,7 +74,7 @@ class Quantise:
         values = width if value_width is None else value_width
         packed = self.packs(held, residual, True)
         high = min(packed, int(self.high * packed + 1e-9) if isinstance(self.high, float) else self.high)
-        total = (held - packed) * (width + values) * itemsize
+        total = (held - packed) * (width + values) * itemsize + (POSITION * held if packed else 0)
         for n, k_bits, v_bits in zip((high, packed - high), self.k_bits, self.v_bits, strict=True):
             groups = -(-n // self.group) if self.group else min(n, 1)
             numbers = (2 * groups * width if k_bits < 16 else 0) + (
