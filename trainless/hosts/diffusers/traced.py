@@ -16,7 +16,6 @@ from ...kernels.visibility import bias_times
 from ...seams import AttentionCall
 from .calls import SDPA, Catching, refusal
 
-
 # Methods of a tensor in which Python calls the parent's: the compiler follows them by name only.
 INHERITED = frozenset({"unflatten"})
 
