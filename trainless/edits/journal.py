@@ -8,12 +8,14 @@ a marker, not by identity, because other libraries rebuild objects that they fin
 from __future__ import annotations
 
 import functools
+from collections import OrderedDict
 from collections.abc import Callable, MutableMapping, MutableSequence
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 MARKER = "_trainless_made"
 HOOKS = "_trainless_hooks"  # on a module: how many hooks of ours it has, and the forward that its instance had before
@@ -32,6 +34,25 @@ def mark(thing: Any) -> Any:
 
 def is_marked(thing: Any) -> bool:
     return bool(getattr(thing, MARKER, False))
+
+
+_numbers: dict[str, int] = {}  # kind of hook -> its number
+
+
+def numbered(handle: Any, kind: str) -> Any:
+    """The handle of a hook just registered, which now has the number of its kind on its module.
+
+    Compiled code guards on the numbers of hooks. With the same ones on all blocks of a model, the code that was made
+    for one block serves the others. A second hook of a kind on one module keeps its own number.
+    """
+    number = _numbers.setdefault(kind, RemovableHandle(OrderedDict()).id)
+    hooks = handle.hooks_dict_ref()
+    if number not in hooks:
+        for table in (hooks, *(ref() for ref in handle.extra_dict_ref)):
+            if handle.id in table:
+                table[number] = table.pop(handle.id)
+        handle.id = number
+    return handle
 
 
 class Edit:
@@ -78,10 +99,12 @@ class HookEdit(Edit):
     Code that ``torch.compile`` has made guards on a module's ``forward`` and not on its hooks. So that it is made anew
     for this module when a hook comes, and found again when the hook has gone, ``forward`` is set on the instance to
     what it is anyway, for as long as hooks of ours are there.
+
+    kind: hooks of one kind have one number on all modules, see ``numbered``.
     """
 
-    def __init__(self, module: nn.Module, register: Callable[[], Any], where: str):
-        self.handle = register()
+    def __init__(self, module: nn.Module, register: Callable[[], Any], where: str, kind: str = ""):
+        self.handle = numbered(register(), kind) if kind else register()
         self.module, self.where = module, where
         own = vars(module)
         if HOOKS not in own:

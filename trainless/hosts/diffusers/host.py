@@ -174,7 +174,7 @@ def _hook(journal: Journal, module: nn.Module, hooks: AttentionHooks | Context, 
         f"forward hook on {where}": lambda: module.register_forward_hook(after, always_call=True),
     }
     for name, register in edits.items():
-        journal.add(HookEdit(module, register, name))
+        journal.add(HookEdit(module, register, name, kind=f"{name.split()[0]} of {type(hooks).__name__}"))
 
 
 # ---------------------------------------------------------------- reading a module

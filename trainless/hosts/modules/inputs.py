@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...edits.journal import Edit, HookEdit
+from ...edits.journal import Edit, HookEdit, numbered
 from ...engine.runtime import Runtime
 from ...errors import Unsupported
 
@@ -121,7 +121,8 @@ class Inputs(Edit):
                 return
             handle.remove()
         hook = self.hooks.setdefault(name, self._hook(name))
-        self.placed[name] = (module, module.register_forward_pre_hook(hook, with_kwargs=True))
+        handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+        self.placed[name] = (module, numbered(handle, "input"))
 
     def _hook(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -166,4 +167,4 @@ def watch_inputs(runtime: Runtime) -> None:
         f"forward hook on {name}": lambda: module.register_forward_hook(inputs.after, always_call=True),
     }
     for where, register in edits.items():
-        runtime.journal.add(HookEdit(module, register, where))
+        runtime.journal.add(HookEdit(module, register, where, kind=f"{where.split()[0]} of inputs"))
