@@ -172,6 +172,9 @@ class Judge:
         for entry in plan.of["scale"]:
             if entry.contribution.constant is not None:
                 found.factors.append(entry.contribution.constant)
+        for entry in plan.of["gain"]:
+            if entry.contribution.constant is not None:
+                found.gains.append((entry.contribution.heads, entry.contribution.constant))
         latest = {
             id(v.entry): v for v in self.values
         }  # a value that is asked for again is the one that counts
