@@ -51,6 +51,18 @@ def test_packed_decode(shape, dtype, monkeypatch):
             assert torch.equal(t, low.tensors()[name]), name  # the tickets are zero again, too
 
 
+def test_packed_decode_of_bfloat16_parameters():
+    """They are read in a way of their own. The ring, whose numbers the interpreter cannot multiply, is empty."""
+    mine, terms = make(PACKED[0], torch.bfloat16), Terms(0.3)
+    mine.age.copy_(mine.packed)
+    query = token(PACKED[0], torch.bfloat16)[0]
+    want = reference.packed_decode(query.double(), None, None, copied(mine, torch.float64), terms)
+    plain = fixed_plain.decode(query, None, None, copied(mine), terms)
+    out, lse = packed_form.decode(query, None, None, mine, terms)
+    no_worse(out, want[0], plain[0], factor=4.0)
+    torch.testing.assert_close(lse.double(), want[1], rtol=1e-3, atol=5e-3)
+
+
 def test_packed_decode_reads_only_what_there_is():
     """NaN in the ring beside its tokens, codes of ones behind the groups."""
     shape = PACKED[0]
