@@ -1,6 +1,9 @@
 """The Triton kernels of decode steps on buffers of fixed size; run by ``test_triton.py`` like triton_kernels.py."""
 
+import inspect
 import os
+import random
+import re
 
 import pytest
 import slot_cases
@@ -49,6 +52,27 @@ def test_packed_decode(shape, dtype, monkeypatch):
             torch.testing.assert_close(scores.double(), want[2], **near)
         for name, t in mine.tensors().items():
             assert torch.equal(t, low.tensors()[name]), name  # the tickets are zero again, too
+
+
+@pytest.mark.parametrize("bits", [4, 8, 2])
+def test_the_instructions_that_unpack_words_say_what_the_other_form_says(bits):
+    """The interpreter cannot run them, so they are carried out here: a shift, and (a & b) | c with the table 0xEA."""
+    text = inspect.getsource(getattr(packed_form._planes, "fn", packed_form._planes))
+    place = {4: 0, 8: 1, 2: 2}[bits]
+    program = text.split("tl.inline_asm_elementwise(")[1 + place].split("dtype=")[0]
+    given, out = random.Random(0).getrandbits(32), {}
+    source = re.search(r"shr\.u32 t, (\$\d+), 8;", program)[1]
+    held = {source: given, "t": given >> 8}
+    for to, of, mask, one, table in re.findall(r"lop3\.b32 \$(\d+), (\S+), (\w+), (\w+), (\w+);", program):
+        assert (one, table) == ("0x64006400", "0xEA")
+        out[int(to)] = held[of] & int(mask, 16) | int(one, 16)
+    assert len(out) == int(source[1:]) == 16 // bits
+    for half in range(2):
+        word = given >> 16 * half & 0xFFFF
+        for n, pair in out.items():
+            code = word >> 8 * (n % 2) + bits * (n // 2) & (1 << bits) - 1
+            number = torch.tensor(pair >> 16 * half & 0xFFFF, dtype=torch.int32, device="cpu").to(torch.int16)
+            assert float(number.view(torch.float16)) == 1024 + (code << bits * (n // 2))
 
 
 def test_packed_decode_of_bfloat16_parameters():
