@@ -13,6 +13,7 @@ from kernel_cases import no_worse
 from triton_device import DEVICE, on_the_device  # noqa: F401 — a fixture that every test uses
 
 from trainless.kernels.common import Terms
+from trainless.kernels.quant_kv import fixed_pack as pack_form
 from trainless.kernels.quant_kv import fixed_plain, reference, unpack
 from trainless.kernels.quant_kv import fixed_triton as packed_form
 from trainless.kernels.slots import plain as slots_plain
@@ -112,7 +113,7 @@ def test_pack_group(shape, dtype):
     mine = make((*shape[:4], max(0, shape[4] - 1), *shape[5:7], ring - 2, ring, *shape[9:]), dtype)
     mine.tail_key[..., 1], mine.tail_value[..., 2] = 3.0, 0.0
     other, before = copied(mine), mine.packed.clone()
-    packed_form.pack_group(mine, residual)
+    pack_form.pack_group(mine, residual)
     fixed_plain.pack_group(other, residual)
     near = {"rtol": 1e-6 if dtype == torch.float32 else 2e-3, "atol": 1e-6}
     for name, t in mine.tensors().items():
