@@ -163,7 +163,7 @@ def packed_cases() -> Iterator[Case]:
     pack = {"D": 128, "DV": 128, "SIZE": 64, "KBITS": 4, "VBITS": 4, "BS": 64, "BK": 64, "BV": 64}
     types = dict.fromkeys(PARAMETERS, "bf16") | {"key": "u8", "value": "u8", "residual": "i32"}
     yield Case(
-        "pack_group, 4 bits", "quant_kv.fixed_triton", "_pack", pack, 8, 3, types=types, limits={"spills": 0}
+        "pack_group, 4 bits", "quant_kv.fixed_pack", "_pack", pack, 8, 3, types=types, limits={"spills": 0}
     )
 
 
@@ -355,7 +355,7 @@ def calls() -> Iterator[tuple[str, str, Callable[[Any], Any]]]:
     buffers = fixed_packed(step[1], step[2], k_bits=4, v_bits=4, group=64, groups=16, ring=192)
     yield "packed_decode", "quant_kv.fixed_triton", lambda m: m.decode(*step, buffers, Terms(0.1))
     residual = torch.zeros(1, dtype=torch.int32)
-    yield "pack_group", "quant_kv.fixed_triton", lambda m: m.pack_group(buffers, residual)
+    yield "pack_group", "quant_kv.fixed_pack", lambda m: m.pack_group(buffers, residual)
     scores = torch.zeros(1, 32, buffers.slots)
     yield (
         "packed_decode, with probabilities",

@@ -1,6 +1,9 @@
 """The Triton kernels of decode steps on buffers of fixed size; run by ``test_triton.py`` like triton_kernels.py."""
 
+import inspect
 import os
+import random
+import re
 
 import pytest
 import slot_cases
@@ -10,6 +13,7 @@ from kernel_cases import no_worse
 from triton_device import DEVICE, on_the_device  # noqa: F401 — a fixture that every test uses
 
 from trainless.kernels.common import Terms
+from trainless.kernels.quant_kv import fixed_pack as pack_form
 from trainless.kernels.quant_kv import fixed_plain, reference, unpack
 from trainless.kernels.quant_kv import fixed_triton as packed_form
 from trainless.kernels.slots import plain as slots_plain
@@ -51,6 +55,39 @@ def test_packed_decode(shape, dtype, monkeypatch):
             assert torch.equal(t, low.tensors()[name]), name  # the tickets are zero again, too
 
 
+@pytest.mark.parametrize("bits", [4, 8, 2])
+def test_the_instructions_that_unpack_words_say_what_the_other_form_says(bits):
+    """The interpreter cannot run them, so they are carried out here: a shift, and (a & b) | c with the table 0xEA."""
+    text = inspect.getsource(getattr(packed_form._planes, "fn", packed_form._planes))
+    place = {4: 0, 8: 1, 2: 2}[bits]
+    program = text.split("tl.inline_asm_elementwise(")[1 + place].split("dtype=")[0]
+    given, out = random.Random(0).getrandbits(32), {}
+    source = re.search(r"shr\.u32 t, (\$\d+), 8;", program)[1]
+    held = {source: given, "t": given >> 8}
+    for to, of, mask, one, table in re.findall(r"lop3\.b32 \$(\d+), (\S+), (\w+), (\w+), (\w+);", program):
+        assert (one, table) == ("0x64006400", "0xEA")
+        out[int(to)] = held[of] & int(mask, 16) | int(one, 16)
+    assert len(out) == int(source[1:]) == 16 // bits
+    for half in range(2):
+        word = given >> 16 * half & 0xFFFF
+        for n, pair in out.items():
+            code = word >> 8 * (n % 2) + bits * (n // 2) & (1 << bits) - 1
+            number = torch.tensor(pair >> 16 * half & 0xFFFF, dtype=torch.int32, device="cpu").to(torch.int16)
+            assert float(number.view(torch.float16)) == 1024 + (code << bits * (n // 2))
+
+
+def test_packed_decode_of_bfloat16_parameters():
+    """They are read in a way of their own. The ring, whose numbers the interpreter cannot multiply, is empty."""
+    mine, terms = make(PACKED[0], torch.bfloat16), Terms(0.3)
+    mine.age.copy_(mine.packed)
+    query = token(PACKED[0], torch.bfloat16)[0]
+    want = reference.packed_decode(query.double(), None, None, copied(mine, torch.float64), terms)
+    plain = fixed_plain.decode(query, None, None, copied(mine), terms)
+    out, lse = packed_form.decode(query, None, None, mine, terms)
+    no_worse(out, want[0], plain[0], factor=4.0)
+    torch.testing.assert_close(lse.double(), want[1], rtol=1e-3, atol=5e-3)
+
+
 def test_packed_decode_reads_only_what_there_is():
     """NaN in the ring beside its tokens, codes of ones behind the groups."""
     shape = PACKED[0]
@@ -76,7 +113,7 @@ def test_pack_group(shape, dtype):
     mine = make((*shape[:4], max(0, shape[4] - 1), *shape[5:7], ring - 2, ring, *shape[9:]), dtype)
     mine.tail_key[..., 1], mine.tail_value[..., 2] = 3.0, 0.0
     other, before = copied(mine), mine.packed.clone()
-    packed_form.pack_group(mine, residual)
+    pack_form.pack_group(mine, residual)
     fixed_plain.pack_group(other, residual)
     near = {"rtol": 1e-6 if dtype == torch.float32 else 2e-3, "atol": 1e-6}
     for name, t in mine.tensors().items():

@@ -69,8 +69,9 @@ class FixedPacked:
         """The codes and the ring as segments that share their memory; ``used``: see ``Segment``."""
         codes = Segment(
             self.k_bits, self.v_bits, self.key, self.value, self.key_step, self.key_min, self.value_step,
-            self.value_min, self.value_root, used=used,
+            self.value_min, self.value_root,
         )  # fmt: skip
+        codes.used = used
         return [codes, raw(self.tail_key, self.tail_value)]
 
     def holds(self) -> Tensor:

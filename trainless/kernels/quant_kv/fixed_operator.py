@@ -89,9 +89,9 @@ def pack_group_op(
         tail_value, packed, age, tickets,
     )  # fmt: skip
     if not triton_reasons((tail_key, packed_key)) and {k_bits, v_bits} <= {2, 4, 8}:
-        from . import fixed_triton
+        from . import fixed_pack
 
-        fixed_triton.pack_group(buffers, residual)
+        fixed_pack.pack_group(buffers, residual)
     else:
         fixed_plain.pack_group(buffers, residual)
 

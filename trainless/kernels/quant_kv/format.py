@@ -10,7 +10,7 @@ Shapes: B batch, Hkv key/value heads, G groups of S tokens, D channels, W = D ·
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -43,7 +43,7 @@ class Segment:
     value_min: Tensor | None = None
     value_root: Tensor | None = None
     index: Tensor | None = None
-    used: int | None = None
+    used: int | None = field(default=None, init=False)
 
     @property
     def slots(self) -> int:
