@@ -34,13 +34,13 @@ READER = (
 class Noted:
     """padding: the 2-D mask; handmade: a mask of the user's own, as it came; positions: of the tokens, where given.
 
-    past: how many tokens the cache held before the forward (an int, or a tensor that nobody has read yet), where the
+    held: how many tokens the cache had before the forward (an int, or a tensor that nobody has read yet), where the
     mask may be as wide as a static cache. attentions: whether the forward is asked for attention probabilities.
     """
 
     padding: Tensor | None = None
     handmade: Any = None
-    past: Any = None
+    held: Any = None
     positions: Tensor | None = None
     attentions: bool = False
     by: Any = None  # whose forward it is
@@ -54,9 +54,9 @@ class Noted:
     @property
     def custom(self) -> Any:
         """The mask of the user's own, as wide as the sequence with the forward's tokens; waits for the device."""
-        if self.past is not None and isinstance(self.handmade, Tensor):
-            self.handmade = self.handmade[..., : int(self.past) + self.handmade.shape[-2]]
-        self.past = None
+        if self.held is not None and isinstance(self.handmade, Tensor):
+            self.handmade = self.handmade[..., : int(self.held) + self.handmade.shape[-2]]
+        self.held = None
         return self.handmade
 
     def real(self, rows: int, batch: int) -> Tensor | None:
@@ -199,17 +199,17 @@ def _enter(reader: Reader, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Non
     elif outer is not None and outer.by.own == "attention_mask":
         # What a model passes on inside is made of what it was given itself. (Encoders and decoders of one model are
         # given a mask of their own each, or none.)
-        noted.padding, noted.handmade, noted.past = outer.padding, outer.handmade, outer.past
+        noted.padding, noted.handmade, noted.held = outer.padding, outer.handmade, outer.held
         if positions is None:
             noted.positions = outer.positions
     elif outer is None or isinstance(mask, Tensor):
         noted.handmade = mask
         if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[-1] > mask.shape[-2]:
-            noted.past = _past(args, kwargs)
+            noted.held = _held(args, kwargs)
     reader.given.noted.append(noted)
 
 
-def _past(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _held(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Tokens in the cache that a forward is given; None without one. Static caches count in a tensor, in place."""
     cache = next((a for a in (*kwargs.values(), *args) if isinstance(a, Cache | EncoderDecoderCache)), None)
     if cache is None:
