@@ -16,9 +16,9 @@ from torch import Tensor
 
 import trainless
 from trainless.cache import CompressingLayer
+from trainless.engine import attention, softmax
 from trainless.engine import row_edits as rows
-from trainless.engine import softmax
-from trainless.engine.attention import _Run
+from trainless.engine.run import Run
 from trainless.hosts.modules import inputs
 from trainless.hosts.transformers import calls as transformers_calls
 from trainless.patch import handle
@@ -95,10 +95,10 @@ def test_every_seam_is_as_computed_in_full(kind: str, family: str) -> None:
 
 
 WRONG: dict[str, tuple[Any, str, Any]] = {
-    "scale": (_Run, "_scale", lambda own: lambda self: (own(self), own(self))),  # twice
-    "gain": (_Run, "_gain", lambda own: lambda self, out: own(self, out).roll(1, 2)),
-    "pattern": (_Run, "_visibility", lambda own: lambda self, layer, patterns: own(self, layer, [])),
-    "keys": (_Run, "_extra_keys", lambda own: lambda self: (own(self), [])[1]),
+    "scale": (attention, "_scale", lambda own: lambda self: (own(self), own(self))),  # twice
+    "gain": (attention, "_gain", lambda own: lambda self, out: own(self, out).roll(1, 2)),
+    "pattern": (Run, "visibility", lambda own: lambda self, layer, patterns: own(self, layer, [])),
+    "keys": (attention, "_extra_keys", lambda own: lambda self: (own(self), [])[1]),
     "mass": (softmax, "mass_move", lambda own: lambda q, k, v, out, lse, **more: out * 0.999),
 }
 
@@ -115,7 +115,7 @@ def test_a_value_that_is_applied_wrongly_is_found(kind: str, monkeypatch: pytest
 
 def test_a_value_that_nobody_asks_for_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     made = patch(llama(), Seam("gain"))
-    monkeypatch.setattr(_Run, "_gain", lambda self, out: out)
+    monkeypatch.setattr(attention, "_gain", lambda self, out: out)
     assert "was not asked for its gain" in detail(made.verify(), "result")
 
 
@@ -140,12 +140,12 @@ def test_an_edit_of_whole_rows_that_is_applied_wrongly_is_found(monkeypatch: pyt
 
 def test_statistics_that_are_wrong_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     made = trainless.patch(llama(), "act", alpha=1.5, skip_layers=0)
-    own = softmax.SoftmaxRun._note_mass
+    own = softmax._note_mass
 
     def wrong(self: Any, layer: Any, visible: Any, mass: Tensor, heads: Any) -> None:
         own(self, layer, visible, mass.roll(1, -1), heads)
 
-    monkeypatch.setattr(softmax.SoftmaxRun, "_note_mass", wrong)
+    monkeypatch.setattr(softmax, "_note_mass", wrong)
     assert "shown a column mass that is off" in detail(made.verify(), "result")
 
 
@@ -237,8 +237,8 @@ def test_turned_keys_that_are_turned_wrongly_are_found(monkeypatch: pytest.Monke
 def test_half_precision_is_judged_by_its_own_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
     made = patch(llama(torch.bfloat16), Seam("gain"))
     assert status(made.verify())["seam", "result"] == "ok"
-    own = _Run._gain
-    monkeypatch.setattr(_Run, "_gain", lambda self, out: own(self, out) * 1.2)
+    own = attention._gain
+    monkeypatch.setattr(attention, "_gain", lambda self, out: own(self, out) * 1.2)
     assert "result" in failures(made.verify())
 
 

@@ -23,6 +23,8 @@ from .patterns import Pattern
 from .runtime import Runtime
 from .scopes import of_run
 
+FEW_ROWS = 16  # up to this many query rows the probabilities are computed outright
+
 
 class Run:
     """A call, its plan, the statistics that are known so far, and who has changed something."""
@@ -41,7 +43,7 @@ class Run:
         self.kernel, self.reasons = "stock", ""
         self.why_not: tuple[str, ...] = ()  # why a pattern's own kernel does not run
 
-    def _state(self, entry: Entry) -> State:
+    def state(self, entry: Entry) -> State:
         if entry.method not in self.states:
             self.states[entry.method] = self._kept(entry)
         return self.states[entry.method]
@@ -56,7 +58,7 @@ class Run:
         found: State = state if kept is None else kept.setdefault(entry.method, state)
         return found
 
-    def _value(self, entry: Entry) -> Any:
+    def value(self, entry: Entry) -> Any:
         if entry.contribution.constant is not None:
             return entry.contribution.constant
         value = entry.contribution.value
@@ -73,14 +75,14 @@ class Run:
         stats = replace(self.stats, **self.probed.of(entry)) if self.probed.found else self.stats
         if entry in self.masses:
             stats = replace(stats, group_mass=self.masses[entry])
-        return value(self.call, stats, self._state(entry))
+        return value(self.call, stats, self.state(entry))
 
-    def _observe(self) -> None:
+    def observe(self) -> None:
         for entry in self.plan.of["observe"]:
-            self._value(entry)
+            self.value(entry)
             self.acted.add(entry.owner)
 
-    def _visibility(self, layer: CompressingLayer | None, patterns: list[Pattern]) -> Visibility:
+    def visibility(self, layer: CompressingLayer | None, patterns: list[Pattern]) -> Visibility:
         call = self.call
         mask, causal = call.mask, call.causal
         if layer is not None and layer.evicted:
@@ -106,7 +108,7 @@ class Run:
             self.edited = True
         return visible
 
-    def _options(self) -> dict[str, Any]:
+    def options(self) -> dict[str, Any]:
         call = self.call
         return {
             "scale": call.scaling,
@@ -115,19 +117,19 @@ class Run:
             "sink_logits": call.sink_logits,
         }
 
-    def _terms(self) -> Terms:
+    def terms(self) -> Terms:
         call = self.call
         return Terms(call.scaling, call.position_bias, call.softcap, call.sink_logits)
 
-    def _attention(self, visible: Visibility, extra: Sequence[Any] = ()) -> tuple[Tensor, Tensor]:
+    def attention(self, visible: Visibility, extra: Sequence[Any] = ()) -> tuple[Tensor, Tensor]:
         call = self.call
-        options = self._options()
-        choice = choose(call.query, call.key, call.value, visibility=visible, terms=self._terms())
+        options = self.options()
+        choice = choose(call.query, call.key, call.value, visibility=visible, terms=self.terms())
         self.kernel, self.reasons = f"lse/{choice.name}", "; ".join((*self.why_not, *choice.reasons))
         out, lse = attention_lse(call.query, call.key, call.value, visibility=visible, **options)
         return merge_extra(call, out, lse, extra) if extra else (out, lse)
 
-    def _row_probabilities(self, visible: Visibility, start: int, stop: int) -> Tensor:
+    def row_probabilities(self, visible: Visibility, start: int, stop: int) -> Tensor:
         """Probabilities (B, H, rows, Lk) of the rows start..stop."""
         call = self.call
         bias = call.position_bias

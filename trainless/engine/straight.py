@@ -121,6 +121,6 @@ def _softmax(
     else:
         run = Run(runtime, call, delegate)
         run.why_not = why_not
-        out, lse = run._attention(run._visibility(None, patterns), extra)
+        out, lse = run.attention(run.visibility(None, patterns), extra)
         kernel, reasons = run.kernel, run.reasons
     return out.transpose(1, 2).contiguous(), kernel, reasons

@@ -179,26 +179,30 @@ class Judge:
             id(v.entry): v for v in self.values
         }  # a value that is asked for again is the one that counts
         for value in latest.values():
-            own, given = value.entry.contribution, value.given
-            if given is None:
-                continue
-            if own.kind == "scale":
-                found.factors.append(given)
-            elif own.kind == "pattern" and isinstance(given, Tokens):
-                found.tokens.append(given)
-            elif own.kind == "pattern" and isinstance(given, Pairs | Window2d):
-                found.pairs.append(given)
-            elif own.kind == "keys":
-                found.extra.append(given)
-            elif own.kind == "gain":
-                found.gains.append((own.heads, given))
-            elif own.kind == "mass" and isinstance(given, MassMove):
-                found.moves.append((own.heads, in_columns_of(given, value, history, lk)))
-            elif own.kind == "mass" and isinstance(given, RowEdit) and value.blocks:
-                blocks = sorted(value.blocks, key=lambda block: block[0])
-                edited = torch.cat([after for _, _, after in blocks], 2)
-                found.edits.append((own.heads, in_columns(edited, value, history, own.heads, lk)))
+            if value.given is not None:
+                self._publish(found, value, history, lk)
         return found
+
+    @staticmethod
+    def _publish(found: Published, value: Value, history: History | None, lk: int) -> None:
+        """Put what one contribution gave in its place."""
+        own, given = value.entry.contribution, value.given
+        if own.kind == "scale":
+            found.factors.append(given)
+        elif own.kind == "pattern" and isinstance(given, Tokens):
+            found.tokens.append(given)
+        elif own.kind == "pattern" and isinstance(given, Pairs | Window2d):
+            found.pairs.append(given)
+        elif own.kind == "keys":
+            found.extra.append(given)
+        elif own.kind == "gain":
+            found.gains.append((own.heads, given))
+        elif own.kind == "mass" and isinstance(given, MassMove):
+            found.moves.append((own.heads, in_columns_of(given, value, history, lk)))
+        elif own.kind == "mass" and isinstance(given, RowEdit) and value.blocks:
+            blocks = sorted(value.blocks, key=lambda block: block[0])
+            edited = torch.cat([after for _, _, after in blocks], 2)
+            found.edits.append((own.heads, in_columns(edited, value, history, own.heads, lk)))
 
     def _form(self, value: Value, out: Tensor, published: Published) -> None:
         """Another operator: held against the plain form that its contribution declares."""
