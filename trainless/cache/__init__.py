@@ -19,11 +19,12 @@ from .expanded import ExpandedLayer
 from .fixed import FixedLayer
 from .fixed_evicting import FixedEvictingLayer
 from .fixed_packed import FixedPackedLayer
+from .fixed_tiers import FixedTiersLayer
 from .freezing import Freezing
 from .hybrid import beside_recurrence
 from .packed import PackedLayer
 
 __all__ = [
-    "CompressingLayer", "ExpandedLayer", "FixedEvictingLayer", "FixedLayer", "FixedPackedLayer", "Freezing",
-    "PackedLayer", "StatefulMixin", "beside_recurrence", "stateful",
+    "CompressingLayer", "ExpandedLayer", "FixedEvictingLayer", "FixedLayer", "FixedPackedLayer",
+    "FixedTiersLayer", "Freezing", "PackedLayer", "StatefulMixin", "beside_recurrence", "stateful",
 ]  # fmt: skip

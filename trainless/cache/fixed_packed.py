@@ -111,14 +111,17 @@ class FixedPackedLayer(Freezing, PackedLayer):
 
     def _fill(self, fixed: FixedPacked, run: Run | None, filled: list[int]) -> None:
         """Put what is held into empty buffers."""
-        assert self.tail is not None
         if run is not None:
             for name, tensor in run.segment.tensors().items():
                 getattr(fixed, name)[:, :, : tensor.shape[2]] = tensor
-        ring, device = fixed.tail_key.shape[2], fixed.age.device
         fixed.packed.copy_(torch.tensor([f * fixed.size for f in filled]))
-        fixed.age.copy_(torch.tensor(self.ages))
-        exists = self.tail >= 0
+        self._fill_ring(fixed)
+
+    def _fill_ring(self, fixed: FixedPacked) -> None:
+        """Put what waits behind the codes of each row."""
+        assert self.tail is not None
+        ring, device, exists = fixed.tail_key.shape[2], fixed.age.device, self.tail >= 0
+        fixed.age.copy_(fixed.packed + exists[:, 0].sum(1))
         width = int(exists.sum(2).max())
         order = (~exists).int().argsort(dim=2, stable=True)[:, :, :width]  # those that exist first, in order
         # A row that has fewer tokens fills further slots of the ring, which no counter reaches.
@@ -147,7 +150,11 @@ class FixedPackedLayer(Freezing, PackedLayer):
         # The newest stands last, whatever a row lacks.
         width = max(a - p for a, p in zip(ages, packed, strict=True))
         token = fixed.age[:, None].long() - width + torch.arange(width, device=device)
-        exists = token >= fixed.packed[:, None]
+        self._unroll(fixed, token, token >= fixed.packed[:, None], token)
+
+    def _unroll(self, fixed: FixedPacked, token: Tensor, exists: Tensor, positions: Tensor) -> None:
+        """What waits, out of the ring: tokens (B, W) by their number there, which of them exist, and their positions."""
+        hkv = fixed.key.shape[1]
         place = (token % fixed.tail_key.shape[2])[:, None, :, None]
         lacks = ~exists[:, None, :, None]
 
@@ -155,7 +162,7 @@ class FixedPackedLayer(Freezing, PackedLayer):
             return t.gather(2, place.expand(-1, hkv, -1, t.shape[3])).masked_fill(lacks, 0)
 
         self.keys, self.values = waiting(fixed.tail_key), waiting(fixed.tail_value)
-        self.tail = _per_head(token.masked_fill(~exists, -1).to(torch.int32), hkv)
+        self.tail = _per_head(positions.masked_fill(~exists, -1).to(torch.int32), hkv)
 
     # ------------------------------------------------------------------ a step
 

@@ -128,7 +128,7 @@ class Prepared:
 def _chooses(entry: Entry) -> bool:
     """Whether the method looks at a call before it says how precisely its tokens are held."""
     policy: Any = entry.contribution.policy
-    return bool(policy.chosen)
+    return bool(policy.chosen and not policy.newest)
 
 
 def _number(entry: Entry) -> float:

@@ -89,7 +89,9 @@ class ZipCache(Method):
             raise InputError(f"interval={self.interval}: a chunk has at least one token")
 
     def _rule(self) -> Quantise:
-        return Quantise(self.bits, self.bits, interval=self.interval, chosen=True, high=self.salient)
+        return Quantise(
+            self.bits, self.bits, interval=self.interval, chosen=True, newest=True, high=self.salient
+        )
 
     def refuses(self, site: Site) -> str | None:
         return width_refusal(self._rule(), site)

@@ -114,4 +114,8 @@ def _bytes(plan: AttentionPlan, held: int, tokens: int, site: Site, per_token: i
         return held * per_token
     residual = tokens_of(rule.residual, tokens)
     heads, key_width, value_width = _shape(site)
-    return heads * rule.nbytes(held, residual, key_width, itemsize, value_width)
+    # Scores that are summed up from call to call are float32, one per token and head.
+    sums = (
+        plan.evict is not None and plan.evict.score is not None and not (plan.evict.last or plan.evict.once)
+    )
+    return heads * (rule.nbytes(held, residual, key_width, itemsize, value_width) + (4 * held if sums else 0))

@@ -47,6 +47,9 @@ class Quantise:
     interval: int = 1
     start: int = 0
     chosen: bool = False
+    newest: bool = (
+        False  # whether a later chunk goes high by the highest probabilities of the newest row, ties newer
+    )
     high: int | float = 1.0  # tokens of a chunk (or their share) that are expected to go high, for estimates
 
     @property

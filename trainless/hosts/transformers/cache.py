@@ -21,6 +21,7 @@ from ...cache import (
     FixedEvictingLayer,
     FixedLayer,
     FixedPackedLayer,
+    FixedTiersLayer,
     Freezing,
     PackedLayer,
     StatefulMixin,
@@ -163,8 +164,7 @@ def _compressing(runtime: Runtime, layer: Any) -> CompressingLayer:
         assert plan.evict is not None and evictor is not None
         made = FixedLayer(plan.evict, evictor, capacity) if settles else CompressingLayer(plan.evict, evictor)
     elif settles:
-        kind = FixedPackedLayer if plan.evict is None else FixedEvictingLayer
-        made = kind(plan.quantise, packer, plan.evict, evictor, capacity)
+        made = _kind(plan)(plan.quantise, packer, plan.evict, evictor, capacity)
     else:
         cls = PackedLayer if runtime.site.facts.get("keys", "same") == "same" else ExpandedLayer
         made = cls(plan.quantise, packer, plan.evict, evictor)
@@ -177,9 +177,15 @@ def _settles(runtime: Runtime, capacity: int | None) -> bool:
     if runtime.site.facts.get("keys", "same") != "same":
         return False
     if plan.quantise is not None:
-        kind = FixedPackedLayer if plan.evict is None else FixedEvictingLayer
-        return kind.suits(plan.quantise, plan.evict, capacity)
+        return _kind(plan).suits(plan.quantise, plan.evict, capacity)
     return plan.evict is not None and FixedLayer.suits(plan.evict, capacity)
+
+
+def _kind(plan: AttentionPlan) -> type[FixedPackedLayer]:
+    """The class of a layer that packs under this plan and may settle."""
+    if plan.evict is not None:
+        return FixedEvictingLayer
+    return FixedTiersLayer if plan.quantise is not None and plan.quantise.chosen else FixedPackedLayer
 
 
 def _owner(entry: Entry | None) -> Lease | None:
