@@ -203,8 +203,12 @@ def test_code_that_is_generated():
 def test_what_asks_for_the_step_stays_outside_and_says_so():
     model = build("pixart")
     plain = copy.deepcopy(model)
+    said = "fullgraph=True is refused: clear: its pattern asks for the step"
+    assert said in str(trainless.explain(model, "clear", radius=3, force=True, dense_steps=1))
+    assert "fullgraph" not in str(trainless.explain(model, "clear", radius=3, force=True))
     for m in (model, plain):
-        trainless.patch(m, "clear", radius=3, force=True, dense_steps=1)
+        of = trainless.patch(m, "clear", radius=3, force=True, dense_steps=1)
+    assert said in str(of.report())
     with pytest.raises(torch._dynamo.exc.Unsupported, match="trainless"):
         run(compiled(model, "whole"), "pixart")
     torch._dynamo.reset()

@@ -47,7 +47,7 @@ class Traced(Catching):
         enable_gqa: bool = False,
     ) -> Tensor:
         """As ``Interception.attention``."""
-        given = {"dropout_p": dropout_p, "is_causal": is_causal, "enable_gqa": enable_gqa}
+        given: dict[str, Any] = {"dropout_p": dropout_p, "is_causal": is_causal, "enable_gqa": enable_gqa}
         if self.keys is not None and not self.several and self.is_beside(key):
             return SDPA(query, key, value, attn_mask, scale=scale, **given)
         self.check(query, key, is_causal)
