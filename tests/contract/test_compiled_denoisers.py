@@ -169,9 +169,15 @@ def test_the_identity_is_the_compiled_stock_graph(family):
     assert len(stock) == 1 and graphs(model, family) == stock
 
 
-@pytest.mark.parametrize("how", ["whole", "blocks"])
 @pytest.mark.parametrize(
-    ("family", "method"), [("unet", "entropy"), ("flux", "entropy"), ("pixart", "clear")]
+    ("family", "method", "how"),
+    [
+        ("unet", "entropy", "whole"),
+        ("unet", "entropy", "blocks"),
+        ("flux", "entropy", "whole"),
+        ("flux", "clear", "blocks"),
+        ("pixart", "clear", "whole"),
+    ],
 )
 def test_steps_recompile_nothing(family, method, how):
     model = build(family)
@@ -216,11 +222,12 @@ def test_what_asks_for_the_step_stays_outside_and_says_so():
     model = build("pixart")
     plain = copy.deepcopy(model)
     said = "fullgraph=True is refused: clear: its pattern asks for the step"
-    assert said in str(trainless.explain(model, "clear", radius=3, force=True, dense_steps=1))
+    explained = trainless.explain(model, "clear", radius=3, force=True, dense_steps=1)
+    assert said in " ".join(explained.notes)
     assert "fullgraph" not in str(trainless.explain(model, "clear", radius=3, force=True))
     for m in (model, plain):
         of = trainless.patch(m, "clear", radius=3, force=True, dense_steps=1)
-    assert said in str(of.report())
+    assert said in " ".join(of.report().notes)
     with pytest.raises(torch._dynamo.exc.Unsupported, match="trainless"):
         run(compiled(model, "whole"), "pixart")
     torch._dynamo.reset()
@@ -250,8 +257,14 @@ def test_values_are_traced_where_they_are_declared_to_be(given, whole, said):
 
 
 def test_blocks_share_their_code():
-    """Three layers at one size: what is compiled for the first of them serves all."""
-    model = models.build("flux", layers=3, dtype=torch.float32, exact=False)
-    patch(model, "flux", "entropy")
-    run(compiled(model, "blocks"), "flux", *OTHER)
-    assert counters["stats"]["unique_graphs"] == 2  # blocks with two streams, and with one
+    """Three layers at one size: what is compiled for one of them serves the others, as it does without a patch."""
+    made = []
+    for patched in (False, True):
+        torch._dynamo.reset()
+        counters.clear()
+        model = models.build("flux", layers=3, dtype=torch.float32, exact=False)
+        if patched:
+            patch(model, "flux", "entropy")
+        run(compiled(model, "blocks"), "flux", *OTHER)
+        made.append(counters["stats"]["unique_graphs"])
+    assert made[0] == made[1] < 6
