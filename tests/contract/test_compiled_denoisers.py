@@ -19,6 +19,9 @@ from oracle import models
 from torch._dynamo.utils import counters
 
 import trainless
+from trainless.engine.prepared import Prepared
+from trainless.patchers import known
+from trainless.seams import AttentionPlan, Contribution, Entry, Lease
 
 UNET = {
     "block_out_channels": (8,), "down_block_types": ("DownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)
@@ -71,7 +74,7 @@ def compiled(model: Any, how: str, backend: str = "eager") -> Any:
 def patch(model: Any, family: str, method: str, folder: Path | None = None) -> trainless.Patch:
     given = dict(METHODS[method])
     if method == "entropy" and family != "unet":
-        given["trained"] = 64
+        given |= {"trained": 64} | ({"pixels_per_latent": 8} if family == "pixart" else {})
     if method == "linfusion":
         given["weights"] = folder
     return trainless.patch(model, method, **given)
@@ -86,20 +89,28 @@ def counted(of: trainless.Patch) -> list[Any]:
 
 
 CASES = [
+    ("pixart", "entropy", "whole"),
+    ("flux", "attn_temperature", "blocks"),
+    ("unet", "linfusion", "blocks"),
     ("unet", "attn_temperature", "whole"),
     ("unet", "entropy", "in place"),
     ("unet", "clear", "blocks"),
     ("unet", "linfusion", "whole"),
-    ("unet", "linfusion", "blocks"),
-    ("pixart", "entropy", "whole"),
     ("sd3", "clear", "whole"),
-    ("flux", "attn_temperature", "blocks"),
     ("flux", "entropy", "whole"),
     ("flux", "clear", "blocks"),
 ]
+QUICK = 3  # of these
 
 
-@pytest.mark.parametrize(("family", "method", "how"), CASES, ids=["-".join(case) for case in CASES])
+def test_every_method_for_denoisers_is_compiled_here():
+    assert {method for _, method, _ in CASES} == {n for n, m in known().items() if "diffusers" in m.hosts}
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "how"),
+    [pytest.param(*c, marks=[pytest.mark.slow] * (n >= QUICK), id="-".join(c)) for n, c in enumerate(CASES)],
+)
 def test_one_graph_with_the_eager_results(family, method, how, tmp_path):
     """Compiled first, then patched, run at two sizes, paused, resumed and taken off; nothing is reset between."""
     model = build(family)
@@ -145,7 +156,7 @@ def graphs(model: Any, family: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("family", ["unet", "flux"])
+@pytest.mark.parametrize("family", [pytest.param("unet", marks=pytest.mark.slow), "flux"])
 def test_the_identity_is_the_compiled_stock_graph(family):
     model = build(family)
     stock = graphs(model, family)
@@ -158,9 +169,15 @@ def test_the_identity_is_the_compiled_stock_graph(family):
     assert len(stock) == 1 and graphs(model, family) == stock
 
 
-@pytest.mark.parametrize("how", ["whole", "blocks"])
 @pytest.mark.parametrize(
-    ("family", "method"), [("unet", "entropy"), ("flux", "entropy"), ("pixart", "clear")]
+    ("family", "method", "how"),
+    [
+        ("unet", "entropy", "whole"),
+        ("unet", "entropy", "blocks"),
+        ("flux", "entropy", "whole"),
+        ("flux", "clear", "blocks"),
+        ("pixart", "clear", "whole"),
+    ],
 )
 def test_steps_recompile_nothing(family, method, how):
     model = build(family)
@@ -191,6 +208,7 @@ def test_pooled_patches_in_one_graph():
     near(run(compiled(model, "whole"), "sd3"), run(plain, "sd3"))
 
 
+@pytest.mark.slow
 def test_code_that_is_generated():
     """With the compiler's own backend, once."""
     model = build("pixart")
@@ -203,8 +221,13 @@ def test_code_that_is_generated():
 def test_what_asks_for_the_step_stays_outside_and_says_so():
     model = build("pixart")
     plain = copy.deepcopy(model)
+    said = "fullgraph=True is refused: clear: its pattern asks for the step"
+    explained = trainless.explain(model, "clear", radius=3, force=True, dense_steps=1)
+    assert said in " ".join(explained.notes)
+    assert "fullgraph" not in str(trainless.explain(model, "clear", radius=3, force=True))
     for m in (model, plain):
-        trainless.patch(m, "clear", radius=3, force=True, dense_steps=1)
+        of = trainless.patch(m, "clear", radius=3, force=True, dense_steps=1)
+    assert said in " ".join(of.report().notes)
     with pytest.raises(torch._dynamo.exc.Unsupported, match="trainless"):
         run(compiled(model, "whole"), "pixart")
     torch._dynamo.reset()
@@ -212,3 +235,36 @@ def test_what_asks_for_the_step_stays_outside_and_says_so():
     for step in (900.0, 800.0):
         now = torch.tensor([step, step])
         near(run(broken, "pixart", *OTHER, step=now), run(plain, "pixart", *OTHER, step=now))
+
+
+@pytest.mark.parametrize(
+    ("given", "whole", "said"),
+    [
+        ({"traceable": True}, True, None),
+        ({"traceable": True}, False, "some: its scale depends on each call"),
+        ({}, True, "some: its scale depends on each call"),
+        (
+            {"traceable": True, "asks": frozenset({"step"})},
+            True,
+            "some: its scale asks for the step of each call",
+        ),
+    ],
+)
+def test_values_are_traced_where_they_are_declared_to_be(given, whole, said):
+    """And where the host hands calls over whole."""
+    scale = Contribution("scale", lambda call, statistics, state: 0.5, **given)
+    assert Prepared(AttentionPlan([Entry("some", Lease("some"), scale)]), whole=whole).refusal == said
+
+
+def test_blocks_share_their_code():
+    """Three layers at one size: what is compiled for one of them serves the others, as it does without a patch."""
+    made = []
+    for patched in (False, True):
+        torch._dynamo.reset()
+        counters.clear()
+        model = models.build("flux", layers=3, dtype=torch.float32, exact=False)
+        if patched:
+            patch(model, "flux", "entropy")
+        run(compiled(model, "blocks"), "flux", *OTHER)
+        made.append(counters["stats"]["unique_graphs"])
+    assert made[0] == made[1] < 6

@@ -22,6 +22,7 @@ from ..recipes.folder import save_folder
 from ..recipes.values import values_of
 from ..seams import Site
 from .binding import Binding, entries_by_module
+from .compiling import compile_notes
 from .report import MethodReport, Report
 from .station import STATION, Station, _refuse_saving
 
@@ -274,7 +275,9 @@ class Patch:
         if self.applied and not any(b.lease.active for b in self.bindings):
             state = "paused"
         methods = self._last if not self.applied and self._last is not None else self._method_reports()
-        notes = self.exchanged() + self._size_notes() if self.applied else []
+        notes = []
+        if self.applied:
+            notes = self.exchanged() + self._size_notes() + compile_notes(self.bindings)
         name = type(unwrapped(self.model)).__name__
         return Report(name, self.recipe.name, state, methods, notes, unmatched(self._components()))
 

@@ -34,7 +34,6 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from ..errors import InputError, Unsupported
@@ -228,16 +227,17 @@ def _column(number: int | Tensor, like: Tensor) -> int | Tensor:
 # ---------------------------------------------------------------- pooled patches
 
 
-def _pooling(source: Distilled | None, site: Site, pool: int) -> Tensor:
-    """(pool, pool): how much each token of a patch counts; the mean where nothing was learned."""
+def _pooling(source: Distilled | None, site: Site, pool: int) -> list[list[float]]:
+    """(pool, pool) numbers: how much each token of a patch counts; the mean where nothing was learned."""
     if source is None:
-        return torch.full((pool, pool), 1 / pool**2)
-    return source[f"{_local(site)}.{POOLING}"].reshape(pool, pool)
+        return [[1 / pool**2] * pool] * pool
+    found: list[list[float]] = source[f"{_local(site)}.{POOLING}"].reshape(pool, pool).tolist()
+    return found
 
 
-def _patches(call: AttentionCall, image: OnGrid, weight: Tensor) -> ExtraKeys:
+def _patches(call: AttentionCall, image: OnGrid, weight: list[list[float]]) -> ExtraKeys:
     """A key and a value for each patch of the image, seen by the image's rows alone."""
-    (rows, columns), side = image.grid, weight.shape[0]
+    (rows, columns), side = image.grid, len(weight)
     if rows % side or columns % side:
         raise InputError(
             f"pool={side}: patches of {side} × {side} do not tile this grid of {rows} × {columns} tokens; "
@@ -249,14 +249,13 @@ def _patches(call: AttentionCall, image: OnGrid, weight: Tensor) -> ExtraKeys:
             "clear: the image begins at another token in each row of this batch, where patches cannot be pooled; use "
             "prompts of one length, or no pool"
         )
-    factors = weight.to(call.statistics_dtype).tolist()
 
     def pooled(tokens: Tensor) -> Tensor:
         own = tokens[:, :, first : first + image.tokens]
         patches = own.unflatten(2, (rows // side, side, columns // side, side))
         total: Tensor | None = None
         for y, x in ((y, x) for y in range(side) for x in range(side)):
-            part = patches[:, :, :, y, :, x].to(call.statistics_dtype) * factors[y][x]
+            part = patches[:, :, :, y, :, x].to(call.statistics_dtype) * weight[y][x]
             total = part if total is None else total.add_(part)
         assert total is not None
         return total.flatten(2, 3).to(tokens.dtype)
