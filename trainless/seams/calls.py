@@ -117,7 +117,7 @@ class ModuleCall:
     """One call of a module that somebody stands around: its arguments, and what the host knows about it.
 
     size: rows and columns of the latents that the denoiser was called with, None elsewhere. past: tokens that the
-    sequence had before this forward, None where the forward was given no cache.
+    sequence had before this forward; None where it was given no cache, or nothing is kept for the sequence.
     """
 
     site: Site

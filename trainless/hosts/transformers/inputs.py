@@ -123,8 +123,8 @@ class Given:
     def __init__(self) -> None:
         self.under = Under()
         self.runtimes: list[Runtime] = []
-        # Who keeps the States of modules when a forward is over.
-        self.keep: Callable[[Noted, Any], None] = lambda ended, output: None
+        # Who keeps the States of modules when a forward is over, where somebody stands around one.
+        self.keep: Callable[[Noted, Any], None] | None = None
 
     @property
     def noted(self) -> list[Noted]:
@@ -164,7 +164,7 @@ class Reader:
             return
         if self.given.noted and self.given.noted[-1].by is self:
             ended = self.given.noted.pop()
-            if ended.states and output is not None:
+            if ended.states and output is not None and self.given.keep is not None:
                 self.given.keep(ended, output)
 
     def rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
@@ -191,8 +191,9 @@ def _enter(reader: Reader, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Non
         asked = outer.attentions if outer is not None else getattr(reader.config, "output_attentions", False)
     positions = reader.argument("position_ids", args, kwargs)
     noted = Noted(positions=positions, attentions=bool(asked), by=reader)
-    noted.cache = cache_among((*kwargs.values(), *args))
-    noted.past = None if noted.cache is None else int(noted.cache.get_seq_length())
+    if reader.given.keep is not None:
+        noted.cache = cache_among((*kwargs.values(), *args))
+        noted.past = None if noted.cache is None else int(noted.cache.get_seq_length())
     noted.generating = generating() if outer is None else outer.generating
     if isinstance(mask, Tensor) and mask.dim() == 2:
         noted.padding = mask
