@@ -60,7 +60,7 @@ def triton_reasons(tensors: Iterable[Tensor | None]) -> tuple[str, ...]:
 def numba_missing() -> str | None:
     """Why Numba's loops cannot run here, or None. Imports it: an installed one may not like the NumPy beside it."""
     if importlib.util.find_spec("numba") is None:
-        return "numba: not installed (pip install 'trainless[numba]')"
+        return "numba: not installed (pip install numba)"
     try:
         from .openmp import library, switched_off
     except Exception as error:
