@@ -96,8 +96,9 @@ def _extras() -> list[list[str]]:
     rows = []
     for package, (extra, purpose) in EXTRAS.items():
         state = "installed" if installed(package) else "missing"
-        how = "" if state == "installed" else f"; pip install 'trainless[{extra}]'"
-        rows.append([f"{extra}", package, state, purpose + how])
+        what = f"'trainless[{extra}]'" if extra else package
+        how = "" if state == "installed" else f"; pip install {what}"
+        rows.append([extra or "default", package, state, purpose + how])
     return rows
 
 

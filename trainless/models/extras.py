@@ -16,7 +16,7 @@ EXTRAS = {
     "pyarrow": ("parquet", "Parquet prompt files"),
     "datasets": ("data", "prompts and calibration data from a `datasets` name"),
     "matplotlib": ("plots", "plots of bench"),
-    "numba": ("numba", "compiled loops over packed caches and windows on a CPU"),
+    "numba": ("", "compiled loops over packed caches and windows on a CPU"),
     "triton": ("triton", "GPU kernels"),
 }
 
