@@ -4,8 +4,8 @@ import pytest
 import torch
 from kernel_cases import no_worse
 from slot_cases import RULES, SHAPES, copied, make, token
-from trainless.kv import CompressingLayer
 
+from trainless.cache import CompressingLayer
 from trainless.errors import InputError
 from trainless.hosts.base import Lease
 from trainless.kernels.common import Terms
