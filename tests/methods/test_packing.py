@@ -238,10 +238,10 @@ def test_heads_of_no_whole_bytes_are_refused():
         trainless.patch(model, "kvquant", k_bits=2)
 
 
-def test_a_static_cache_is_refused_where_the_prompt_says_what_is_packed_how():
+def test_a_static_cache_is_refused_where_tiers_and_an_evictor_meet():
     model = build(torch.float32)
-    trainless.patch(model, "zipcache")
-    with pytest.raises(trainless.Unsupported, match="StaticLayer"):
+    trainless.patch(model, ["h2o", "zipcache"])
+    with pytest.raises(trainless.Unsupported, match=r"zipcache.*StaticLayer"):
         model(models.prompt(8), past_key_values=StaticCache(config=model.config, max_cache_len=20))
 
 

@@ -10,8 +10,9 @@ Source   "ZipCache: Accurate and Efficient KV Cache Quantization with Salient To
 Seams    kv (quantise, two tiers); statistics over chosen rows.
 Exact    bitwise the identity with bits=(16, 16).
 Costs    the probe rows against all keys at prefill, one row per chunk later; bytes are those of the codes, two
-         numbers per channel and one divisor for each tier of each chunk, two per token and head.
-         A decode step reads the codes only; the GPU form has not been timed; see benchmarks/results.
+         numbers per channel and one divisor for each tier of each chunk, two per token and head; positions, 4 bytes
+         per token and head. A decode step reads the codes only, on buffers of fixed size that compile whole (not
+         beside an evictor); the GPU form has not been timed; see benchmarks/results.
 Differs  Chunks are appended and never packed again; the code packs everything anew every 100 tokens. Its
          normalisation divides by all later rows although a tenth of them were looked at, which favours recent
          tokens up to tenfold: normalise="published" does that. Values have their parameters per token and
