@@ -2,8 +2,9 @@
 
 Two hooks stand at each patched attention module and two at the denoiser; no module, processor or forward
 is replaced, so LoRA, IP-Adapters, fused projections, offloading and quantisation come and go as they like.
-How a call is caught is in ``diffusers_calls``, what its tokens are is declared per class in ``denoisers`` and read
-from each call in ``diffusers_geometry``; what a pipeline adds is in ``diffusers_pipelines``.
+The hooks are in ``hooks``, how a call is caught is in ``calls``, and in ``traced`` while a compiler traces it. What its
+tokens are is declared per class in ``denoisers`` and read from each call in ``geometry``; what a pipeline adds is in
+``pipelines``.
 """
 
 from __future__ import annotations
