@@ -22,7 +22,7 @@ from oracle import install_entropy, models
 from torch.overrides import _get_current_function_mode_stack
 
 import trainless
-from trainless.hosts.diffusers import calls as diffusers_calls
+from trainless.hosts.diffusers import hooks as diffusers_hooks
 from trainless.hosts.diffusers.denoisers import Unknown
 from trainless.hosts.diffusers.denoisers.packed import leading_image
 from trainless.hosts.diffusers.host import DiffusersHost, denoiser_of, denoisers_of, text_encoders_of
@@ -187,7 +187,7 @@ def test_an_inert_patch_runs_the_stock_path_and_only_counts(monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError("an inert plan must not open an interception")
 
-    monkeypatch.setattr(diffusers_calls, "Interception", never)
+    monkeypatch.setattr(diffusers_hooks, "Interception", never)
     with trainless.patched(model, "attn_temperature", temperature=1.0) as patch:
         assert torch.equal(run(model, "unet"), stock)
         (method,) = patch.report().to_dict()["methods"]

@@ -77,7 +77,7 @@ def test_a_group_is_packed_as_quantise_packs_it(shape):
                 *bits,
             )
             for name, t in buffers.tensors().items():
-                if name in ("packed", "age", "tail_key", "tail_value"):
+                if name in ("packed", "age", "tail_key", "tail_value", "tickets"):
                     assert name == "packed" or torch.equal(t, old.tensors()[name])
                     continue
                 g = was // group
@@ -163,14 +163,14 @@ def test_the_operators_are_registered_correctly(scored):
     sizes = (2, 4, b.slots)
     parameters = (b.key_step, b.key_min, b.value_step, b.value_min, b.value_root)
     call = (
-        *token(shape, torch.float32), b.key, b.value, *parameters, b.tail_key, b.tail_value, b.packed, b.age,
+        *token(shape, torch.float32), b.key, b.value, *parameters, b.tail_key, b.tail_value, b.packed, b.age, b.tickets,
         torch.rand(2, 2, b.slots) < 0.8, torch.tensor([True, False]), torch.randn(4),
         torch.zeros(sizes) if scored else None, 0.3, None, 4, 4,
     )  # fmt: skip
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(torch.ops.trainless.packed_decode.default, call, test_utils=tests)
     residual = torch.zeros(2, dtype=torch.int32)
-    call = (b.key, b.value, *parameters, b.tail_key, b.tail_value, b.packed, b.age, residual, 4, 4)
+    call = (b.key, b.value, *parameters, b.tail_key, b.tail_value, b.packed, b.age, b.tickets, residual, 4, 4)
     torch.library.opcheck(torch.ops.trainless.pack_group.default, call, test_utils=tests)
 
 

@@ -155,8 +155,8 @@ def test_the_operator_is_registered_correctly(name):
     s = make(shape, rule, torch.float32, never=torch.tensor([[[0, 4]]]).expand(2, 1, 2))
     call = (
         *token(shape, torch.float32), s.keys, s.values, s.positions, s.scores, s.free, s.age, s.count, s.limit,
-        s.recent, s.never, torch.tensor([True, False]), torch.randn(4), 0.3, 2.0, rule.score, rule.gqa, rule.shared,
-        rule.normalise,
+        s.recent, s.tickets, s.never, torch.tensor([True, False]), torch.randn(4), 0.3, 2.0, rule.score, rule.gqa,
+        rule.shared, rule.normalise,
     )  # fmt: skip
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(torch.ops.trainless.slot_decode.default, call, test_utils=tests)

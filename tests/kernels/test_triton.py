@@ -42,6 +42,7 @@ def python(tmp_path, *arguments, **environment):
         ("triton_kernels.py", "float32"),
         ("triton_kernels.py", "not float32"),
         ("triton_linear.py", ""),
+        ("triton_decode.py", ""),
     ],
 )
 def test_every_kernel_runs_in_the_interpreter(file, those, tmp_path):
@@ -59,7 +60,7 @@ def test_every_kernel_runs_in_the_interpreter(file, those, tmp_path):
 @needs_triton
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-@pytest.mark.parametrize("file", ["triton_kernels.py", "triton_linear.py"])
+@pytest.mark.parametrize("file", ["triton_kernels.py", "triton_linear.py", "triton_decode.py"])
 def test_every_kernel_runs_on_the_gpu(file, tmp_path):
     code, output = python(
         tmp_path,
@@ -91,15 +92,15 @@ pointers = {"q": "bf16", "k": "bf16", "v": "bf16", "old": "bf16", "new": "bf16",
             "ek": "bf16", "ev": "bf16", "lse": "fp32", "keep": "fp32", "keys": "u8", "mask": "u8", "source": "u8",
             "index": "i64", "filled": "i64", "chosen": "i64", "state": "fp32", "total": "fp32",
             "rows_of": "i64", "cols_of": "i64", "limits": "i64", "spans": "i64",
-            "mass": "fp32", "before": "fp32", "counted": "fp32", "given": "fp32", "parts": "fp32", "groups": "i32"}
+            "mass": "fp32", "records": "fp32", "tickets": "i32", "given": "fp32", "parts": "fp32", "groups": "i32"}
 flags = dict(CAUSAL=True, WINDOW=FULL, CAP=FULL, KEYS=True, MASK=int(FULL), BIAS=FULL, SINKS=FULL, EXACT=False,
-             MODE=0, BM=64, BN=64, BS=32, BD=64, DISC=FULL, TY=8, TX=8, FEATURE=2 * FULL, BV=64, GIVEN=FULL,
-             COUNT=2, BG=2, CUT=True)
+             MODE=0, BM=64, BN=64, BD=64, DISC=FULL, TY=8, TX=8, FEATURE=2 * FULL, BV=64, GIVEN=FULL,
+             COUNT=2, BG=2, CUT=True, WHOLE=True, CLUSTER=8, BS=32)
 for kernel in KERNELS:
     types, constants = {}, {}
     for name in kernel.arg_names:
         if name.isupper():
-            types[name], constants[name] = "constexpr", flags[name]
+            types[name], constants[name] = "constexpr", 32 if kernel is _causal and name == "BN" else flags[name]
         elif name == "out":
             types[name] = "*fp32" if kernel is _column_mass else "*bf16"
         elif name in pointers:
@@ -137,13 +138,25 @@ def test_kernels_compile_for_a_gpu(kernels, full, capability, tmp_path):
         assert f"compiled {name}" in output
 
 
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kernel", ["packed_decode, 4 bits, width 128, 4", "slot_decode, attend", "block_sparse over lists"]
+)
+def test_machine_code_keeps_its_limits(kernel, tmp_path):
+    """No spills; of packed codes at most four instructions each and no conversions from integers."""
+    script = HERE.parent.parent / "benchmarks" / "machine_code.py"
+    code, output = python(tmp_path, str(script), "--only", kernel, "--check", TRITON_CACHE_DIR=str(tmp_path))
+    assert code == 0 and "'limits': 'kept'" in output, output[-3000:]
+
+
 def test_importing_the_kernels_does_not_import_triton(tmp_path):
     # torch may do so itself; what counts is that ours adds nothing.
     code = (
         "import sys, torch, torch.library; before = {m for m in sys.modules if m.split('.')[0] == 'triton'}; "
         "import trainless.kernels.lse, trainless.kernels.column_mass, trainless.kernels.mass_move, "
         "trainless.kernels.group_mass, trainless.kernels.window2d, trainless.kernels.linear, "
-        "trainless.kernels.block_sparse; "
+        "trainless.kernels.block_sparse, trainless.kernels.quant_kv, trainless.kernels.slots; "
         "after = {m for m in sys.modules if m.split('.')[0] == 'triton'}; "
         "assert not any(m.endswith('.triton') for m in sys.modules if m.startswith('trainless.kernels')); "
         "print(len(before), len(after))"

@@ -6,6 +6,7 @@ there, bfloat16 and wide heads on a GPU.
 """
 
 import dataclasses
+import os
 
 import pytest
 import torch
@@ -34,6 +35,8 @@ from trainless.kernels.window2d import triton as window2d_form
 KINDS = ("full", "causal", "left", "keys", "window", "local", "dense", "per_head", "additive")
 SHAPES = [(1, 2, 1, 70, 70, 24), (1, 4, 1, 5, 90, 16), (2, 2, 2, 40, 33, 16), (1, 1, 1, 1, 1, 16)]
 DTYPES = [torch.float32, torch.float16]
+# The interpreter is slow: by default it sees one shape of each kind, and another one from kind to kind.
+ALL = DEVICE == "cuda" or os.environ.get("TRAINLESS_ALL") == "1"
 WIDE: list[tuple[int, ...]] = []
 if DEVICE == "cuda":
     DTYPES.append(torch.bfloat16)
@@ -52,6 +55,7 @@ CASES = [
     pytest.param(kind, shape, bool(n % 2), id=f"{kind}-{shape[3]}x{shape[4]}")
     for n, kind in enumerate(KINDS)
     for shape in SHAPES[: 1 if n % 2 else 4]
+    if ALL or shape == SHAPES[0 if n % 2 else n // 2 % 4]
 ]
 # Without mask and bias most tiles are computed without a mask, with and without a cap; also with more queries than keys.
 CASES += [
@@ -150,6 +154,29 @@ def test_block_sparse(kind, shape, extras, name):
     got = block_sparse_form.block_sparse(*case.qkv, pattern, visibility=case.seen(), terms=terms_of(case))
     assert got.dtype == dtype
     no_worse(got, truth_of(case, allowed), truth_of(case, allowed, dtype))
+
+
+LISTED = [(1, 4, 1, 70, 90, 16), (2, 2, 2, 40, 33, 16), (1, 6, 2, 50, 50, 24)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("name", "shape"), [
+    ("blocks", LISTED[1]), ("blocks-shared", LISTED[0]), ("blocks-shared", LISTED[2]), ("spans", LISTED[0]),
+], ids=str)  # fmt: skip
+def test_block_sparse_over_lists_of_tiles(name, shape, dtype):
+    """Heads of a group together and apart, through descriptors and without, one pattern for two layers."""
+    pattern, allowed = pattern_of(name, shape)
+    for kind in ("causal",) if name == "spans" else ("causal", "full"):
+        for extras in (False, True):
+            case = make(kind, shape, dtype)
+            if extras:
+                case.terms = {"sink_logits": torch.randn(shape[1])}
+            before = dict(pattern.made)
+            call = (*case.qkv, pattern)
+            got = block_sparse_form.block_sparse(*call, visibility=case.seen(), terms=terms_of(case))
+            no_worse(got, truth_of(case, allowed), truth_of(case, allowed, dtype))
+            assert len(pattern.made) == len(before) + (not extras)
+            assert all(pattern.made[key] is value for key, value in before.items())
 
 
 def test_block_sparse_reads_and_writes_only_its_own():
@@ -300,7 +327,9 @@ def test_addresses_are_wide(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("kind", "tiles"), [("causal", (64, 32)), ("left", (32, 64)), ("causal", (128, 16))], ids=str
+    ("kind", "tiles"),
+    [("left", (32, 64)), ("causal", (64, 32)), ("causal", (128, 16))][: 3 if ALL else 1],
+    ids=str,
 )
 def test_tiles_of_the_table(kind, tiles, monkeypatch):
     """Tiles whose two sides differ, as a measured table has them; taken by half precision where there is memory."""

@@ -235,9 +235,9 @@ def test_heads_of_no_whole_bytes_are_refused():
         trainless.patch(model, "kvquant", k_bits=2)
 
 
-def test_a_static_cache_is_refused():
+def test_a_static_cache_is_refused_where_the_prompt_says_what_is_packed_how():
     model = build(torch.float32)
-    trainless.patch(model, "kvquant")
+    trainless.patch(model, "zipcache")
     with pytest.raises(trainless.Unsupported, match="StaticLayer"):
         model(models.prompt(8), past_key_values=StaticCache(config=model.config, max_cache_len=20))
 

@@ -4,6 +4,8 @@
 ``CompressingLayer``: a layer that evicts by an ``Evict`` rule after each call.
 ``PackedLayer``: one that packs what it holds by a ``Quantise`` rule, and may evict as well.
 ``ExpandedLayer``: one that packs, for modules that work on what the cache returns.
+``FixedLayer``, ``FixedPackedLayer``, ``FixedEvictingLayer``: those of them that settle into buffers of fixed size
+(``Freezing``), for the one rule, the other, and both.
 ``beside_recurrence(made, layer)``: one of these, which also holds the recurrent state of a hybrid block.
 
 They replace stock layers inside the user's own cache while it is empty. They hold tensors and frozen
@@ -15,9 +17,13 @@ from .carrier import StatefulMixin, stateful
 from .compressing import CompressingLayer
 from .expanded import ExpandedLayer
 from .fixed import FixedLayer
+from .fixed_evicting import FixedEvictingLayer
+from .fixed_packed import FixedPackedLayer
+from .freezing import Freezing
 from .hybrid import beside_recurrence
 from .packed import PackedLayer
 
 __all__ = [
-    "CompressingLayer", "ExpandedLayer", "FixedLayer", "PackedLayer", "StatefulMixin", "beside_recurrence", "stateful",
+    "CompressingLayer", "ExpandedLayer", "FixedEvictingLayer", "FixedLayer", "FixedPackedLayer", "Freezing",
+    "PackedLayer", "StatefulMixin", "beside_recurrence", "stateful",
 ]  # fmt: skip

@@ -49,9 +49,7 @@ class PackedLayer(CompressingLayer):
     @property
     def positions(self) -> Tensor | None:
         """(B, Hkv, slots), packed ones first; None until something is packed or dropped."""
-        if self.tail is None:
-            return None
-        return torch.cat([*self.store.positions(), self.tail], 2) if self.store.runs else self.tail
+        return self._where()
 
     @positions.setter
     def positions(self, positions: Tensor | None) -> None:
@@ -59,6 +57,11 @@ class PackedLayer(CompressingLayer):
         if positions is not None and packed:
             self.store.place(positions[:, :, :packed])
         self.tail = positions if positions is None or not packed else positions[:, :, packed:].contiguous()
+
+    def _where(self) -> Tensor | None:
+        if self.tail is None:
+            return None
+        return torch.cat([*self.store.positions(), self.tail], 2) if self.store.runs else self.tail
 
     @property
     def leases(self) -> set[Lease]:

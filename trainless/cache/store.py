@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -128,7 +129,7 @@ class Store:
         held = run.segment.key.shape[2]
         if all(f == held for f in run.filled) and len(set(used)) == 1:
             pairs = zip(run.segment.tensors().items(), segment.tensors().values(), strict=True)
-            joined = {name: torch.cat([a, b], 2) for (name, a), b in pairs}
+            joined: dict[str, Any] = {name: torch.cat([a, b], 2) for (name, a), b in pairs}
             run.segment = Segment(segment.k_bits, segment.v_bits, **joined)
             run.positions = torch.cat([run.positions, positions], 2)
             ids[number] = torch.cat([ids[number], new], 2)

@@ -8,6 +8,7 @@ kernel and returns its bits. Few query rows (decode, drafts) have their probabil
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +19,7 @@ from ..cache import CompressingLayer, ExpandedLayer, PackedLayer
 from ..errors import Unsupported
 from ..kernels.visibility import adds_bias, bias_times
 from ..seams import AttentionCall, Entry, Formed, Lease
-from .autocast import as_computed
+from .autocast import narrowed, under_autocast
 from .packed import PackedRun
 from .patterns import Pattern, visible_keys
 from .run import Delegate
@@ -33,26 +34,9 @@ def attend(runtime: Runtime, call: AttentionCall, delegate: Delegate) -> Tensor:
     ``delegate`` computes plain attention for a call with the implementation that the user had.
     """
     runtime.passed()
-    device = call.query.device.type
-    if torch.is_autocast_enabled(device) and call.query.dtype != torch.float64:
-        return _under_autocast(runtime, call, delegate, device)
+    if narrowed(call):
+        return under_autocast(call, delegate, functools.partial(_attend, runtime))
     return _attend(runtime, call, delegate)
-
-
-def _under_autocast(runtime: Runtime, call: AttentionCall, delegate: Delegate, device: str) -> Tensor:
-    """What torch's own attention would be given, and our own sums as precise as without ``autocast``.
-
-    It would narrow every product in here, statistics and shares of probability among them.
-    """
-    dtype = torch.get_autocast_dtype(device)
-    query, key, value = as_computed(call.query, call.key, call.value)
-
-    def own(plain: AttentionCall) -> Tensor:
-        with torch.autocast(device, dtype=dtype):
-            return delegate(plain)
-
-    with torch.autocast(device, enabled=False):
-        return _attend(runtime, replace(call, query=query, key=key, value=value), own)
 
 
 def _attend(runtime: Runtime, call: AttentionCall, delegate: Delegate) -> Tensor:
@@ -343,8 +327,7 @@ class _Run(PackedRun):
                     tally.reasons[self.kernel] = self.reasons
         if layer is None:
             return
+        self.runtime.settled = None
         for entry in self.plan.of["kv"]:
             assert isinstance(entry.owner, Lease)
-            tally = self.runtime.tallies[entry.owner]
-            tally.tokens_seen, tally.tokens_kept = layer.seen, layer.width
-            tally.bytes_kept, tally.bytes_stock = layer.nbytes, layer.stock_nbytes
+            self.runtime.tallies[entry.owner].hold(layer)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..kernels.dispatch import constant
 from ..kernels.masks import STEP
 from ..kernels.window2d import Window2d
 from ..seams import AttentionCall, ExtraKeys, Pairs
@@ -30,7 +31,9 @@ def visible_keys(
     if not patterns and mask is None:
         return torch.full((1, 1, lq), lk, device=device)
     if mask is None and len(patterns) == 1 and isinstance(patterns[0], Window2d):
-        return _counts(patterns[0], device).clone()[None, None]  # callers add to it
+        w = patterns[0]
+        given = (*w.grid, float(w.radius), w.shape, w.dilation, w.text, w.text_first)
+        return _counted(*given, device).clone()[None, None]  # callers add to it
     shown = mask if mask is None or mask.dtype == torch.bool else mask > HIDDEN
     found, keys = [], torch.arange(lk, device=device)[None]
     for start in range(0, lq, STEP):
@@ -49,6 +52,20 @@ def visible_keys(
 def _counts(window: Window2d, device: torch.device) -> Tensor:
     """The same window comes from all layers of a model."""
     return window.counts(device)
+
+
+@constant
+def _counted(
+    rows: int,
+    columns: int,
+    radius: float,
+    shape: str,
+    dilation: int,
+    text: int,
+    text_first: bool,
+    device: torch.device,
+) -> Tensor:
+    return _counts(Window2d((rows, columns), radius, shape, dilation, text, text_first), device)
 
 
 def window_of(call: AttentionCall, patterns: Sequence[Pattern]) -> tuple[Window2d | None, tuple[str, ...]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,13 +16,12 @@ from ..kernels.lse import attention as attention_lse
 from ..kernels.lse import choose, row_probabilities
 from ..kernels.visibility import Visibility, visibility
 from ..seams import AttentionCall, AttentionPlan, Entry, Groups, State, Statistics
+from .autocast import Delegate
 from .chosen_rows import Probed
 from .extra_keys import merge_extra
 from .patterns import Pattern
 from .runtime import Runtime
 from .scopes import of_run
-
-Delegate = Callable[[AttentionCall], Tensor]
 
 
 class Run:

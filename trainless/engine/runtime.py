@@ -10,7 +10,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,28 @@ class Tally:
     bytes_kept: int = 0
     bytes_stock: int = 0  # what an unpatched cache would hold for the tokens seen
 
+    def hold(self, layer: Any) -> None:
+        """Note what a cache layer that evicts or packs, or the counters of one, has seen and holds."""
+        self.tokens_seen, self.tokens_kept = layer.seen, layer.width
+        self.bytes_kept, self.bytes_stock = layer.nbytes, layer.stock_nbytes
+
+
+class ActiveInput(NamedTuple):
+    """An input contribution that is active: whose input it changes, how, and the method's own tensors.
+
+    holder: the module beside the site that has them. names: what the method calls each -> what it is called there.
+    """
+
+    module: str
+    value: Any
+    holder: nn.Module | None
+    names: dict[str, str]
+    entry: Entry
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors, where and as they are now."""
+        return {name: getattr(self.holder, own) for name, own in self.names.items()}
+
 
 class CallInThread(threading.local):
     """What the host's hooks note for the call that is under way in this thread."""
@@ -64,11 +86,13 @@ class Runtime:
         self.journal = Journal()
         self.plan = AttentionPlan([])
         self.prepared = Prepared(self.plan)
+        self.asks: frozenset[str] = frozenset()
         self.call = CallInThread()
         self.compiled_layer: Any = (
             None  # while a call is traced by a compiler: its cache layer, from hook to attention
         )
         self.counting = threading.Lock()
+        self.settled: Any = None  # the counters of the frozen cache layer that was served last
         self.rotate: Callable[[Tensor, Tensor], Tensor] | None = None  # turns keys by so many positions
         self.hooked = False  # the host's own use: whether its hook is in place
         self.holders: dict[Contribution, nn.Module] = {}  # what holds the tensors of input contributions
@@ -100,7 +124,10 @@ class Runtime:
         """Merge anew what is active; called when a patch arrives, leaves, pauses or resumes."""
         self.fold()
         self.plan = AttentionPlan([e for e in self.entries if e.owner.active])  # type: ignore[attr-defined]
-        self.prepared = Prepared(self.plan, self._device())
+        self.prepared = Prepared(self.plan, self._device(), self.site.facts.get("whole", False))
+        # Those of paused patches as well: their steps go by all the same.
+        self.asks = frozenset().union(*(e.contribution.asks for e in self.entries))
+        self.inputs = tuple(self._input(e) for e in self.plan.of["input"])
         self.live = self._tallies(self.plan.entries)
         self.acting = self._tallies(self.plan.active)
 
@@ -110,27 +137,44 @@ class Runtime:
         return torch.device("cpu") if own is None or own.device.type == "meta" else own.device
 
     def fold(self) -> None:
-        """Add what compiled calls have counted on the device to the tallies; waits for the device."""
-        calls = self.prepared.counted()
-        if not calls:
-            return
-        with self.counting:
-            for tally in self.live:
-                tally.fired += calls
-                tally.kernels[self.prepared.kernel] += calls
-                tally.reasons[self.prepared.kernel] = COMPILED
-            for tally in self.acting:
-                tally.acted += calls
+        """Bring the tallies up to date with what stands on the device only; waits for it."""
+        if self.settled is not None:
+            with self.counting:
+                for tally in self._tallies(self.plan.of["kv"]):
+                    tally.hold(self.settled)
+        owners = self.prepared.owners
+        for calls, outcome in self.prepared.counted():
+            why = "; ".join(filter(None, (COMPILED, outcome.reasons)))
+            with self.counting:
+                for tally in self.live:
+                    tally.fired += calls
+                    tally.kernels[outcome.kernel] += calls
+                    tally.reasons[outcome.kernel] = why
+                for number in outcome.acted:
+                    self.tallies[owners[number]].acted += calls  # type: ignore[index]
+        if idle := self.prepared.unmoved():
+            with self.counting:
+                for tally in self.acting:
+                    tally.acted -= idle
 
     def _tallies(self, entries: Sequence[Entry]) -> list[Tally]:
         return [self.tallies[o] for o in dict.fromkeys(e.owner for e in entries)]  # type: ignore[index]
 
     def own_tensors(self, contribution: Contribution) -> dict[str, Tensor]:
         """The tensors that stand beside the site for ``contribution``, where and as they are now."""
-        holder = self.holders.get(contribution)
-        if holder is None:
+        holder, names = self.holders.get(contribution), self._names(contribution)
+        return {name: getattr(holder, own) for name, own in names.items()}
+
+    def _names(self, contribution: Contribution) -> dict[str, str]:
+        """What the method calls each of its tensors -> what the module that holds them calls it."""
+        if contribution not in self.holders:
             return {}
-        return {name: getattr(holder, name.replace(".", "_")) for name in contribution.tensors or ()}
+        return {name: name.replace(".", "_") for name in contribution.tensors or ()}
+
+    def _input(self, entry: Entry) -> ActiveInput:
+        contribution = entry.contribution
+        holder = self.holders.get(contribution)
+        return ActiveInput(contribution.module, contribution.value, holder, self._names(contribution), entry)
 
     def mark(self) -> tuple[int, bool, dict[str, Any]]:
         """How the host has equipped this site so far; ``back_to`` takes back what came since."""

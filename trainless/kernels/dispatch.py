@@ -8,6 +8,7 @@ import importlib.util
 from collections.abc import Iterable
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ def triton_reasons(tensors: Iterable[Tensor | None]) -> tuple[str, ...]:
     reasons = []
     if not all(t.is_cuda for t in given):
         reasons.append(f"triton: needs CUDA tensors, got {given[0].device.type}")
-    elif (missing := triton_missing()) is not None:
+    elif (missing := _without_triton()) is not None:
         reasons.append(missing)
     if any(t.is_floating_point() and t.dtype not in TRITON_DTYPES for t in given):
         reasons.append("triton: float64 is not supported")
@@ -71,18 +72,22 @@ def numba_missing() -> str | None:
     return None
 
 
-def numba_reasons(tensors: Iterable[Tensor | None]) -> tuple[str, ...]:
-    """Why the form that Numba compiles for the CPU cannot take these tensors; empty when it can."""
+def numba_reasons(tensors: Iterable[Tensor | None], traced: bool = False) -> tuple[str, ...]:
+    """Why the form that Numba compiles for the CPU cannot take these tensors; empty when it can.
+
+    traced: a compiler traces the call, in which it is one operator, so it does not have to see what is inside.
+    """
     given = [t for t in tensors if t is not None]
     if not all(t.device.type == "cpu" for t in given):
         return ("numba: needs CPU tensors",)
     if torch.is_grad_enabled() and any(t.requires_grad for t in given):
         return ("numba: no gradient",)
-    if _recorded() or any(type(t) not in (Tensor, torch.nn.Parameter) for t in given):
-        return ("numba: operations are being recorded or transformed",)
-    if any(t.is_neg() for t in given):  # its memory, which is all that a loop sees, holds the other sign
-        return ("numba: a tensor whose sign torch has yet to turn",)
-    missing = numba_missing()
+    if not traced:
+        if _recorded() or any(type(t) not in (Tensor, torch.nn.Parameter) for t in given):
+            return ("numba: operations are being recorded or transformed",)
+        if any(t.is_neg() for t in given):  # its memory, which is all that a loop sees, holds the other sign
+            return ("numba: a tensor whose sign torch has yet to turn",)
+    missing = _without_numba()
     return () if missing is None else (missing,)
 
 
@@ -96,6 +101,43 @@ def compiled_form(package: str) -> tuple[ModuleType | None, tuple[str, ...]]:
         return importlib.import_module(f"{package}.compiled"), ()
     except Exception as error:
         return None, (f"numba: cannot compile here ({type(error).__name__}: {error})",)
+
+
+# The same answers, of which a compiler that traces a call keeps what they are: see ``constant``.
+
+
+def constant(function: Any) -> Any:
+    """Have a compiler call ``function`` while it traces, and keep the answer: arguments and answer are plain values.
+
+    What torch.compiler.assume_constant_result does, which imports the compiler; importing this package must not.
+    """
+    function._dynamo_marked_constant = True
+    return function
+
+
+@constant
+def _without_triton() -> str | None:
+    return triton_missing()
+
+
+@constant
+def _without_numba() -> str | None:
+    return numba_missing()
+
+
+@constant
+def not_compiled(package: str) -> tuple[str, ...]:
+    """Why the module ``compiled`` of an operation is not there; empty when it is."""
+    return compiled_form(package)[1]
+
+
+@constant
+def half_matmul_is_fast() -> bool:
+    return fast_half_matmul()
+
+
+def differentiated(tensors: Iterable[Tensor | None]) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _recorded() -> bool:

@@ -91,6 +91,8 @@ def adds_bias(mask: Any, lq: int) -> bool:
 
 
 def _recognise(mask: Any, lq: int, lk: int, device: torch.device | None = None) -> Visibility:
+    if torch.compiler.is_compiling():
+        return _examine(mask, lq, lk, device)
     # Inference tensors count no versions; the masks that models build under it are never written to again.
     version = 0 if isinstance(mask, Tensor) and mask.is_inference() else getattr(mask, "_version", 0)
     key = (id(mask), lq, lk)

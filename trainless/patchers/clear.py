@@ -143,7 +143,7 @@ class Clear(Method):
                 return None
             return _disc(call, found, self.radius)
 
-        given: list[Contribution] = [Pattern(pattern, asks=asks)]
+        given: list[Contribution] = [Pattern(pattern, asks=asks, traceable=True)]
         source = None if self.weights is None else distilled(self.weights, self.name)
         if self.pool is not None:
             weight = _pooling(source, site, self.pool)
@@ -152,7 +152,7 @@ class Clear(Method):
                 found = self._image(call)
                 return None if found is None else _patches(call, found, weight)
 
-            given.append(Keys(pooled, asks=asks))
+            given.append(Keys(pooled, asks=asks, traceable=True))
         if source is not None:
             given.append(Weights(source.under(_keys(site))))
         return given

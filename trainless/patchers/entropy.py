@@ -84,7 +84,7 @@ class Entropy(Method):
         def scale(call: AttentionCall, statistics: Statistics, state: State) -> float | Tensor | None:
             return factor(call, latent)
 
-        return [Scale(scale)]
+        return [Scale(scale, traceable=True)]
 
     def _latent(self, site: Site) -> tuple[int, int]:
         """The trained size in latents, (rows, columns), as the host has checked it."""

@@ -142,13 +142,14 @@ class LinFusion(Method):
                 _through(entry.middle),
                 module=projection,
                 tensors=source.under(entry.front(projection)),
+                traceable=True,
             )
             for projection in ("to_q", "to_k")
         ]
         return [
             Weights(tensors=source.under(entry.keys())),
             *fronts,
-            Form(_form, plain=_plainly),
+            Form(_form, plain=_plainly, traceable=True),
         ]
 
     def _published(self) -> Distilled:

@@ -40,7 +40,9 @@ class Contribution:
     and decode; ``statistics`` then names every one that it may ask for. probes: the rows of the statistic
     "probe_mass", at a cost that grows with their number only. groups: asks for group_mass; None: not in this call.
     heads: limits it to some query heads (None: all). lookahead: a row's result depends on later rows of the same call,
-    so a prefill cut into chunks would differ.
+    so a prefill cut into chunks would differ. traceable: ``value`` can be traced by a compiler: it looks at no tensor's
+    values, reads the sizes of the call as numbers, and changes nothing that outlives the call; others run outside of
+    compiled graphs.
     """
 
     kind: ClassVar[str] = ""
@@ -48,6 +50,7 @@ class Contribution:
     value: Callable[..., Any] | None = None
     constant: float | None = None
     inert: bool = False
+    traceable: bool = False
     scope: str = "call"
     asks: frozenset[str] = frozenset()
     needs: Needs = ()
@@ -147,6 +150,7 @@ class _Attending(Contribution):
     """Has a say at attention calls."""
 
     inert: bool = field(default=False, kw_only=True)
+    traceable: bool = field(default=False, kw_only=True)
     scope: str = field(default="call", kw_only=True)
     asks: frozenset[str] = field(default=frozenset(), kw_only=True)
 
@@ -365,6 +369,7 @@ class Input(Contribution):
     module: str = field(kw_only=True)
     tensors: Mapping[str, Tensor] | None = field(default=None, kw_only=True)
     inert: bool = field(default=False, kw_only=True)
+    traceable: bool = field(default=False, kw_only=True)
 
     def _check(self, said: str) -> None:
         if not self.module or not isinstance(self.module, str):

@@ -11,14 +11,13 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-import threading
 from types import FrameType
 from typing import Any
 
 import torch
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode, _get_current_function_mode
+from torch.overrides import TorchFunctionMode
 
 from ...engine.attention import attend
 from ...engine.autocast import as_computed
@@ -40,10 +39,30 @@ PRODUCTS = {
     torch.nn.functional.softmax, Tensor.matmul, Tensor.__matmul__, Tensor.bmm, Tensor.softmax,
 }  # fmt: skip
 REASON = "trainless counts and edits attention outside compiled regions"
-_open = threading.local()  # .modes: the modes that this thread has open, innermost last
 
 
 # ---------------------------------------------------------------- what cannot be reached
+
+
+# What follows from classes and settings alone is no part of a compiled graph: the compiler keeps the answer.
+
+
+@torch.compiler.assume_constant_result
+def _class_says(kind: type) -> str | None:
+    elsewhere = ELSEWHERE.get(qualified(kind))
+    return _source_says(kind) if elsewhere is None else f"{kind.__name__} {elsewhere}"
+
+
+@torch.compiler.assume_constant_result
+def _active_backend() -> str:
+    name = _AttentionBackendRegistry.get_active_backend()[0]
+    return str(getattr(name, "value", name))
+
+
+@torch.compiler.assume_constant_result
+def _home(kind: type) -> str:
+    """The module in which a processor class has its call from."""
+    return next((c.__module__ for c in kind.__mro__ if "__call__" in vars(c)), "")
 
 
 @functools.cache
@@ -72,11 +91,7 @@ def refusal(module: nn.Module) -> str | None:
     processor = getattr(module, "processor", None)
     if processor is None:
         return "it has no processor"
-    kind = processor.__class__
-    elsewhere = ELSEWHERE.get(qualified(kind))
-    if elsewhere is not None:
-        return f"{kind.__name__} {elsewhere}"
-    said = _source_says(kind)
+    said = _class_says(processor.__class__)
     if said is not None:
         return said
     if getattr(processor, "_parallel_config", None) is not None:
@@ -84,8 +99,8 @@ def refusal(module: nn.Module) -> str | None:
             "context parallelism gives each device a part of the sequence only, which no patch can see whole"
         )
     if hasattr(processor, "_attention_backend"):
-        backend = processor._attention_backend or _AttentionBackendRegistry.get_active_backend()[0]
-        name = str(getattr(backend, "value", backend))
+        backend = processor._attention_backend
+        name = str(getattr(backend, "value", backend)) if backend else _active_backend()
         if name not in BACKENDS:
             return f'attention backend {name!r} is set; call set_attention_backend("native") first'
     return None
@@ -94,8 +109,7 @@ def refusal(module: nn.Module) -> str | None:
 def foreign_order(layout: Layout | None, module: nn.Module) -> str | None:
     """Why the declared order of text and image is not sure here: the processor decides on it, and is a stranger."""
     kind = type(getattr(module, "processor", None))
-    home = next((c.__module__ for c in kind.__mro__ if "__call__" in vars(c)), "")
-    if layout is None or not layout.streams or home.startswith("diffusers."):
+    if layout is None or not layout.streams or _home(kind).startswith("diffusers."):
         return None
     return f"in which order {kind.__name__} puts text and image is not known; use the processor of diffusers"
 
@@ -103,19 +117,20 @@ def foreign_order(layout: Layout | None, module: nn.Module) -> str | None:
 # ---------------------------------------------------------------- catching the call
 
 
-class Interception(TorchFunctionMode):
-    """Open while one patched module runs; hands its attention call to the engine."""
+class Catching(TorchFunctionMode):
+    """Open while one patched module runs; catches its attention call.
 
-    def __init__(self, runtime: Runtime, module: nn.Module):
+    others: tokens beside its own that the module was given, where that matters. keys: the number of keys in the
+    module's own attention call, once it was made. computed: whether the module has computed any product.
+    """
+
+    def __init__(self, runtime: Runtime, module: nn.Module, others: int | None = None):
         super().__init__()
-        self.runtime, self.module = runtime, module
+        self.runtime, self.module, self.others = runtime, module, others
         layout = runtime.site.facts.get("layout")
         self.several = layout is not None and layout.several  # each of its calls goes through the plan
-        self.home = module_frame()
-        self.others: int | None = None  # tokens beside its own that the module was given
-        self.keys: int | None = None  # number of keys in the module's own call, once it was made
+        self.keys: int | None = None
         self.computed = False
-        self.closed = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -124,6 +139,79 @@ class Interception(TorchFunctionMode):
         if func in PRODUCTS:
             self.computed = True
         return func(*args, **kwargs)
+
+    def attention(self, *args: Any, **kwargs: Any) -> Tensor:
+        raise NotImplementedError
+
+    def finish(self) -> None:
+        """The module has given its output: Unsupported where its attention was never seen.
+
+        A forward that computed no product at all was served by a step cache, from what the patched attention gave
+        before.
+        """
+        if self.keys is None and self.computed:
+            raise Unsupported(
+                f"{self.runtime.site.name}: {processor_name(self.module)} never called torch's attention, so "
+                "the patch had no effect there; use a processor that does, such as AttnProcessor2_0"
+            )
+
+    def check(self, query: Tensor, key: Tensor, causal: bool) -> None:
+        """Unsupported for a call that no patch can take."""
+        name = self.runtime.site.name
+        if query.dim() != 4 or (causal and query.shape[2] != key.shape[2]):
+            raise Unsupported(
+                f"{name}: {processor_name(self.module)} calls attention with queries {tuple(query.shape)}"
+                f"{', causal' if causal else ''}; only (batch, heads, tokens, width) can be patched"
+            )
+        if self.others == key.shape[2] != query.shape[2]:
+            raise Unsupported(
+                f"{name} was taken for self-attention, since nothing is declared about this class, and attends to the "
+                f"{self.others} tokens that it was given beside its own; leave it out with `where: {{modules}}`"
+            )
+
+    def is_beside(self, key: Tensor) -> bool:
+        """True for attention over other keys, an image prompt's; a second pass over the same is refused."""
+        kind = processor_name(self.module)
+        if key.shape[-2] == self.keys and not kind.startswith(("IPAdapter", "FluxIPAdapter", "SD3IPAdapter")):
+            raise Unsupported(
+                f"{self.runtime.site.name}: {kind} calls attention more than once over its {self.keys} keys, "
+                "so a patch would change only a part of it; remove the patch or use another processor"
+            )
+        return True
+
+    def call(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Any,
+        dropout: float,
+        causal: bool,
+        scale: float | None,
+    ) -> AttentionCall:
+        site = self.runtime.site
+        context = vars(site.facts["denoiser"]).get(CONTEXT)
+        known = describe(
+            site, context.geometry if context is not None else None, query.shape[2], key.shape[2]
+        )
+        if foreign := foreign_order(site.facts.get("layout"), self.module):
+            known = {"facts": {**known["facts"], "no_images": foreign}}
+        known["facts"]["run"] = context.run if context is not None else None
+        if mask is not None and mask.dim() < 4:
+            mask = mask[(None,) * (4 - mask.dim())]
+        return AttentionCall(
+            query=query, key=key, value=value, mask=mask, causal=causal, dropout=dropout, site=site,
+            scaling=query.shape[-1] ** -0.5 if scale is None else scale, **known,
+        )  # fmt: skip
+
+
+class Interception(Catching):
+    """For calls outside of compiled graphs: hands the attention call to the engine."""
+
+    def __init__(self, runtime: Runtime, module: nn.Module, others: int | None = None):
+        super().__init__(runtime, module, others)
+        self.home = module_frame()
+        self.closed = False
 
     def alive(self) -> bool:
         """Whether the module's call is still under way in this thread.
@@ -156,21 +244,11 @@ class Interception(TorchFunctionMode):
         ) -> Tensor:
             return SDPA(query, key, value, mask, dropout_p, causal, scale=scale, enable_gqa=enable_gqa)
 
-        if not self.alive() or (self.keys is not None and not self.several and self._is_beside(key)):
+        if not self.alive() or (self.keys is not None and not self.several and self.is_beside(key)):
             return stock(query, key, value, attn_mask, is_causal, scale)
-        name = self.runtime.site.name
-        if query.dim() != 4 or (is_causal and query.shape[2] != key.shape[2]):
-            raise Unsupported(
-                f"{name}: {_processor_name(self.module)} calls attention with queries {tuple(query.shape)}"
-                f"{', causal' if is_causal else ''}; only (batch, heads, tokens, width) can be patched"
-            )
-        if self.others == key.shape[2] != query.shape[2]:
-            raise Unsupported(
-                f"{name} was taken for self-attention, since nothing is declared about this class, and attends to the "
-                f"{self.others} tokens that it was given beside its own; leave it out with `where: {{modules}}`"
-            )
+        self.check(query, key, is_causal)
         self.keys = key.shape[2]
-        call = self._call(query, key, value, attn_mask, dropout_p, is_causal, scale)
+        call = self.call(query, key, value, attn_mask, dropout_p, is_causal, scale)
         own_scale, own_mask = call.scaling, call.mask
 
         def delegate(now: AttentionCall) -> Tensor:
@@ -190,43 +268,8 @@ class Interception(TorchFunctionMode):
 
         return watch.around(made, proceed, lambda: delegate(call)).transpose(1, 2)
 
-    def _is_beside(self, key: Tensor) -> bool:
-        """True for attention over other keys, an image prompt's; a second pass over the same is refused."""
-        kind = _processor_name(self.module)
-        if key.shape[-2] == self.keys and not kind.startswith(("IPAdapter", "FluxIPAdapter", "SD3IPAdapter")):
-            raise Unsupported(
-                f"{self.runtime.site.name}: {kind} calls attention more than once over its {self.keys} keys, "
-                "so a patch would change only a part of it; remove the patch or use another processor"
-            )
-        return True
 
-    def _call(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Any,
-        dropout: float,
-        causal: bool,
-        scale: float | None,
-    ) -> AttentionCall:
-        site = self.runtime.site
-        context = vars(site.facts["denoiser"]).get(CONTEXT)
-        known = describe(
-            site, context.geometry if context is not None else None, query.shape[2], key.shape[2]
-        )
-        if foreign := foreign_order(site.facts.get("layout"), self.module):
-            known = {"facts": {**known["facts"], "no_images": foreign}}
-        known["facts"]["run"] = context.run if context is not None else None
-        if mask is not None and mask.dim() < 4:
-            mask = mask[(None,) * (4 - mask.dim())]
-        return AttentionCall(
-            query=query, key=key, value=value, mask=mask, causal=causal, dropout=dropout, site=site,
-            scaling=query.shape[-1] ** -0.5 if scale is None else scale, **known,
-        )  # fmt: skip
-
-
-def _others(site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+def others_of(site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
     """Tokens that a module is given beside its own, where only its looks said that it is self-attention."""
     if site.facts.get("holds") is not None or site.role != "self":
         return None
@@ -235,59 +278,5 @@ def _others(site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | 
     return beside.shape[1] if isinstance(beside, Tensor) and beside is not own and beside.dim() == 3 else None
 
 
-def _processor_name(module: nn.Module) -> str:
+def processor_name(module: nn.Module) -> str:
     return type(getattr(module, "processor", None)).__name__
-
-
-def _modes() -> list[Interception]:
-    if not hasattr(_open, "modes"):
-        _open.modes = []
-    modes: list[Interception] = _open.modes
-    return modes
-
-
-def _close(mode: Interception) -> None:
-    mode.closed, mode.home = True, None  # a frame keeps its tensors alive
-    if _get_current_function_mode() is mode:
-        mode.__exit__(None, None, None)
-
-
-# ---------------------------------------------------------------- the hooks around a patched module
-
-
-class AttentionHooks:
-    """Opens an Interception before a patched module's forward and closes it after, exceptions included."""
-
-    def __init__(self, runtime: Runtime):
-        self.runtime = runtime
-
-    @torch.compiler.disable(reason=REASON)
-    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        modes = _modes()
-        while modes and not modes[-1].alive():
-            _close(modes.pop())
-        if self.runtime.plan.inert:
-            self.runtime.passed()
-            return
-        reason = refusal(module)
-        if reason is not None:
-            raise Unsupported(f"{self.runtime.site.name}: {reason}")
-        mode = Interception(self.runtime, module)
-        mode.others = _others(self.runtime.site, args, kwargs)
-        mode.__enter__()
-        modes.append(mode)
-
-    @torch.compiler.disable(reason=REASON)
-    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        modes = _modes()
-        if not modes or modes[-1].module is not module:
-            return
-        mode = modes.pop()
-        _close(mode)
-        # Without an output the forward has raised, and that error is the one to see. A forward that computed
-        # no product at all was served by a step cache, from what the patched attention gave before.
-        if output is not None and mode.keys is None and mode.computed:
-            raise Unsupported(
-                f"{self.runtime.site.name}: {_processor_name(module)} never called torch's attention, so "
-                "the patch had no effect there; use a processor that does, such as AttnProcessor2_0"
-            )

@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo.eval_frame import skip_code
 
 from ...engine.runtime import Runtime
 from ...errors import Unsupported
 from ...seams import Site, State
 from ..modules.around import Surroundings
-from .denoisers import Geometry, Size, Unknown, layout_of
+from .denoisers import Geometry, Size, Unknown, Unseen, layout_of
 from .steps import Steps
 
 CONTEXT = "_trainless_denoiser"  # where a patched denoiser keeps its Context
@@ -68,21 +69,62 @@ class Context:
         """Whatever comes next begins a run."""
         self.local.steps = Steps()
 
-    @torch.compiler.disable(reason="trainless notes the size of the call outside compiled regions")
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        geometry = self.read(module, {**dict(zip(self.names, args, strict=False)), **kwargs})
+        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        if torch.compiler.is_compiling():
+            self._trace(module, given)
+        else:
+            _uncompiled(self, module, given)
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if torch.compiler.is_compiling() and not self._asked():
+            return
+        self.local.geometry = self.local.run = None
+
+    # Around the module that is compiled itself hooks run outside of the graph: they are no graphs of their own.
+    skip_code(before.__code__)
+    skip_code(after.__code__)
+
+    def _note(self, module: nn.Module, given: Mapping[str, Any]) -> None:
+        geometry = self.read(module, given)
         self.local.run = None
-        # Paused patches count as well: their steps go by all the same.
-        given = [e.contribution for runtime in self.runtimes for e in runtime.entries]
-        if any("step" in c.asks or c.scope == "run" for c in given):
+        if self._stepping():
             geometry = replace(geometry, step=self.steps.at(geometry.sample, geometry.timestep))
             if geometry.step is not None:
                 self.local.run = self.steps.states[geometry.sample]
         self.local.geometry = geometry
 
-    @torch.compiler.disable(reason="trainless notes the size of the call outside compiled regions")
-    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.local.geometry = self.local.run = None
+    def _trace(self, module: nn.Module, given: Mapping[str, Any]) -> None:
+        """The same while a compiler traces the call: from shapes alone, else the graph breaks here."""
+        if not self._asked():
+            return
+        try:
+            if not (self._stepping() or any(runtime.prepared.refusal for runtime in self.runtimes)):
+                self.local.geometry = self._stated(module, given)
+                return
+        except Unseen:
+            pass
+        except Unknown as unknown:
+            self.local.geometry = Geometry(_latent_of(given), why=str(unknown))
+            return
+        _uncompiled(self, module, given)
+
+    def _asked(self) -> bool:
+        """Whether a site needs to know anything of a call that is being traced."""
+        for runtime in self.runtimes:
+            ready = runtime.prepared
+            if ready.sized or ready.refusal is not None:
+                return True
+        return self._stepping()
+
+    def _stepping(self) -> bool:
+        """Whether the step of a call is asked for, or something is kept for a run of steps."""
+        # Paused patches count as well: their steps go by all the same.
+        for runtime in self.runtimes:
+            for entry in runtime.entries:
+                if "step" in entry.contribution.asks or entry.contribution.scope == "run":
+                    return True
+        return False
 
     def surroundings(self, runtime: Runtime) -> Surroundings:
         """What the call under way says to those who stand around a module inside."""
@@ -94,15 +136,19 @@ class Context:
     def read(self, model: Any, given: Mapping[str, Any]) -> Geometry:
         """What the arguments of a call state, by the declared layout of the class."""
         step = next((given[name] for name in TIMES if given.get(name) is not None), None)
-        read = None if self.layout is None else self.layout.read
-        if read is None:
-            return Geometry(_latent_of(given), timestep=step)
         try:
-            return replace(read(model, given), timestep=step)
+            return replace(self._stated(model, given), timestep=step)
         except Unknown as unknown:
             return Geometry(_latent_of(given), why=str(unknown), timestep=step)
 
+    def _stated(self, model: Any, given: Mapping[str, Any]) -> Geometry:
+        read = None if self.layout is None else self.layout.read
+        return Geometry(_latent_of(given)) if read is None else read(model, given)
 
+
+_uncompiled = torch.compiler.disable(
+    Context._note, reason="trainless notes the step, or what the values of ids say, outside compiled regions"
+)
 TIMES = ("timestep", "timesteps", "timestep_ratio", "t")  # how the classes call the time of a step
 
 

@@ -23,10 +23,11 @@ from ...edits.journal import AttributeEdit, HookEdit, Journal
 from ...engine.runtime import ATTRIBUTE, Runtime
 from ...seams import Lease, Site
 from ..modules.around import Tell, nothing
-from .calls import AttentionHooks, foreign_order, refusal
+from .calls import foreign_order, refusal
 from .denoisers import Layout, layout_of
 from .denoisers.words import ROLES, holds_no_image, undeclared
 from .geometry import CONTEXT, Context
+from .hooks import AttentionHooks
 from .pipelines import denoiser_of, denoisers_of, text_encoders_of
 from .rescaling import ASKED, Asked, declared
 from .sizes import size_facts
@@ -58,11 +59,11 @@ class DiffusersHost:
     def sites(self, model: nn.Module, prefix: str = "", parts: frozenset[str] = frozenset()) -> list[Site]:
         """Every attention module, numbered per part and role in module order.
 
-        Facts of a site: denoiser (the model), local (the site's name inside it), family, layout (what is declared
-        about its class), holds (what the site's tokens are), no_images (why no method can know image tokens there,
-        None where it can), level and levels (of a UNet), patch (latent pixels per token as (rows, columns), None in a
-        UNet and where nothing is declared), sizes (see ``Sizes``), trained_latent (rows, columns) or None, vae_scale
-        (for showing).
+        Facts of a site: denoiser (the model), local (the site's name inside it), family, whole (calls that are traced
+        go to the engine with all that is known of them), layout (what is declared about its class), holds (what the
+        site's tokens are), no_images (why no method can know image tokens there, None where it can), level and levels
+        (of a UNet), patch (latent pixels per token as (rows, columns), None in a UNet and where nothing is declared),
+        sizes (see ``Sizes``), trained_latent (rows, columns) or None, vae_scale (for showing).
         """
         owners = _denoisers(model)
         common = {name: self._model_facts(owner) for name, owner in owners.items()}
@@ -108,6 +109,7 @@ class DiffusersHost:
         return {
             "denoiser": model,
             "family": type(model).__name__,
+            "whole": True,
             "layout": layout,
             "patch": patch,
             **size_facts(self.pipeline, model, patch),

@@ -21,6 +21,7 @@ from typing import Any
 import diffusers
 import torch
 from torch import nn
+from torch._dynamo.eval_frame import skip_code
 
 from ...errors import TrainlessError
 from ...seams import Lease
@@ -119,8 +120,15 @@ class Asked:
     def __deepcopy__(self, memo: dict[int, Any]) -> Asked:
         return self
 
-    @torch.compiler.disable(reason="trainless notes the size of the call outside compiled regions")
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling():
+            return  # the callers of compiled code are not seen; what is declared is said all the same
+        _uncompiled(self, module)
+
+    # Around the module that is compiled itself this runs outside of the graph, and is no graph of its own.
+    skip_code(before.__code__)
+
+    def _see(self, module: nn.Module) -> None:
         asked = self.asked()
         context = vars(module).get(CONTEXT)
         geometry = None if context is None else context.geometry
@@ -172,6 +180,11 @@ class Asked:
         ]
         told = declared(pipeline)
         return said if said or self.alike or told is None else [told]
+
+
+_uncompiled = torch.compiler.disable(
+    Asked._see, reason="trainless notes the size of the call outside compiled regions"
+)
 
 
 def _code(kind: type) -> CodeType | None:

@@ -30,6 +30,8 @@ class Inputs(Edit):
         self.placed: dict[str, tuple[nn.Module, Any]] = {}
         self.hooks: dict[str, Any] = {}  # one per name for good: compiled code holds on to it
         self.local = threading.local()
+        # Not as decorators: they import the compiler, and importing this package must not.
+        self.outside = [torch.compiler.disable(hook, reason=REASON) for hook in (self._begin, self._end)]
 
     def is_ours(self) -> bool:
         return True  # a hook that somebody has removed needs no removing
@@ -42,6 +44,31 @@ class Inputs(Edit):
     # ------------------------------------------------------------------ around the site's call
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not torch.compiler.is_compiling():
+            self._begin(module, args, kwargs)
+        elif not self._traced():
+            self.outside[0](module, args, kwargs)
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self._end(module, args, output)
+        elif not self._traced():
+            self.outside[1](module, args, output)
+
+    def _traced(self) -> bool:
+        """Whether a compiler can trace the call: every hook stands where it is to stand, and will be passed."""
+        inputs = self.runtime.inputs
+        if not inputs:
+            return True
+        if not self.runtime.prepared.sized or getattr(self.runtime.site.module, "fused_projections", False):
+            return False
+        for given in inputs:
+            standing = self.placed.get(given.module)
+            if standing is None or standing[0] is not self.runtime.site.module.get_submodule(given.module):
+                return False
+        return True
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         names = list(dict.fromkeys(e.contribution.module for e in self.runtime.plan.of["input"]))
         for name in names:
             self._place(name)
@@ -51,7 +78,7 @@ class Inputs(Edit):
         self.local.counts = {owner: tally.acted for owner, tally in self.runtime.tallies.items()}
         self.local.passed = self.runtime.call.passed
 
-    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         called, counts = getattr(self.local, "called", None), getattr(self.local, "counts", {})
         self.local.called = None
         if output is None or called is None:
@@ -75,6 +102,12 @@ class Inputs(Edit):
 
     # ------------------------------------------------------------------ at the modules inside
 
+    def place(self) -> None:
+        """Put the hooks where they stand before the first call, which may be one that a compiler traces."""
+        for entry in self.runtime.entries:
+            if entry.contribution.kind == "input":
+                self._place(entry.contribution.module)
+
     def _place(self, name: str) -> None:
         try:
             module = self.runtime.site.module.get_submodule(name)
@@ -91,39 +124,46 @@ class Inputs(Edit):
         self.placed[name] = (module, module.register_forward_pre_hook(hook, with_kwargs=True))
 
     def _hook(self, name: str) -> Any:
-        @torch.compiler.disable(reason=REASON)
-        def given(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if not torch.compiler.is_compiling():
+                return changed_by(args, kwargs)
+            return (changed_by if self._traced() else outside)(args, kwargs)
+
+        def changed_by(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             changed = None
-            for entry in self.runtime.plan.of["input"]:
-                if entry.contribution.module != name:
+            tracing = torch.compiler.is_compiling()
+            for given in self.runtime.inputs:
+                if given.module != name:
                     continue
-                value: Any = entry.contribution.value
-                found = value(args, kwargs, self.runtime.own_tensors(entry.contribution))
+                found = given.value(args, kwargs, given.tensors())
                 if found is None:  # it declines this call
                     continue
                 args, kwargs = changed = found
-                if getattr(self.local, "called", None) is not None:
-                    self.local.acted.add(entry)
-            called = getattr(self.local, "called", None)
-            if called is not None:
-                called.add(name)
+                if not tracing and getattr(self.local, "called", None) is not None:
+                    self.local.acted.add(given.entry)
+            if not tracing:
+                called = getattr(self.local, "called", None)
+                if called is not None:
+                    called.add(name)
             return changed
 
-        return given
+        outside = torch.compiler.disable(changed_by, reason=REASON)
+        return hook
 
 
 def watch_inputs(runtime: Runtime) -> None:
     """Install the hooks at the site, once; without active contributions they do nothing."""
-    if any(isinstance(edit, Inputs) for edit in runtime.journal.edits):
+    standing = next((edit for edit in runtime.journal.edits if isinstance(edit, Inputs)), None)
+    if standing is not None:
+        standing.place()
         return
     module, name = runtime.site.module, runtime.site.name
     inputs = Inputs(runtime)
+    inputs.place()
     runtime.journal.add(inputs)
-    # Not as decorators: they import the compiler, and importing this package must not.
-    before, after = (torch.compiler.disable(hook, reason=REASON) for hook in (inputs.before, inputs.after))
     edits = {
-        f"pre-hook on {name}": lambda: module.register_forward_pre_hook(before, with_kwargs=True),
-        f"forward hook on {name}": lambda: module.register_forward_hook(after, always_call=True),
+        f"pre-hook on {name}": lambda: module.register_forward_pre_hook(inputs.before, with_kwargs=True),
+        f"forward hook on {name}": lambda: module.register_forward_hook(inputs.after, always_call=True),
     }
     for where, register in edits.items():
         runtime.journal.add(HookEdit(module, register, where))

@@ -18,7 +18,10 @@ from transformers.cache_utils import (
 from ...cache import (
     CompressingLayer,
     ExpandedLayer,
+    FixedEvictingLayer,
     FixedLayer,
+    FixedPackedLayer,
+    Freezing,
     PackedLayer,
     StatefulMixin,
     beside_recurrence,
@@ -134,10 +137,9 @@ def _ours(runtime: Runtime, layer: Any, index: int) -> Any:
             )
         return _compressing(runtime, layer)
     kind = type(layer).__bases__[1] if isinstance(layer, StatefulMixin) else type(layer)
-    if kind is StaticLayer and plan.quantiser is None and plan.evict is not None:
-        if FixedLayer.suits(plan.evict, layer.max_cache_len):
-            _must_be_empty(first.method, layer, index)
-            return _compressing(runtime, layer)
+    if kind is StaticLayer and _settles(runtime, layer.max_cache_len):
+        _must_be_empty(first.method, layer, index)
+        return _compressing(runtime, layer)
     if kind not in PLAIN:
         raise Unsupported(
             f"{first.method}: cache layer {index} is a {kind.__name__}, and only a plain dynamic layer can "
@@ -152,18 +154,32 @@ def _compressing(runtime: Runtime, layer: Any) -> CompressingLayer:
     """An empty layer in place of ``layer`` that follows the rules of the plan."""
     plan = runtime.plan
     evictor, packer = _owner(plan.evictor), _owner(plan.quantiser)
+    capacity = layer.max_cache_len if isinstance(layer, StaticLayer) else None
+    if isinstance(layer, Freezing):
+        capacity = layer.capacity
+    settles = _settles(runtime, capacity)
     made: CompressingLayer
     if packer is None or plan.quantise is None:
         assert plan.evict is not None and evictor is not None
-        capacity = layer.max_cache_len if isinstance(layer, StaticLayer) else None
-        if isinstance(layer, FixedLayer):
-            capacity = layer.capacity
-        suits = FixedLayer.suits(plan.evict, capacity) and runtime.site.facts.get("keys", "same") == "same"
-        made = FixedLayer(plan.evict, evictor, capacity) if suits else CompressingLayer(plan.evict, evictor)
+        made = FixedLayer(plan.evict, evictor, capacity) if settles else CompressingLayer(plan.evict, evictor)
+    elif settles:
+        kind = FixedPackedLayer if plan.evict is None else FixedEvictingLayer
+        made = kind(plan.quantise, packer, plan.evict, evictor, capacity)
     else:
         cls = PackedLayer if runtime.site.facts.get("keys", "same") == "same" else ExpandedLayer
         made = cls(plan.quantise, packer, plan.evict, evictor)
     return beside_recurrence(made, layer) if isinstance(layer, LinearAttentionCacheLayerMixin) else made
+
+
+def _settles(runtime: Runtime, capacity: int | None) -> bool:
+    """Whether a layer under this plan may settle into buffers; capacity: tokens of the static cache, None in others."""
+    plan = runtime.plan
+    if runtime.site.facts.get("keys", "same") != "same":
+        return False
+    if plan.quantise is not None:
+        kind = FixedPackedLayer if plan.evict is None else FixedEvictingLayer
+        return kind.suits(plan.quantise, plan.evict, capacity)
+    return plan.evict is not None and FixedLayer.suits(plan.evict, capacity)
 
 
 def _owner(entry: Entry | None) -> Lease | None:

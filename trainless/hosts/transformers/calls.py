@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import StaticLayer
 
-from ...cache import CompressingLayer, ExpandedLayer, FixedLayer, StatefulMixin
+from ...cache import CompressingLayer, ExpandedLayer, Freezing, StatefulMixin
 from ...engine.runtime import Runtime
 from ...errors import InputError, Unsupported
 from ...kernels.visibility import visibility
@@ -64,7 +64,7 @@ def call_of(
     if causal and lk > lq and isinstance(layer, StaticLayer):
         key, value, lk = key[:, :, :lq], value[:, :, :lq], lq  # an empty static cache: only these are filled
     if (
-        isinstance(layer, FixedLayer)
+        isinstance(layer, Freezing)
         and layer.capacity is not None
         and isinstance(mask, Tensor)
         and mask.dim() == 4

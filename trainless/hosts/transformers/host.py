@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ...cache import CompressingLayer, FixedLayer
+from ...cache import CompressingLayer, Freezing
 from ...edits.journal import MARKER, AttributeEdit, HookEdit, Journal
 from ...engine.attention import attend
 from ...engine.autocast import as_computed
@@ -146,7 +146,8 @@ def _routed(
     step, here.step = here.step, None
     if step is not None and kwargs.get("position_bias") is None:
         runtime.passed()
-        runtime.acted("slots")
+        runtime.acted(runtime.prepared.kernel)
+        runtime.settled = step.counters
         around = inputs.noted(runtime)
         padding = around.padding if around is not None else None
         return traced.straight(
@@ -202,11 +203,12 @@ def _routed(
     facts.pop("weights", None)
     out = attend(runtime, call, delegate)
     if (
-        isinstance(call.layer, FixedLayer)
+        isinstance(call.layer, Freezing)
         and runtime.watch is None
-        and runtime.prepared.freezes(call.layer.lease)
+        and runtime.prepared.freezes(call.layer.owners)
     ):
         call.layer.freeze()
+        runtime.settled = call.layer.counters
     facts.pop("residual", None)  # as large as the layer's activations: not to be kept until the next call
     weights = facts.pop("weights", None)
     if weights is None and facts.pop("attentions", False):

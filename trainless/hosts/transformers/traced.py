@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from ...cache import FixedLayer
+from ...cache import Freezing
 from ...engine.runtime import Runtime
 from ...kernels.visibility import bias_times
 
@@ -23,13 +23,13 @@ SINKS = "s_aux"
 def step(runtime: Runtime, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The frozen layer on which the call that begins is a step; None where it is none."""
     ready = runtime.prepared
-    if ready.evictor is None or ready.refusal is not None or runtime.watch is not None or _others(kwargs):
+    if not ready.keeps or ready.refusal is not None or runtime.watch is not None or _others(kwargs):
         return None
     layer = _layer(module, kwargs)
-    if not isinstance(layer, FixedLayer):
+    if not isinstance(layer, Freezing):
         return None
     hidden = args[0] if args else kwargs.get("hidden_states")
-    if not isinstance(hidden, Tensor) or not layer.steps(hidden.shape[1], ready.evictor):
+    if not isinstance(hidden, Tensor) or not layer.steps(hidden.shape[1], ready.evictor, ready.packer):
         return None
     layer.stepping = True
     return layer
@@ -40,7 +40,7 @@ def note(runtime: Runtime, module: nn.Module, args: tuple[Any, ...], kwargs: dic
     ready = runtime.prepared
     if ready.refusal is not None or _others(kwargs):
         return False
-    if ready.evictor is None:
+    if not ready.keeps:
         return True
     runtime.compiled_layer = step(runtime, module, args, kwargs)
     return runtime.compiled_layer is not None
@@ -63,7 +63,7 @@ def attention(
     layer, runtime.compiled_layer = runtime.compiled_layer, None
     if ready.inert:
         return function(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
-    if ready.refusal is not None or _others(kwargs) or (ready.evictor is not None and layer is None):
+    if ready.refusal is not None or _others(kwargs) or (ready.keeps and layer is None):
         return None
     if ready.factor != 1.0 and kwargs.get(SINKS) is not None:
         return None  # families read their sinks from the module, whatever they are passed
@@ -88,7 +88,7 @@ def straight(
     kwargs: dict[str, Any],
     real: Tensor | None = None,
 ) -> tuple[Tensor, Any]:
-    """The steps of a prepared plan, one after the other: factor, attention (on the slots of ``layer``), gain."""
+    """The steps of a prepared plan, one after the other: factor, attention (on the buffers of ``layer``), gain."""
     ready = runtime.prepared
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if ready.factor != 1.0:
@@ -103,6 +103,8 @@ def straight(
             query, mask, real=real, scale=scaling, softcap=kwargs.get("softcap"), sinks=kwargs.get(SINKS),
             rotate=runtime.rotate if ready.rolled else None,
         )  # fmt: skip
+        if layer.whole and ready.idle is not None and not (ready.gains or ready.factor != 1.0):
+            ready.idle.add_(layer.untouched())
     return ready.gained(out), weights
 
 

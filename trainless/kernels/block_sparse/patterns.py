@@ -6,7 +6,8 @@ a causal mask row i is the key i + Lk - Lq.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,13 +43,18 @@ class Subset:
 class Blocks:
     """Each block of ``size`` queries attends to the listed blocks of ``size`` keys.
 
-    index: int64 (B|1, H|1, ceil(Lq / size), n), numbers of key blocks, each at most once; -1 for none.
+    index: int64 (B|1, H|1, ceil(Lq / size), n), numbers of key blocks, each at most once; -1 for none. It must not be
+    written to once it was used: what is made of it, and that it was checked, is kept in ``made`` by the shape of a call,
+    so that one pattern serves all layers.
     """
 
     index: Tensor
     size: int
+    made: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def check(self, b: int, h: int, lq: int, lk: int, causal: bool) -> None:
+        if ("checked", b, h, lq, lk) in self.made:
+            return
         index, blocks = self.index, -(-lq // self.size) if self.size > 0 else -1
         if self.size < 16 or self.size & (self.size - 1):
             raise InputError(f"size={self.size}: a power of two, 16 or more, is needed")
@@ -64,6 +70,7 @@ class Blocks:
         ordered = index.sort(-1).values
         if ((ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)).any():
             raise InputError("index names a key block twice; its keys would be counted twice")
+        self.made["checked", b, h, lq, lk] = True
 
     def allows(self, batch: int, heads: Tensor, rows: Tensor, keys: Tensor, offset: int) -> Tensor:
         """See ``Subset.allows``."""
@@ -77,19 +84,23 @@ class Blocks:
 class Spans:
     """Each head sees its own number of latest keys, and the first ``sinks`` keys besides. Causal calls only.
 
-    span: int64 (H,), 1 or more: row i sees the keys from i + Lk - Lq - span + 1 to i + Lk - Lq.
+    span: int64 (H,), 1 or more: row i sees the keys from i + Lk - Lq - span + 1 to i + Lk - Lq. ``made``: see ``Blocks``.
     """
 
     span: Tensor
     sinks: int = 0
+    made: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def check(self, b: int, h: int, lq: int, lk: int, causal: bool) -> None:
+        if ("checked", h, causal) in self.made:
+            return
         if self.span.dtype != torch.int64 or tuple(self.span.shape) != (h,) or int(self.span.min()) < 1:
             raise InputError(f"span {self.span.dtype} {tuple(self.span.shape)}: int64 {(h,)}, all 1 or more")
         if self.sinks < 0:
             raise InputError(f"sinks={self.sinks}: a number of keys cannot be negative")
         if not causal:
             raise InputError("spans reach back from each row, so the call has to be causal")
+        self.made["checked", h, causal] = True
 
     def allows(self, batch: int, heads: Tensor, rows: Tensor, keys: Tensor, offset: int) -> Tensor:
         """See ``Subset.allows``."""

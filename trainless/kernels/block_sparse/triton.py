@@ -18,6 +18,7 @@ from torch import Tensor
 from ..common import Terms
 from ..tiles import finish, fold, launch, load_rows, mask_arguments, mask_operands, product, width_of
 from ..visibility import Visibility
+from . import listed
 from .patterns import Blocks, Pattern, Subset
 
 SUBSET, BLOCKS, SPANS = 0, 1, 2
@@ -175,10 +176,12 @@ def block_sparse_op(
 def _limits(chosen: Tensor, offered: Tensor, tiles: int, bm: int, lq: int, lk: int, causal: bool) -> Tensor:
     """(B, tiles): how many of the offered keys any row of each tile may see."""
     if not causal:
-        return (offered < lk).sum(1, keepdim=True).expand(-1, tiles).contiguous()
+        rows = chosen[:, ::bm] < lq
+        return torch.where(rows, (offered < lk).sum(1, keepdim=True), 0)
     real = torch.where(chosen < lq, chosen, -1)
     padded = torch.nn.functional.pad(real, (0, tiles * bm - real.shape[1]), value=-1)
-    last = padded.view(-1, tiles, bm).amax(2) + lk - lq
+    last = padded.view(-1, tiles, bm).amax(2)
+    last = torch.where(last < 0, -1, last + lk - lq)  # a tile behind the last chosen row
     return torch.searchsorted(offered.contiguous(), last.clamp_max(lk - 1).contiguous(), right=True)
 
 
@@ -191,6 +194,8 @@ def block_sparse(
     query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, *, visibility: Visibility, terms: Terms
 ) -> Tensor:
     """See ``api.block_sparse``."""
+    if not isinstance(pattern, Subset) and listed.serves(visibility, terms):
+        return listed.block_sparse(query, key, value, pattern, causal=visibility.causal, terms=terms)
     b = query.shape[0]
     mode, chosen, offered, size, first_keys = SPANS, None, None, 1, 0
     if isinstance(pattern, Subset):
@@ -208,7 +213,6 @@ def block_sparse(
 
 
 def _numbers(chosen: Tensor) -> Tensor:
-    """bool (B, L) as the numbers of its True entries (B, most), ascending, L beyond their end."""
+    """bool (B, L) as the numbers of its True entries (B, L), ascending, L beyond their end; no value is read."""
     length = chosen.shape[1]
-    numbers = torch.where(chosen, torch.arange(length, device=chosen.device), length).sort(1).values
-    return numbers[:, : int(chosen.sum(1).max())] if chosen.numel() else numbers
+    return torch.where(chosen, torch.arange(length, device=chosen.device), length).sort(1).values

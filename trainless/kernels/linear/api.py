@@ -56,7 +56,7 @@ def linear_attention(
             f"linear attention sums over all keys that exist, or all up to the query; a mask of another kind "
             f"({visibility.kind}) cannot be summed so"
         )
-    if choose(query, key, value, visibility=visibility).name == "triton":
+    if choose(query, key, value, visibility=visibility).name == "triton":  # registered operators
         from .triton import linear_attention as form
     else:
         form = blocked.linear_attention

@@ -30,7 +30,10 @@ def linear_attention(
     """See ``api.linear_attention``."""
     if visibility.causal:
         return _causal(query, key, value, visibility, feature, eps)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)):
+    # A graph that is being compiled has no blocks either: their number would be a part of it.
+    if torch.compiler.is_compiling() or (
+        torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+    ):
         return _whole(query, key, value, visibility, feature, eps)
     out = query.new_empty(*query.shape[:3], value.shape[3])
     b, h, lq, d = query.shape

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
+from ..tickets import TICKETS
 from .format import RAW, Segment, check_width, per_byte, raw
 
 
@@ -32,6 +33,7 @@ class FixedPacked:
     in ``Segment``; None where bits are 16. tail_key (B, Hkv, T, D), tail_value (B, Hkv, T, Dv): the ring.
     packed (B,) int32: tokens that are codes, a multiple of S. age (B,) int32: tokens that the row has. There is room
     for one more token as long as age - packed < T, and for one more group while packed < G · S.
+    tickets (B, Hkv, TICKETS) int32: zero between calls; what the programs of a kernel count each other by.
     """
 
     k_bits: int
@@ -47,6 +49,7 @@ class FixedPacked:
     tail_value: Tensor
     packed: Tensor
     age: Tensor
+    tickets: Tensor
 
     @property
     def slots(self) -> int:
@@ -109,7 +112,7 @@ def fixed_packed(
     return FixedPacked(
         k_bits, v_bits, codes(d, k_bits), codes(dv, v_bits), parameter(k_bits, d), parameter(k_bits, d),
         parameter(v_bits, group), parameter(v_bits, group), parameter(v_bits, dv), made(hkv, ring, d),
-        made(hkv, ring, dv), made(dtype=torch.int32), made(dtype=torch.int32),
+        made(hkv, ring, dv), made(dtype=torch.int32), made(dtype=torch.int32), made(hkv, TICKETS, dtype=torch.int32),
     )  # fmt: skip
 
 

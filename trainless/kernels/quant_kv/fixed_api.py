@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...errors import InputError
-from ..dispatch import Choice, triton_reasons
+from ..common import Terms
+from ..dispatch import Choice, triton_missing, triton_reasons
 from .fixed import FixedPacked
 from .fixed_operator import pack_group_op, packed_decode_op
 from .fixed_plain import probabilities_dtype
@@ -14,7 +15,11 @@ from .fixed_plain import probabilities_dtype
 def choose_fixed(query: Tensor, buffers: FixedPacked) -> Choice:
     """Which form ``packed_decode`` runs for this call."""
     why = triton_reasons((query, buffers.key, buffers.tail_key))
-    return Choice("torch", why or ("triton: not written yet",))
+    if triton_missing() is None:
+        from .fixed_triton import refuses
+
+        why += refuses(query, buffers, Terms(1.0))
+    return Choice("torch", why) if why else Choice("triton")
 
 
 def packed_decode(
@@ -46,7 +51,7 @@ def packed_decode(
     b = buffers
     out, lse = packed_decode_op(
         query, key, value, b.key, b.value, b.key_step, b.key_min, b.value_step, b.value_min, b.value_root, b.tail_key,
-        b.tail_value, b.packed, b.age, valid, real, sink_logits, scores, scale, softcap, b.k_bits, b.v_bits,
+        b.tail_value, b.packed, b.age, b.tickets, valid, real, sink_logits, scores, scale, softcap, b.k_bits, b.v_bits,
     )  # fmt: skip
     return out, lse
 
@@ -61,7 +66,7 @@ def pack_group(buffers: FixedPacked, residual: Tensor) -> None:
     b = buffers
     pack_group_op(
         b.key, b.value, b.key_step, b.key_min, b.value_step, b.value_min, b.value_root, b.tail_key, b.tail_value,
-        b.packed, b.age, residual, b.k_bits, b.v_bits,
+        b.packed, b.age, b.tickets, residual, b.k_bits, b.v_bits,
     )  # fmt: skip
 
 

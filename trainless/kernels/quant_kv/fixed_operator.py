@@ -6,13 +6,16 @@ import torch
 from torch import Tensor
 
 from ..common import Terms, statistics_dtype
+from ..dispatch import triton_reasons
 from . import fixed_plain
 from .fixed import FixedPacked
 
 PARAMETERS = ("key_step", "key_min", "value_step", "value_min", "value_root")
 
 
-@torch.library.custom_op("trainless::packed_decode", mutates_args=("tail_key", "tail_value", "age", "scores"))
+@torch.library.custom_op(
+    "trainless::packed_decode", mutates_args=("tail_key", "tail_value", "age", "tickets", "scores")
+)
 def packed_decode_op(
     query: Tensor,
     key: Tensor | None,
@@ -28,6 +31,7 @@ def packed_decode_op(
     tail_value: Tensor,
     packed: Tensor,
     age: Tensor,
+    tickets: Tensor,
     valid: Tensor | None,
     real: Tensor | None,
     sinks: Tensor | None,
@@ -40,11 +44,15 @@ def packed_decode_op(
     """See ``fixed_api.packed_decode``: the buffers of ``fixed.FixedPacked`` one by one."""
     buffers = FixedPacked(
         k_bits, v_bits, packed_key, packed_value, key_step, key_min, value_step, value_min, value_root, tail_key,
-        tail_value, packed, age,
+        tail_value, packed, age, tickets,
     )  # fmt: skip
-    return fixed_plain.decode(
-        query, key, value, buffers, Terms(scale, None, softcap, sinks), valid, real, scores
-    )
+    terms = Terms(scale, None, softcap, sinks)
+    if not triton_reasons((query, packed_key, tail_key)):
+        from . import fixed_triton
+
+        if not fixed_triton.refuses(query, buffers, terms):
+            return fixed_triton.decode(query, key, value, buffers, terms, valid, real, scores)
+    return fixed_plain.decode(query, key, value, buffers, terms, valid, real, scores)
 
 
 @packed_decode_op.register_fake
@@ -56,7 +64,7 @@ def _(query: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op(
-    "trainless::pack_group", mutates_args=("packed_key", "packed_value", *PARAMETERS, "packed")
+    "trainless::pack_group", mutates_args=("packed_key", "packed_value", *PARAMETERS, "packed", "tickets")
 )
 def pack_group_op(
     packed_key: Tensor,
@@ -70,6 +78,7 @@ def pack_group_op(
     tail_value: Tensor,
     packed: Tensor,
     age: Tensor,
+    tickets: Tensor,
     residual: Tensor,
     k_bits: int,
     v_bits: int,
@@ -77,9 +86,14 @@ def pack_group_op(
     """See ``fixed_api.pack_group``."""
     buffers = FixedPacked(
         k_bits, v_bits, packed_key, packed_value, key_step, key_min, value_step, value_min, value_root, tail_key,
-        tail_value, packed, age,
+        tail_value, packed, age, tickets,
     )  # fmt: skip
-    fixed_plain.pack_group(buffers, residual)
+    if not triton_reasons((tail_key, packed_key)) and {k_bits, v_bits} <= {2, 4, 8}:
+        from . import fixed_triton
+
+        fixed_triton.pack_group(buffers, residual)
+    else:
+        fixed_plain.pack_group(buffers, residual)
 
 
 @pack_group_op.register_fake

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,7 +60,8 @@ class Segment:
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Segment:
         """The same segment with every tensor changed."""
-        return Segment(self.k_bits, self.v_bits, **{n: change(t) for n, t in self.tensors().items()})
+        changed: dict[str, Any] = {n: change(t) for n, t in self.tensors().items()}
+        return Segment(self.k_bits, self.v_bits, **changed)
 
     @property
     def code_bytes(self) -> int:

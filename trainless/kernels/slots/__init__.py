@@ -1,7 +1,6 @@
 """Decoding over slots of fixed number: write, attend, score and evict in one step, with everything in place."""
 
 from .api import choose, slot_decode
-from .operator import slot_decode_op
 from .state import EVERYTHING, FixedSlots, SlotRule, fixed_slots
 
-__all__ = ["EVERYTHING", "FixedSlots", "SlotRule", "choose", "fixed_slots", "slot_decode", "slot_decode_op"]
+__all__ = ["EVERYTHING", "FixedSlots", "SlotRule", "choose", "fixed_slots", "slot_decode"]

@@ -6,15 +6,20 @@ from torch import Tensor
 
 from ...errors import InputError
 from ..common import Terms
-from ..dispatch import Choice, triton_reasons
+from ..dispatch import Choice, triton_missing, triton_reasons
 from . import plain
+from .operator import slot_decode_op
 from .state import FixedSlots, SlotRule
 
 
 def choose(query: Tensor, slots: FixedSlots) -> Choice:
     """Which form ``slot_decode`` runs for this call."""
     why = triton_reasons((query, slots.keys))
-    return Choice("torch", why or ("triton: not written yet",))
+    if triton_missing() is None:
+        from .triton import refuses
+
+        why += refuses(query, slots)
+    return Choice("torch", why) if why else Choice("triton")
 
 
 def slot_decode(
@@ -43,7 +48,14 @@ def slot_decode(
     """
     _check(query, key, value, slots, rule)
     terms = Terms(scale, None, softcap, sink_logits)
-    return plain.decode(query, key, value, slots, rule, terms, real)
+    if not query.is_cuda:
+        return plain.decode(query, key, value, slots, rule, terms, real)
+    s = slots
+    out: Tensor = slot_decode_op(
+        query, key, value, s.keys, s.values, s.positions, s.scores, s.free, s.age, s.count, s.limit, s.recent,
+        s.tickets, s.never, real, sink_logits, scale, softcap, rule.score, rule.gqa, rule.shared, rule.normalise,
+    )  # fmt: skip
+    return out
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, slots: FixedSlots, rule: SlotRule) -> None:

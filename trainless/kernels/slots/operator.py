@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from ..common import Terms
+from ..dispatch import triton_reasons
 from . import plain
 from .state import FixedSlots, SlotRule
 
-WRITTEN = ("keys", "values", "positions", "scores", "free", "age", "count")
+WRITTEN = ("keys", "values", "positions", "scores", "free", "age", "count", "tickets")
 
 
 @torch.library.custom_op("trainless::slot_decode", mutates_args=WRITTEN)
@@ -26,6 +27,7 @@ def slot_decode_op(
     count: Tensor,
     limit: Tensor,
     recent: Tensor,
+    tickets: Tensor,
     never: Tensor | None,
     real: Tensor | None,
     sinks: Tensor | None,
@@ -37,8 +39,13 @@ def slot_decode_op(
     normalise: bool,
 ) -> Tensor:
     """See ``api.slot_decode``: the buffers of ``state.FixedSlots`` and the fields of ``state.SlotRule``, one by one."""
-    slots = FixedSlots(keys, values, positions, free, age, count, limit, recent, scores, never)
+    slots = FixedSlots(keys, values, positions, free, age, count, limit, recent, tickets, scores, never)
     rule, terms = SlotRule(score, gqa, shared, normalise), Terms(scale, None, softcap, sinks)
+    if not triton_reasons((query, keys)):
+        from . import triton as on_triton
+
+        if not on_triton.refuses(query, slots):
+            return on_triton.decode(query, key, value, slots, rule, terms, real)
     return plain.decode(query, key, value, slots, rule, terms, real)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
+from ..tickets import TICKETS
 
 EVERYTHING = 1 << 30  # a limit in tokens that no buffer reaches
 SCORES = (None, "sum", "last")
@@ -54,6 +55,8 @@ class FixedSlots:
     newest tokens, which do not go; the newest one never does. never (B, R, 2) int32 or None: runs [start, stop) of
     positions that never go (first tokens, a prompt); an empty run has start = stop.
 
+    tickets (B, Hkv, TICKETS) int32: zero between calls; what the programs of a kernel count each other by.
+
     A row whose limit exceeds the tokens that may not go by one at least always finds one that may.
     """
 
@@ -65,6 +68,7 @@ class FixedSlots:
     count: Tensor
     limit: Tensor
     recent: Tensor
+    tickets: Tensor
     scores: Tensor | None = None
     never: Tensor | None = None
 
@@ -122,6 +126,7 @@ def fixed_slots(
         (placed[:, 0] >= 0).sum(1).to(torch.int32),
         rowwise(limit),
         rowwise(recent),
+        torch.zeros(b, hkv, TICKETS, dtype=torch.int32, device=keys.device),
         None if scores is None else wide(scores, 0),
         None if never is None else never.to(keys.device, torch.int32, copy=True),
     )

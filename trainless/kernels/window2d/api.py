@@ -7,11 +7,19 @@ from torch import Tensor
 
 from ...errors import InputError
 from ..common import Terms, check_shapes
-from ..dispatch import Choice, compiled_form, fast_half_matmul, numba_reasons, triton_reasons
+from ..dispatch import (
+    Choice,
+    differentiated,
+    half_matmul_is_fast,
+    not_compiled,
+    numba_reasons,
+    triton_reasons,
+)
 from ..visibility import Visibility
 from . import blocked
 from .window import Window2d
 
+PACKAGE = __name__.rpartition(".")[0]
 # What the compiled form takes, which computes in float32.
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -33,17 +41,22 @@ def choose(query: Tensor, key: Tensor, value: Tensor, extra: tuple[Tensor, Tenso
 
 def _not_compiled(given: tuple[Tensor, ...]) -> tuple[str, ...]:
     """Why the compiled form cannot take query, key, value and extra ones; empty when it can."""
-    reasons = numba_reasons(given)
+    reasons = numba_reasons(given, traced=_one_operator(given))
     if reasons:
         return reasons
     dtypes, widths = {t.dtype for t in given}, {t.shape[-1] for t in given}
     if len(dtypes) > 1 or not dtypes <= set(FLOATS):
         return (f"numba: dtype {', '.join(sorted(str(t).removeprefix('torch.') for t in dtypes))}",)
-    if dtypes != {torch.float32} and fast_half_matmul():
+    if dtypes != {torch.float32} and half_matmul_is_fast():
         return ("numba: this CPU has instructions for half precision that torch uses",)
     if len(widths) > 1 or not all(width and width % 8 == 0 for width in widths):
         return (f"numba: head widths {sorted(widths)}, one multiple of 8 is needed",)
-    return compiled_form(__package__)[1]
+    return not_compiled(PACKAGE)
+
+
+def _one_operator(given: tuple[Tensor | None, ...]) -> bool:
+    """Whether the call becomes one operator of the graph that a compiler makes."""
+    return torch.compiler.is_compiling() and not differentiated(given)
 
 
 def window2d(
@@ -71,6 +84,14 @@ def window2d(
         for name, given, like in (("key", extra[0], key), ("value", extra[1], value)):
             if given.shape != (*like.shape[:2], e, like.shape[3]):
                 raise InputError(f"extra {name} {tuple(given.shape)} does not fit {name} {tuple(like.shape)}")
+    if _one_operator((query, key, value, *(extra or ()))):
+        from .operator import window2d_call
+
+        found: tuple[Tensor, Tensor] = window2d_call(
+            query, key, value, scale, *window.grid, float(window.radius), window.shape, window.dilation, window.text,
+            window.text_first, *(extra or (None, None)),
+        )  # fmt: skip
+        return found
     name = choose(query, key, value, extra).name
     if name == "triton":
         from .triton import window2d as on_triton

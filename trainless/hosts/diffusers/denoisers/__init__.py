@@ -7,6 +7,6 @@
 from __future__ import annotations
 
 from .table import TABLE, layout_of
-from .words import Geometry, Layout, Part, Sequence, Size, Unknown
+from .words import Geometry, Layout, Part, Sequence, Size, Unknown, Unseen
 
-__all__ = ["TABLE", "Geometry", "Layout", "Part", "Sequence", "Size", "Unknown", "layout_of"]
+__all__ = ["TABLE", "Geometry", "Layout", "Part", "Sequence", "Size", "Unknown", "Unseen", "layout_of"]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .latents import length, side, single_frame, tensor
-from .words import IMAGE, JOINT, Geometry, Given, Part, Read, Sequence, Size, Unknown, product
+from .words import IMAGE, JOINT, Geometry, Given, Part, Read, Sequence, Size, Unknown, Unseen, product
 
 _seen = threading.local()  # .table: id of a tensor -> (weak reference, version, what was read)
 
@@ -25,6 +25,8 @@ def once(key: Tensor, read: Callable[[], Any], more: Any = None) -> Any:
 
     ``more``: whatever else the result depends on, hashable.
     """
+    if torch.compiler.is_compiling():
+        raise Unseen("it is said by the values of a tensor, which a compiled graph does not show")
     if not hasattr(_seen, "table"):
         _seen.table = {}
     table: dict[Any, tuple[weakref.ref[Tensor], int, Any]] = _seen.table

@@ -46,6 +46,10 @@ class Unknown(Exception):
     """A call does not say what its tokens are; the text says why, to follow on "is not known: "."""
 
 
+class Unseen(Unknown):
+    """What the tokens are lies in a tensor's values, and a call that is being traced has none."""
+
+
 def product(size: Size) -> int:
     return size[0] * size[1]
 
