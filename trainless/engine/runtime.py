@@ -118,13 +118,16 @@ class Runtime:
         self.fold()
         self.settled = None
         self.entries = [e for e in self.entries if e.owner is not owner]
+        self._merge()
         self.tallies.pop(owner, None)
-        self.refresh()
 
     def refresh(self) -> None:
         """Merge anew what is active; called when a patch arrives, leaves, pauses or resumes."""
         self.fold()
         self.settled = None
+        self._merge()
+
+    def _merge(self) -> None:
         self.plan = AttentionPlan([e for e in self.entries if e.owner.active])  # type: ignore[attr-defined]
         self.prepared = Prepared(self.plan, self._device(), self.site.facts.get("whole", False))
         # Those of paused patches as well: their steps go by all the same.
