@@ -55,7 +55,7 @@ def shape(line: str) -> str:
 def test_every_example_is_known_and_short() -> None:
     assert set(ALL) == set(NEEDS)
     for name in ALL:
-        assert len((EXAMPLES / f"{name}.py").read_text(encoding="utf-8").splitlines()) < LONGEST, name
+        assert len((EXAMPLES / f"{name}.py").read_text(encoding="utf-8").splitlines()) <= LONGEST, name
 
 
 @pytest.mark.real
