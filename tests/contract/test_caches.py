@@ -63,7 +63,7 @@ def test_a_cache_on_disk_comes_back_to_its_method(method):
     _steps(model, cache, ids, 0, (14, 1), mask)
     file = _saved(cache)
     want = _steps(model, copy.deepcopy(cache), ids, 15, mask=mask)
-    same(_steps(model, _loaded(file), ids, 15, mask=mask), want)
+    same(_steps(model, _loaded(file), ids, 15, mask=mask), want, 1e-11)  # its first step thaws
 
     other = models.build("llama")
     trainless.patch(other, method, **SAVED[method])

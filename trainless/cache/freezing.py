@@ -229,11 +229,11 @@ class Freezing(CompressingLayer):
         return super().get_mask_sizes(query_length)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        rows = self._batch()
-        if self.fed is None or beam_idx.shape[0] != rows:
+        if self.fed is None or beam_idx.shape[0] != self._batch():
             self.thaw()
             super().reorder_cache(beam_idx)
             return
+        rows = self._batch()
         for tensor in self._buffers():
             whole = tensor.unflatten(0, (rows, -1))  # a row's heads may be lanes of their own
             whole.copy_(whole.index_select(0, beam_idx.to(tensor.device)))
