@@ -67,6 +67,9 @@ class Freezing(CompressingLayer):
         # Tokens fed, and ages of the rows, when it was frozen last.
         self.frozen_at: tuple[int, list[int]] = (0, [])
         self.unplaced = False  # whether paddings came in steps, whose columns nobody has kept
+        self.shown: Tensor | None = (
+            None  # (B,): columns that the mask of the last step has shown; None before the first
+        )
         self.whole = False  # whether its steps may change nothing yet: see ``untouched``
         super()._clear()
 
@@ -107,6 +110,20 @@ class Freezing(CompressingLayer):
         """Whether, on the device, all that came is still held as it came; asked only of a layer that is ``whole``."""
         raise NotImplementedError
 
+    def refuse_hidden(self, padding: Tensor) -> None:
+        """Unsupported if a 2-D mask (B, seen) hides a token that an earlier one has shown; waits for the device."""
+        padding, shown = padding.bool(), self.shown
+        if shown is None:
+            shown = torch.tensor(self.frozen_at[1], device=padding.device)
+        # A row whose newest token is padding says nothing of what it sees.
+        if bool(((padding[:, :-1].sum(1) < shown) & padding[:, -1]).any()):
+            raise Unsupported(
+                f"{self.lease.name}: a mask hides earlier tokens which were no padding when they came, and the cache has "
+                "dropped or packed keys; start a new cache, or give attention_mask=1 for them (generate() without one "
+                "takes every pad token in the text for padding)"
+            )
+        self.shown = padding.sum(1)
+
     def _buffers(self) -> Sequence[Tensor]:
         """Every tensor that is held while frozen, the batch first in each."""
         raise NotImplementedError
@@ -124,6 +141,7 @@ class Freezing(CompressingLayer):
         per_token = self.stock_nbytes // max(1, self.seen)
         self.fed = torch.tensor(self.seen, device=self.keys.device)
         self.counters = Counters(self.fed, held, self.nbytes, per_token)
+        self.shown = None
         self.frozen_at = self.seen, list(self.ages)
         if self.capacity is not None and self.keys.is_cuda:
             for tensor in (*self._buffers(), self.fed):
@@ -243,6 +261,9 @@ class Freezing(CompressingLayer):
             if held:
                 setattr(self, name, [held[i] for i in order])
         self.frozen_at = self.frozen_at[0], [self.frozen_at[1][i] for i in order]
+        self.shown = (
+            None if self.shown is None else self.shown.index_select(0, beam_idx.to(self.shown.device))
+        )
 
     def _laid_out(self, offset: int) -> tuple[Tensor, Tensor]:
         if self.unplaced:

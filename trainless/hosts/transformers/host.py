@@ -214,6 +214,9 @@ def _stepped(
     runtime.settled = layer.counters
     around = inputs.noted(runtime)
     padding = around.padding if around is not None else None
+    if around is not None and padding is not None and not around.looked:
+        around.looked = True  # once for all layers
+        layer.refuse_hidden(padding)
     real = None if padding is None else padding[:, -1].bool()
     given = query, key, value, mask, scaling, dropout, kwargs
     return traced.straight(runtime, _user_function, layer, module, *given, real)

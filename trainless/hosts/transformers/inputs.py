@@ -47,6 +47,7 @@ class Noted:
     cache: Cache | None = None  # that it was given
     past: int | None = None  # tokens in it then
     states: dict[str, State] | None = None  # of modules, once one of them has been called
+    looked: bool = False  # whether the mask was held against what a frozen cache has seen
     generating: Generating | None = None  # what runs it, where patches have to prepare for that
     _real: dict[int, Tensor | None] | None = None
     _several: bool | None = None

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from ...cache import Freezing
 from ...engine.runtime import Runtime
 from ...kernels.visibility import bias_times
+from .inputs import noted
 
 # Arguments of the interface that change the logits and that a traced call scales along with them, or leaves alone.
 SCALED = ("position_bias", "softcap")
@@ -31,6 +33,10 @@ def step(runtime: Runtime, module: nn.Module, args: tuple[Any, ...], kwargs: dic
     hidden = args[0] if args else kwargs.get("hidden_states")
     if not isinstance(hidden, Tensor) or not layer.steps(hidden.shape[1], ready.evictor, ready.packer):
         return None
+    if not torch.compiler.is_compiling() and layer.capacity is None:
+        around = noted(runtime)
+        if around is not None and around.handmade is not None:
+            return None  # which tokens a mask of the user's own hides, the long way looks at
     layer.stepping = True
     return layer
 
