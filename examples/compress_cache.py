@@ -72,9 +72,9 @@ with torch.inference_mode():
 # It prints:
 # prompt of 382 tokens
 # unpatched    17.27 MiB  'The bakery is a small, family-owned business that specializes'
-# kvquant       5.52 MiB  'The bakery is a place where people can come to enjoy their'
-# h2o           6.72 MiB  'The bakery is a small, family-owned business that specializes'
-# streaming     5.84 MiB  'The notes are:\n\nThe notes are:\n\n'
-# {'bytes_kept': 6128640, 'bytes_stock': 18109440}
-# both          6.02 MiB  'The bakery is a small, family-owned business that specializes'
+# kvquant       8.40 MiB  'The bakery is a place where people can come to enjoy their'
+# h2o           6.84 MiB  'The bakery is a small, family-owned business that specializes'
+# streaming     5.90 MiB  'The notes are:\n\nThe notes are:\n\n'
+# {'bytes_kept': 6184080, 'bytes_stock': 18109440}
+# both          6.10 MiB  'The bakery is a small, family-owned business that specializes'
 # everything kept, same bits: True

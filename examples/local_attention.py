@@ -62,4 +62,6 @@ print("the stock model's bits are back:", torch.equal(step(16, 40, 0.5), stock[1
 #   sites    3/3 attention layers
 #   calls    18 passed, 6 acted on
 #   kernels  stock ×12, window2d/numba ×6
+# note: under torch.compile the graph breaks at 3 layers, and fullgraph=True is
+#   refused: clear: its pattern asks for the step of each call
 # the stock model's bits are back: True

@@ -61,12 +61,12 @@ with tempfile.TemporaryDirectory() as folder:
 # h2o(heavy=0.1, recent=0.2, gqa='sum', normalise=False, positions='real', ratio=None, protect='none')
 #   sites    2/4 attention layers
 #   calls    16 passed, 16 acted on
-#   kernels  lse/fused ×2, rows ×14
+#   kernels  lse/fused ×2, slots ×14
 #   cache    30 of 107 tokens kept per layer, 2 layers
-#            15.5 KiB held, unpatched 53.5 KiB (29%)
+#            16.8 KiB held, unpatched 53.5 KiB (31%)
 # attn_temperature(temperature=0.95)
 #   sites    2/4 attention layers
 #   calls    16 passed, 16 acted on
-#   kernels  lse/fused ×2, rows ×14
+#   kernels  lse/fused ×2, slots ×14
 #
 # slip.yaml:10 patches[h2o].with.recnt: unknown parameter of h2o; did you mean 'recent'? Near it too: 'protect'

@@ -20,7 +20,7 @@ from .freezing import Freezing, thawing
 from .packed import PackedLayer
 from .store import Run, Store
 
-ROOM = 8  # groups that there is room for beyond those of a prompt, in a dynamic cache, at least
+ROOM = 2  # groups that there is room for beyond those of a prompt, in a dynamic cache, at least
 
 
 class FixedPackedLayer(Freezing, PackedLayer):

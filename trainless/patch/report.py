@@ -6,6 +6,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..tables import wrapped
+
 
 @dataclass
 class MethodReport:
@@ -88,7 +90,7 @@ class Report:
     def __str__(self) -> str:
         head = f"{self.recipe} on {self.model}: {self.state}"
         lines = [head, *(str(m) for m in self.methods), *unmatched_lines(self.unmatched)]
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+        return "\n".join([*lines, *(wrapped(f"note: {note}", 0, 2) for note in self.notes)])
 
 
 def unmatched_lines(unmatched: dict[str, int]) -> list[str]:

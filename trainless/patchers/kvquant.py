@@ -11,7 +11,7 @@ Exact    bitwise the identity with k_bits = v_bits = 16, and until residual + gr
 Costs    bits / 16 of the bytes of a 16-bit cache, and 2 · (1 / group + 1 / head width) numbers of parameters
          per number held, one more per group for values; positions, 4 bytes per token and head after a prompt.
          Steps of one token run on buffers of fixed size, without positions: as large as a static cache was made
-         for, in a dynamic one with room for an eighth more groups, at least 8. They compile whole; beside an
+         for, in a dynamic one with room for an eighth more groups, at least 2. They compile whole; beside an
          evictor in a static cache only, where the codes of evicted tokens keep their room. A decode step reads
          the codes only, which on a CPU is faster than stock from some thousand tokens on; without the extra
          ``numba`` only in layers with many or wide key heads. The GPU form has not been timed; see
