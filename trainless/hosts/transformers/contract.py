@@ -146,7 +146,7 @@ def _cache() -> None:
     layers = layers_of(cache)
     ours = [layer for layer in layers if isinstance(layer, CompressingLayer)]
     assert len(ours) == 2, "a layer put into the cache before the first call is not the one that is updated"
-    held = {(layer.seen, layer.keys.shape[2]) for layer in ours}
+    held = {(layer.seen, layer.width) for layer in ours}
     # The last call brings several tokens at once, which the layer keeps until the next.
     assert all(seen == tiny.ids.shape[1] and kept <= KEPT for seen, kept in held), (
         "a cache layer is updated otherwise"
