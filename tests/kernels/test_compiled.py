@@ -150,7 +150,7 @@ def test_who_cannot_have_the_loops_of_a_window_is_told():
 def test_half_precision_stays_with_torch_where_the_processor_multiplies_it(monkeypatch):
     from trainless.kernels.window2d import api as window_api
 
-    monkeypatch.setattr(window_api, "fast_half_matmul", lambda: True)
+    monkeypatch.setattr(window_api, "half_matmul_is_fast", lambda: True)
     _, q, k, v = grid_of_tokens(dtype=torch.bfloat16)
     assert "half precision" in str(choose_window(q, k, v))
     assert choose_window(q.float(), k.float(), v.float()).name == "numba"

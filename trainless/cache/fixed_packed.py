@@ -129,7 +129,9 @@ class FixedPackedLayer(Freezing, PackedLayer):
         place = place.expand_as(order)[..., None]
         for into, held in ((fixed.tail_key, self.keys), (fixed.tail_value, self.values)):
             wide = (*order.shape, held.shape[3])
-            into.scatter_(2, place.expand(wide), held.detach().gather(2, order[..., None].expand(wide)))
+            into.scatter_(
+                2, place.expand(wide), held.detach().gather(2, order[..., None].expand(wide)).to(into.dtype)
+            )
 
     def thaw(self) -> None:
         fixed = self.fixed

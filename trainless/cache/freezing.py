@@ -191,7 +191,8 @@ class Freezing(CompressingLayer):
             self.fed.add_(1)
             if self.capacity is None:
                 self._seen = self._seen + 1
-            self.new = key_states, value_states
+            # Under autocast single tokens may come in another dtype than the prompt.
+            self.new = key_states.to(self.keys.dtype), value_states.to(self.values.dtype)
             return self.keys, self.values
         self.thaw()
         if self.capacity is not None and self.seen + key_states.shape[2] > self.capacity:

@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache
 from ...cache import Freezing
 from ...engine.runtime import Runtime
 from ...kernels.visibility import bias_times
-from .inputs import noted
+from .inputs import Noted, noted
 
 # Arguments of the interface that change the logits and that a traced call scales along with them, or leaves alone.
 SCALED = ("position_bias", "softcap")
@@ -33,12 +33,19 @@ def step(runtime: Runtime, module: nn.Module, args: tuple[Any, ...], kwargs: dic
     hidden = args[0] if args else kwargs.get("hidden_states")
     if not isinstance(hidden, Tensor) or not layer.steps(hidden.shape[1], ready.evictor, ready.packer):
         return None
-    if not torch.compiler.is_compiling() and layer.capacity is None:
-        around = noted(runtime)
-        if around is not None and around.handmade is not None:
-            return None  # which tokens a mask of the user's own hides, the long way looks at
+    if hidden.requires_grad and torch.is_grad_enabled():
+        return None  # steps write in place, which no gradient goes through
+    if not torch.compiler.is_compiling() and _looked_at(noted(runtime), layer):
+        return None
     layer.stepping = True
     return layer
+
+
+def _looked_at(around: Noted | None, layer: Freezing) -> bool:
+    """Whether the long way has to look at this forward: at a mask of the user's own, or for probabilities."""
+    if around is None:
+        return False
+    return around.attentions or (layer.capacity is None and around.handmade is not None)
 
 
 def note(runtime: Runtime, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
