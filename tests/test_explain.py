@@ -118,7 +118,9 @@ def test_the_memory_estimate_is_what_a_cache_then_holds(family: str) -> None:
     def held() -> int:
         with torch.no_grad():
             cache = model(input_ids=ids, use_cache=True).past_key_values
-        return sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
+        names = ("keys", "values", "positions", "scores")
+        tensors = [getattr(layer, name, None) for layer in cache.layers for name in names]
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
     # A sliding layer of transformers leaves one token of its window to the next call.
     assert found.points[0].unpatched == held()
@@ -132,9 +134,10 @@ def test_estimates_and_their_limits() -> None:
     per_token = 3 * 2 * 2 * 8 * 8  # layers, keys and values, heads, width, float64 by the config's dtype
     width = {"float64": 8, "float32": 4}[found.cache.dtype]
     per_token = per_token // 8 * width
+    slot = per_token + 3 * 2 * 4  # and the position of each head's token
     assert [(p.tokens, p.unpatched, p.patched, p.beyond) for p in found.cache.points] == [
-        (4096, 4096 * per_token, 64 * per_token, True),
-        (32768, 32768 * per_token, 64 * per_token, True),
+        (4096, 4096 * per_token, 65 * slot, True),
+        (32768, 32768 * per_token, 65 * slot, True),
     ]
     assert trainless.explain(meta("bert"), "head_gain").cache is None
 

@@ -25,7 +25,7 @@ WINDOWS = [
 def form(request, monkeypatch):
     """What does not ask for float64 is asked of both forms for the CPU."""
     if request.param == "blocked":
-        monkeypatch.setattr(api, "numba_reasons", lambda tensors: ("numba: not in this test",))
+        monkeypatch.setattr(api, "numba_reasons", lambda tensors, **more: ("numba: not in this test",))
     elif numba_missing() is not None:
         pytest.skip(numba_missing())
     return request.param

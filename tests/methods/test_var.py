@@ -197,11 +197,11 @@ def test_a_calibration_file_brings_the_dimensions(made, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:var.*no image")
-def test_verify_wants_a_probe_with_an_image(made):
+def test_verify_makes_a_probe_with_images_and_takes_another(made):
     model, given = made("llava")
     with trainless.patched(model, "var", layers="1:", **GIVEN) as patch:
         without, asked = patch.verify(), patch.verify(probe=given.inputs())
-    assert without and "the default probe has no image" in " ".join(str(without).split())
+    assert without and "tokens with 2 images" in " ".join(str(without).split())
     assert asked and "the outputs differ" in " ".join(str(asked).split())
 
 

@@ -6,6 +6,7 @@ there. A change from inside a call of the same thread would wait for itself, so 
 
 from __future__ import annotations
 
+import gc
 import sys
 import threading
 from collections.abc import Iterator
@@ -31,6 +32,21 @@ def module_frame() -> FrameType | None:
     return frame
 
 
+def _current_frames() -> dict[int, FrameType]:
+    """The innermost frame of every thread.
+
+    Up to Python 3.11.7 and 3.12.1 the interpreter holds a lock meanwhile that a collection of garbage may want as well,
+    and then stands still for good; so none may begin.
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        return sys._current_frames()
+    finally:
+        if collects:
+            gc.enable()
+
+
 def _stack(frame: FrameType | None) -> Iterator[FrameType]:
     while frame is not None:
         yield frame
@@ -38,7 +54,7 @@ def _stack(frame: FrameType | None) -> Iterator[FrameType]:
 
 
 def _on_stack(frame: FrameType, thread: int) -> bool:
-    return any(at is frame for at in _stack(sys._current_frames().get(thread)))
+    return any(at is frame for at in _stack(_current_frames().get(thread)))
 
 
 class Gate:
@@ -62,7 +78,7 @@ class Gate:
         """Count the calls of ``module``, those under way included; the hooks go into ``journal``."""
         self.calls = [
             (thread, frame)
-            for thread, top in sys._current_frames().items()
+            for thread, top in _current_frames().items()
             for frame in _stack(top)
             if frame.f_code.co_filename == _MODULE_FILE and frame.f_locals.get("self") is module
         ]

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
+from ..cache import FixedLayer
 from ..engine.runtime import runtime_of
 from ..hosts import Component, find_sites
 from ..patch.binding import Binding, entries_by_module
-from ..seams import AttentionPlan, Entry, Site, tokens_of
+from ..seams import AttentionPlan, Entry, Evict, Site, tokens_of
 
 LENGTHS = (4096, 32768)
 
@@ -88,6 +89,11 @@ def estimate(
     return CacheEstimate(len(sites), str(width).removeprefix("torch."), positions, tuple(points))
 
 
+def _settles(evict: Evict) -> bool:
+    """Whether the layers of a dynamic cache settle into slots under this rule."""
+    return FixedLayer.suits(evict, None)
+
+
 def _caches(site: Site) -> bool:
     keeps = site.causal or bool(site.facts.get("caches"))
     return keeps and site.role == "self" and all(_shape(site)) and not site.facts.get("borrows")
@@ -109,13 +115,15 @@ def _plan(site: Site, entries: Sequence[Entry]) -> AttentionPlan:
 
 
 def _bytes(plan: AttentionPlan, held: int, tokens: int, site: Site, per_token: int, itemsize: int) -> int:
-    rule = plan.quantise
-    if rule is None or tokens < rule.start:
-        return held * per_token
-    residual = tokens_of(rule.residual, tokens)
+    rule, evict = plan.quantise, plan.evict
     heads, key_width, value_width = _shape(site)
-    # Scores that are summed up from call to call are float32, one per token and head.
-    sums = (
-        plan.evict is not None and plan.evict.score is not None and not (plan.evict.last or plan.evict.once)
-    )
+    # Scores that are kept from call to call are float32, one per token and head.
+    sums = evict is not None and evict.score is not None and not (evict.last or evict.once)
+    if rule is None or tokens < rule.start:
+        if evict is None or held >= tokens or not _settles(evict):
+            return held * per_token
+        scored = evict.score is not None
+        # Slots of fixed number: one more than stay, each with its position and its score.
+        return (held + 1) * (per_token + heads * (8 if scored else 4))
+    residual = tokens_of(rule.residual, tokens)
     return heads * (rule.nbytes(held, residual, key_width, itemsize, value_width) + (4 * held if sums else 0))

@@ -179,6 +179,8 @@ def run(standing: Standing, probes: Sequence[Probe]) -> Ran:
         here = runtimes(standing.parts)
         seed(SEED)
         ran.outputs.append(list(tensors_in(probe.run())))
+        for runtime in here:
+            runtime.fold()
         ran.counts.append({runtime.site.module: dict(runtime.tallies) for runtime in here})
     if not ran.tensors:
         raise InputError("the probe gives no tensors or images to compare; return the model's outputs")

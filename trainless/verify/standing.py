@@ -66,6 +66,8 @@ class Standing:
     def __init__(self, parts: Sequence[Component]):
         self.parts = parts
         self.entries = {r.site.module: list(r.entries) for r in runtimes(parts)}
+        for runtime in runtimes(parts):
+            runtime.fold()  # what stands on the device only belongs to the calls before
         self.tallies = {r.site.module: r.tallies for r in runtimes(parts)}
         self.modules = list({m: None for part in parts for m in part.module.modules()})
         self.hooks = [
@@ -86,6 +88,8 @@ class Standing:
                 if name in vars(module):
                     vars(module)[name] = value
         for runtime in runtimes(self.parts):
+            runtime.fold()
+            runtime.settled = None
             runtime.tallies = {lease: Tally() for lease in runtime.tallies}
             runtime.refresh()
         self._forget_runs()
@@ -109,6 +113,8 @@ class Standing:
         self._forget_runs()
         for runtime in runtimes(self.parts):
             tallies = self.tallies[runtime.site.module]
+            runtime.fold()
+            runtime.settled = None
             runtime.tallies = {lease: tallies[lease] for lease in runtime.tallies if lease in tallies}
             runtime.refresh()
         self.restore_models()
