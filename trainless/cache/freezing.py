@@ -182,6 +182,8 @@ class Freezing(CompressingLayer):
         """Whether a call of ``rows`` tokens under the rules of these leases is a step on the buffers."""
         if self.fed is None or rows != 1:
             return False
+        if not torch.compiler.is_compiling() and self.fed.is_inference() > torch.is_inference_mode_enabled():
+            return False  # buffers made under inference_mode can be written there only
         mine = self.owners
         return evictor is mine[0] and packer is mine[1]
 
