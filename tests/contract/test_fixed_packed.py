@@ -281,11 +281,32 @@ def test_a_static_cache_that_is_full_says_so():
         model(ids[:, 14:15], past_key_values=cache)
         with pytest.raises(trainless.InputError, match="16 tokens is given 19; make it larger"):
             model(ids[:, 15:19], past_key_values=cache)
-        cache = cache_of("static", model, 16)
-        model(ids[:, :14], past_key_values=cache)
-        with pytest.raises((RuntimeError, IndexError)):
-            for at in range(14, 18):
-                model(ids[:, at : at + 1], past_key_values=cache)
+
+
+@pytest.mark.parametrize("use", [*CASES.values(), *BOTH.values(), BOTH["h2o"][:1]])
+@pytest.mark.parametrize("masked", [False, True], ids=["no mask", "2-D mask"])
+def test_a_step_beyond_a_static_cache_says_so_and_writes_nothing(use, masked):
+    model = build()
+    trainless.patch(model, use)
+    ids, mask = text(True, [20])
+    cache = cache_of("static", model, 16)
+
+    def call(start: int, stop: int):
+        given = {"attention_mask": mask[:, :stop]} if masked else {}
+        model(ids[:, start:stop], past_key_values=cache, **given)
+
+    with torch.no_grad():
+        call(0, 14)
+        call(14, 15)
+        call(15, 16)
+        assert all(layer.fed is not None for layer in cache.layers)
+        before = [t.clone() for layer in cache.layers for t in layer._buffers()]
+        for _ in range(2):
+            with pytest.raises(trainless.InputError, match="16 tokens is given 17; make it larger"):
+                call(16, 17)
+        after = [t for layer in cache.layers for t in layer._buffers()]
+        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        assert [int(layer.get_seq_length()) for layer in cache.layers] == [16] * len(cache.layers)
 
 
 def test_paused_it_packs_nothing_and_resumes():

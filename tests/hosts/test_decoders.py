@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from typing import Any
 
 import pytest
@@ -17,7 +18,9 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 import trainless
 from trainless.hosts import components, find_sites
+from trainless.hosts.transformers.host import TransformersHost
 from trainless.hosts.transformers.inputs import Noted
+from trainless.hosts.transformers.rotary import rotation
 from trainless.hosts.transformers.version import cache_in
 
 # ---------------------------------------------------------------- parts and roles
@@ -200,6 +203,42 @@ def test_latents_cannot_be_rolled_and_it_is_said_before_the_call() -> None:
     assert [p.kind for p in said.problems] == ["Unsupported"] and "latents" in said.problems[0].message
     with pytest.raises(trainless.Unsupported, match="latents"):
         trainless.patch(model, "streaming", recent=8, positions="rolled")
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt_oss", "phi", "glm"])
+def test_a_key_turned_further_is_the_key_of_a_later_position(kind: str) -> None:
+    """Whether tables have a number for each channel, one for each pair of them, or turn a part of the channels."""
+    model = zoo.build(kind)
+    module = model.model.layers[-1].self_attn
+    apply = sys.modules[type(module).__module__].apply_rotary_pos_emb
+    width = module.head_dim
+    key = torch.randn(1, 1, 6, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def at(positions: torch.Tensor) -> torch.Tensor:
+        cos, sin = model.model.rotary_emb(key, positions[None])
+        if kind == "phi":
+            turning = cos.shape[-1]
+            return torch.cat(
+                [apply(key[..., :turning], key[..., :turning], cos, sin)[1], key[..., turning:]], -1
+            )
+        return apply(key, key, cos, sin)[1]
+
+    site = next(s for s in TransformersHost().sites(model) if s.module is module)
+    here, further = torch.arange(6), torch.tensor([3, 0, -2, 7, 1, 5])
+    turned = rotation(site, model)(at(here), further[None, None])
+    torch.testing.assert_close(turned, at(here + further), rtol=0, atol=1e-6)
+
+
+def test_steps_of_gpt_oss_are_rolled() -> None:
+    """Eviction far behind the newest tokens moves what is kept: not the logits of real positions, and no error."""
+    ids, found = zoo.prompt(40), {}
+    for positions in ("real", "rolled"):
+        model = zoo.build("gpt_oss")
+        with trainless.patched(model, "streaming", recent=8, positions=positions):
+            cache = model(ids[:, :30], use_cache=True).past_key_values
+            found[positions] = [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(30, 40)]
+    assert all(torch.isfinite(t).all() for t in found["rolled"])
+    assert (found["rolled"][-1] - found["real"][-1]).abs().max() > 1e-3
 
 
 def test_packed_latents_are_what_is_held() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from oracle import models
+from transformers import DynamicCache, StaticCache
 
 import trainless
 from trainless.patchers import Method
@@ -55,6 +56,52 @@ def test_a_prompt_without_gradients_and_steps_with_them(method, parameters, rows
                 outputs.append(model(input_ids=ids[:, :rows], past_key_values=cache).logits)
         assert (outputs[1] - outputs[0]).abs().max() < 1e-9
         outputs[1].sum().backward()
+
+
+KV = ("kvquant", {"residual": 3, "group": 4})
+H2O = ("h2o", {"heavy": 6, "recent": 6})
+SETTLED = [(H2O,), (KV,), (("zipcache", {"interval": 5}),), (H2O, KV), (("snapkv", {"capacity": 0.5}),)]
+
+
+def _steps(model, static, modes):
+    """Logits of one token after another, each under the mode of its turn; the prompt comes first."""
+    ids = models.prompt(40)
+    cache = (
+        StaticCache(config=model.config, max_cache_len=50) if static else DynamicCache(config=model.config)
+    )
+    found = []
+    for at, mode in zip(range(29, 40), modes, strict=False):
+        with mode():
+            found.append(
+                model(ids[:, : at + 1] if at == 29 else ids[:, at : at + 1], past_key_values=cache).logits
+            )
+    return [t[:, -1].detach().clone() for t in found]
+
+
+@pytest.mark.parametrize("uses", SETTLED, ids=lambda uses: "+".join(name for name, _ in uses))
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+def test_steps_under_inference_mode_and_later_ones_without(uses, static):
+    """Buffers that were made under ``inference_mode`` cannot be written outside of it."""
+    model = models.build("llama", exact=False)
+    for name, parameters in uses:
+        trainless.patch(model, name, **parameters)
+    want = _steps(model, static, [torch.no_grad] * 11)
+    modes = [torch.inference_mode] * 4 + [torch.no_grad] * 4 + [torch.inference_mode] * 3
+    for a, b in zip(_steps(model, static, modes), want, strict=True):
+        assert (a - b).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("uses", SETTLED, ids=lambda uses: "+".join(name for name, _ in uses))
+def test_static_caches_under_autocast(uses):
+    """Keys are float32 there, after the rotation, and values are not."""
+    model = models.build("llama", dtype=torch.float32, exact=False)
+    for name, parameters in uses:
+        trainless.patch(model, name, **parameters)
+    want = _steps(model, True, [torch.no_grad] * 11)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = _steps(model, True, [torch.no_grad] * 11)
+    assert all(torch.isfinite(t).all() for t in got)
+    assert (got[1].float() - want[1]).norm() < 0.4 * want[1].norm()
 
 
 class _Shown(Method):

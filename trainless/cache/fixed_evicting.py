@@ -89,9 +89,9 @@ class FixedEvictingLayer(FixedPackedLayer):
         place = place % ring
         for into, held in ((fixed.tail_key, self.keys), (fixed.tail_value, self.values)):
             wide = (*order.shape, held.shape[3])
-            into.view(b, hkv, ring, -1).scatter_(
-                2, place[..., None].expand(wide), held.detach().gather(2, order[..., None].expand(wide))
-            )
+            # Under autocast values come in another dtype than keys.
+            held = held.detach().gather(2, order[..., None].expand(wide)).to(into.dtype)
+            into.view(b, hkv, ring, -1).scatter_(2, place[..., None].expand(wide), held)
         self.marks = self._marks(run, order, place + groups * group, fixed.slots)
         self.residual = lanewise(residuals)
         self._store.runs, self.tail, self.fixed, self.scores = [], None, fixed, None

@@ -58,6 +58,7 @@ class Freezing(CompressingLayer):
     capacity: int | None
     fed: Tensor | None  # int64 (): tokens fed so far, while frozen
     _seen: int
+    _fed_here: int  # tokens fed, as far as the host knows, while frozen in a static cache
 
     def _clear(self) -> None:
         self.fed = None
@@ -142,7 +143,8 @@ class Freezing(CompressingLayer):
         self.fed = torch.tensor(self.seen, device=self.keys.device)
         self.counters = Counters(self.fed, held, self.nbytes, per_token)
         self.shown = None
-        self.frozen_at = self.seen, list(self.ages)
+        self._fed_here = self.seen
+        self.frozen_at = self._fed_here, list(self.ages)
         if self.capacity is not None and self.keys.is_cuda:
             for tensor in (*self._buffers(), self.fed):
                 torch._dynamo.mark_static_address(tensor)
@@ -180,6 +182,8 @@ class Freezing(CompressingLayer):
         """Whether a call of ``rows`` tokens under the rules of these leases is a step on the buffers."""
         if self.fed is None or rows != 1:
             return False
+        if not torch.compiler.is_compiling() and self.fed.is_inference() > torch.is_inference_mode_enabled():
+            return False  # buffers made under inference_mode can be written there only
         mine = self.owners
         return evictor is mine[0] and packer is mine[1]
 
@@ -188,6 +192,8 @@ class Freezing(CompressingLayer):
     ) -> tuple[Tensor, Tensor]:
         if self.fed is not None and self.stepping:
             self.stepping = False
+            if self.capacity is not None and not torch.compiler.is_compiling():
+                self._count_step()
             self.fed.add_(1)
             if self.capacity is None:
                 self._seen = self._seen + 1
@@ -195,13 +201,26 @@ class Freezing(CompressingLayer):
             self.new = key_states.to(self.keys.dtype), value_states.to(self.values.dtype)
             return self.keys, self.values
         self.thaw()
-        if self.capacity is not None and self.seen + key_states.shape[2] > self.capacity:
-            names = " and ".join(sorted({lease.name for lease in self.leases}))
-            raise InputError(
-                f"{names}: a static cache made for {self.capacity} tokens is given "
-                f"{self.seen + key_states.shape[2]}; make it larger"
-            )
+        self._check_room(self.seen + key_states.shape[2])
         return super().update(key_states, value_states, *args, **kwargs)
+
+    def _count_step(self) -> None:
+        """One more token in a static cache: InputError if it has no room, before anything is written.
+
+        Nothing waits for a device here: beside another one than the CPU the host counts, and misses what compiled code
+        has fed, which finds the end by an index of the mask that is out of range, as in a stock static cache.
+        """
+        assert self.fed is not None
+        self._fed_here = (int(self.fed) if self.fed.device.type == "cpu" else self._fed_here) + 1
+        self._check_room(self._fed_here)
+
+    def _check_room(self, number: int) -> None:
+        if self.capacity is None or number <= self.capacity:
+            return
+        names = " and ".join(sorted({lease.name for lease in self.leases}))
+        raise InputError(
+            f"{names}: a static cache made for {self.capacity} tokens is given {number}; make it larger"
+        )
 
     def _told(self, mask: Any) -> Tensor | None:
         """(B,) or (1,) bool: whether the newest token is no padding, as far as ``mask`` says."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ...errors import Unsupported
 from ...seams import Site
 
+KEY_WIDTH = 512  # of the key that a rotation is tried on, where the embedding holds no frequencies
 # Frequencies of these kinds are fixed; "dynamic" and "longrope" change them with the length.
 FIXED = {"default", "linear", "llama3", "yarn", "proportional"}
 
@@ -51,13 +52,42 @@ def rotation(site: Site, model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]
     if "position_ids" not in wants:
         raise Unsupported(f'{site.name}: its rotary embedding takes no positions; use positions="real"')
     extra = {"layer_type": site.facts.get("layer_type")} if "layer_type" in wants else {}
-    return functools.partial(_rotate, rotary, apply, extra)
+    # Tables hold a number for each channel that turns, or, in some families, for each pair of them.
+    for times in (1, 2):
+        rotate = functools.partial(_rotate, rotary, apply, extra, times)
+        if _turns(rotate, rotary):
+            return rotate
+    raise Unsupported(
+        f"{site.name}: keys turned by apply_rotary_pos_emb of its own module, tried on one, do not turn as rotary "
+        'positions do; use positions="real"'
+    )
+
+
+def _turns(rotate: Callable[[Tensor, Tensor], Tensor], rotary: nn.Module) -> bool:
+    """Whether a key turned by 3 and then by 4 is the key turned by 7, and another than before, of the same norm."""
+    held = next((t for t in (*rotary.buffers(), *rotary.parameters()) if t.is_floating_point()), None)
+    device = torch.device("cpu") if held is None else held.device
+    width = KEY_WIDTH if held is None else 4 * held.shape[-1]  # at least as wide as what turns
+    key = torch.linspace(-1, 1, width, device=device)[None, None, None]
+
+    def by(distance: int, key: Tensor) -> Tensor:
+        return rotate(key, torch.full((1, 1, 1), distance, device=device))
+
+    try:
+        twice, once = by(4, by(3, key)), by(7, key)
+    except Exception:  # of a model's own code, which takes other arguments than these
+        return False
+    if device.type == "meta":
+        return once.shape == key.shape
+    near = torch.allclose(twice, once, atol=1e-4) and torch.allclose(once.norm(), key.norm(), rtol=1e-4)
+    return near and not torch.allclose(once, key, atol=1e-4)
 
 
 def _rotate(
     rotary: nn.Module,
     apply: Callable[..., tuple[Tensor, Tensor]],
     extra: dict[str, Any],
+    times: int,
     keys: Tensor,
     steps: Tensor,
 ) -> Tensor:
@@ -70,7 +100,8 @@ def _rotate(
     if isinstance(scale, float | int) and scale != 1.0:
         cos, sin = cos / scale, sin / scale  # a pure rotation: the key was scaled when it came
     # Partial rotary embeddings turn the first dimensions only.
-    head, rest = flat[..., : cos.shape[-1]], flat[..., cos.shape[-1] :]
+    turning = times * cos.shape[-1]
+    head, rest = flat[..., :turning], flat[..., turning:]
     _, turned = apply(head, head, cos.to(exact), sin.to(exact))
     turned = torch.cat([turned, rest], -1)
     return turned.reshape(keys.shape).to(keys.dtype)
