@@ -309,6 +309,22 @@ def test_a_step_beyond_a_static_cache_says_so_and_writes_nothing(use, masked):
         assert [int(layer.get_seq_length()) for layer in cache.layers] == [16] * len(cache.layers)
 
 
+@pytest.mark.parametrize("use", [CASES["kvquant"], CASES["zipcache"]])
+def test_a_packed_cache_goes_on_when_the_patch_is_removed(use):
+    ids, found = models.prompt(30), []
+    for kind in ("dynamic", "static"):
+        model = build()
+        patch = trainless.patch(model, use)
+        cache = cache_of(kind, model)
+        with torch.no_grad():
+            model(ids[:, :20], past_key_values=cache)
+            model(ids[:, 20:21], past_key_values=cache)
+            patch.remove()
+            calls = [(21, 22), (22, 26), (26, 27)]
+            found.append([model(ids[:, a:b], past_key_values=cache).logits for a, b in calls])
+    same(found[1], found[0], 1e-11)
+
+
 def test_paused_it_packs_nothing_and_resumes():
     ids, mask = text(True)
     found = []

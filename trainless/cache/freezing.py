@@ -202,7 +202,13 @@ class Freezing(CompressingLayer):
             return self.keys, self.values
         self.thaw()
         self._check_room(self.seen + key_states.shape[2])
-        return super().update(key_states, value_states, *args, **kwargs)
+        served = self.expected
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        if served or self.capacity is None:
+            return keys, values
+        # No patch is around this call: the model's own mask has a column for every slot of a static layer.
+        after = (0, 0, 0, self.capacity - keys.shape[2])
+        return torch.nn.functional.pad(keys, after), torch.nn.functional.pad(values, after)
 
     def _count_step(self) -> None:
         """One more token in a static cache: InputError if it has no room, before anything is written.
