@@ -116,7 +116,8 @@ with torch.no_grad():
     torch.save(_steps(model, cache, models.prompt(20), 15), {str(tmp_path / "out.pt")!r})
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
-    same(torch.load(tmp_path / "out.pt"), want, 1e-11)  # its first step thaws: the same tokens in another order
+    # Its first step thaws: the same tokens in another order.
+    same(torch.load(tmp_path / "out.pt"), want, 1e-11)
 
 
 def test_a_cache_beside_a_recurrence_can_be_saved():
