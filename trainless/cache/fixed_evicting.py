@@ -65,7 +65,8 @@ class FixedEvictingLayer(FixedPackedLayer):
         waiting = int((self.tail >= 0).sum(2).max())
         if waiting >= ring:
             return  # more wait than a step may find
-        groups = max(1, max(filled) + (waiting + self.capacity - self.seen) // group)
+        stored = 0 if run is None else run.segment.key.shape[2]
+        groups = max(1, stored, max(filled) + (waiting + self.capacity - self.seen) // group)
         fixed = fixed_packed(
             _lanes(self.keys), _lanes(self.values), k_bits=self.rule.k_bits[0], v_bits=self.rule.v_bits[0],
             group=group, groups=groups, ring=ring,

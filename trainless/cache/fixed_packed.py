@@ -91,9 +91,11 @@ class FixedPackedLayer(Freezing, PackedLayer):
             groups = (self.capacity - min(residuals)) // group
         else:
             groups = max(filled) + max(ROOM, -(-max(filled) // 8))
+        # A row may have fewer groups than there is room for, also where longer rows have left the batch.
+        stored = 0 if run is None else run.segment.key.shape[2]
         fixed = fixed_packed(
             self.keys, self.values, k_bits=self.rule.k_bits[0], v_bits=self.rule.v_bits[0],
-            group=group, groups=max(1, groups, *filled), ring=ring,
+            group=group, groups=max(1, groups, stored), ring=ring,
         )  # fmt: skip
         self._fill(fixed, run, filled)
         # The next token but so many is packed with a group that there is no room for.

@@ -78,9 +78,10 @@ class FixedTiersLayer(FixedPackedLayer):
         self.until = self.seen + (chunks + 1) * interval - 1 - waiting
         tiers, places = [], []
         for tier, (size, run, full) in enumerate(zip(self.sizes, mine, filled, strict=True)):
+            stored = 0 if run is None else run.segment.key.shape[2]
             made = fixed_packed(
                 self.keys, self.values, k_bits=self.rule.k_bits[tier], v_bits=self.rule.v_bits[tier],
-                group=size, groups=max(1, most + chunks), ring=1 if tier else interval,
+                group=size, groups=max(1, most + chunks, stored), ring=1 if tier else interval,
             )  # fmt: skip
             place = self.tail.new_full((*self.tail.shape[:2], made.slots - made.tail_key.shape[2]), -1)
             if run is not None:
