@@ -16,6 +16,7 @@ from ...cache import Freezing
 from ...engine.runtime import Runtime
 from ...kernels.visibility import bias_times
 from .inputs import Noted, noted
+from .layers import index_of
 
 # Arguments of the interface that change the logits and that a traced call scales along with them, or leaves alone.
 SCALED = ("position_bias", "softcap")
@@ -122,9 +123,9 @@ def straight(
 
 
 def _layer(module: nn.Module, kwargs: dict[str, Any]) -> Any:
-    index = getattr(module, "layer_idx", None)
+    index = index_of(module, kwargs)
     for given in kwargs.values():
-        if isinstance(given, Cache) and isinstance(index, int) and index < len(given.layers):
+        if isinstance(given, Cache) and index is not None and index < len(given.layers):
             return given.layers[index]
     return None
 
