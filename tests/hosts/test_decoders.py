@@ -356,9 +356,9 @@ def test_padding_is_what_the_model_was_told_and_no_matter_of_the_diagonal() -> N
     assert cache.layers[0].lengths == [20] and cache.layers[0].kept() == [[list(range(5, 20))] * 2]
     mask = torch.ones(4, 4, dtype=torch.bool).tril()
     mask[2, 2] = False
-    assert Noted(custom=mask[None, None]).real(4, 1) is None
+    assert Noted(handmade=mask[None, None]).real(4, 1) is None
     mask[3, 2] = False  # now nobody sees it
-    assert Noted(custom=mask[None, None]).real(4, 1).tolist() == [[True, True, False, True]]  # type: ignore[union-attr]
+    assert Noted(handmade=mask[None, None]).real(4, 1).tolist() == [[True, True, False, True]]  # type: ignore[union-attr]
 
 
 # ---------------------------------------------------------------- attention probabilities
