@@ -21,7 +21,7 @@ from torch._dynamo.utils import counters
 import trainless
 from trainless.engine.prepared import Prepared
 from trainless.patchers import known
-from trainless.seams import AttentionPlan, Contribution, Entry, Lease
+from trainless.seams import AttentionPlan, Entry, Lease, Scale
 
 UNET = {
     "block_out_channels": (8,), "down_block_types": ("DownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)
@@ -252,7 +252,7 @@ def test_what_asks_for_the_step_stays_outside_and_says_so():
 )
 def test_values_are_traced_where_they_are_declared_to_be(given, whole, said):
     """And where the host hands calls over whole."""
-    scale = Contribution("scale", lambda call, statistics, state: 0.5, **given)
+    scale = Scale(lambda call, statistics, state: 0.5, **given)
     assert Prepared(AttentionPlan([Entry("some", Lease("some"), scale)]), whole=whole).refusal == said
 
 

@@ -7,10 +7,9 @@ from slot_cases import RULES, SHAPES, copied, make, token
 
 from trainless.cache import CompressingLayer
 from trainless.errors import InputError
-from trainless.hosts.base import Lease
 from trainless.kernels.common import Terms
 from trainless.kernels.slots import SlotRule, choose, fixed_slots, reference, slot_decode
-from trainless.seams import Evict
+from trainless.seams import Evict, Lease
 
 STEPS = 6
 
