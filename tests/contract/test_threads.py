@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 from oracle import models, replay, vlms
+from transformers import DynamicCache
 
 import trainless
+from trainless.hosts.transformers.version import CACHE_NAME
 
 from .cases import MAIN, Case, named
 from .tools import build, given_of, same
@@ -239,3 +241,32 @@ def test_a_call_ended_by_ctrl_c_is_forgotten() -> None:
     with patch.paused():
         model(models.prompt(12))
     patch.remove()
+
+
+def test_a_cache_is_used_by_one_thread_at_a_time():
+    """The second call is refused by name, the first one is not disturbed, and calls in turn are nobody's business."""
+    model, ids = models.build("llama", layers=1), models.prompt(12, seed=1)
+    trainless.patch(model, "h2o", heavy=4, recent=4)
+    alone, shared = (DynamicCache(config=model.config) for _ in range(2))
+    for cache in (alone, shared):
+        model(ids, **{CACHE_NAME: cache})
+    inside, go_on = threading.Event(), threading.Event()
+
+    def wait(*unused: Any) -> None:
+        inside.set()
+        go_on.wait(30)
+
+    got: list[torch.Tensor] = []
+    first = threading.Thread(
+        target=torch.no_grad(lambda: got.append(model(ids[:, :1], **{CACHE_NAME: shared}).logits))
+    )
+    hook = model.model.layers[0].mlp.register_forward_pre_hook(wait)
+    first.start()
+    assert inside.wait(30)
+    hook.remove()
+    with pytest.raises(trainless.InputError, match="in use by a call in another thread"):
+        model(ids[:, :1], **{CACHE_NAME: shared})
+    go_on.set()
+    first.join()
+    same(got[0], model(ids[:, :1], **{CACHE_NAME: alone}).logits)
+    same(model(ids[:, 1:2], **{CACHE_NAME: shared}).logits, model(ids[:, 1:2], **{CACHE_NAME: alone}).logits)

@@ -53,7 +53,8 @@ def _stack(frame: FrameType | None) -> Iterator[FrameType]:
         frame = frame.f_back
 
 
-def _on_stack(frame: FrameType, thread: int) -> bool:
+def on_stack(frame: FrameType, thread: int) -> bool:
+    """Whether a call's frame is still under way in its thread."""
     return any(at is frame for at in _stack(_current_frames().get(thread)))
 
 
@@ -117,7 +118,7 @@ class Gate:
 
     def _forget_ended(self) -> None:
         """Ctrl-C skips the hook that ends a call; its frame has left the stack of its thread all the same."""
-        self.calls = [(thread, frame) for thread, frame in self.calls if _on_stack(frame, thread)]
+        self.calls = [(thread, frame) for thread, frame in self.calls if on_stack(frame, thread)]
 
     def _enter(self, *unused: Any) -> None:
         if torch.compiler.is_compiling():

@@ -22,6 +22,7 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 from ...edits.journal import AttributeEdit, HookEdit, Journal
 from ...engine.runtime import Runtime
 from ...seams import State
+from .claims import claim, release
 from .outside import Generating, generating
 
 TOKENS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
@@ -48,6 +49,7 @@ class Noted:
     past: int | None = None  # tokens in it then
     states: dict[str, State] | None = None  # of modules, once one of them has been called
     looked: bool = False  # whether the mask was held against what a frozen cache has seen
+    claimed: Cache | None = None  # that no other thread may use meanwhile
     generating: Generating | None = None  # what runs it, where patches have to prepare for that
     _real: dict[int, Tensor | None] | None = None
     _several: bool | None = None
@@ -165,6 +167,8 @@ class Reader:
             return
         if self.given.noted and self.given.noted[-1].by is self:
             ended = self.given.noted.pop()
+            if ended.claimed is not None:
+                release(ended.claimed)
             if ended.states and output is not None and self.given.keep is not None:
                 self.given.keep(ended, output)
 
@@ -195,6 +199,9 @@ def _enter(reader: Reader, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Non
     if reader.given.keep is not None:
         noted.cache = cache_among((*kwargs.values(), *args))
         noted.past = None if noted.cache is None else int(noted.cache.get_seq_length())
+    if outer is None:
+        cache = cache_among((*kwargs.values(), *args))
+        noted.claimed = cache if cache is not None and claim(cache) else None
     noted.generating = generating() if outer is None else outer.generating
     if isinstance(mask, Tensor) and mask.dim() == 2:
         noted.padding = mask
