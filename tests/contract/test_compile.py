@@ -6,8 +6,10 @@ Compiling costs seconds, so the models have one layer and the parameters are cut
 import pytest
 import torch
 from oracle import models, replay
+from transformers import StaticCache
 
 import trainless
+from trainless.hosts.transformers.version import CACHE_NAME
 
 from .cases import MAIN, MAIN_CAUSAL, Case, named
 from .tools import build, given_of, same
@@ -109,3 +111,24 @@ def test_a_layer_compiled_in_place():
         same(_run(model), _run(plain), NEAR)
         assert patch.report().methods[0].fired == len(CALLS)
     same(_run(model), stock, NEAR)
+
+
+def test_what_leaves_the_graph_says_why():
+    """A prompt under an evictor, a step in training mode: with ``fullgraph=True`` one error that names the way out."""
+    model = _build()
+    trainless.patch(model, "h2o", heavy=4, recent=4)
+    cache = StaticCache(config=model.config, max_cache_len=32)
+    ids = models.prompt(12, 1)
+    with torch.no_grad():
+        model(ids, **{CACHE_NAME: cache})
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="one token at a time"):
+        compiled(ids)
+    model.train()
+    model.model.layers[0].self_attn.attention_dropout = 0.1
+    given = {CACHE_NAME: cache, "position_ids": torch.tensor([[12]])}
+    with torch.no_grad():
+        with pytest.raises(torch._dynamo.exc.Unsupported, match="call the model in eval mode"):
+            compiled(ids[:, :1], **given)
+        with pytest.raises(trainless.Unsupported, match="dropout is on"):
+            model(ids[:, :1], **given)

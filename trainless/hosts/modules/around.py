@@ -43,7 +43,7 @@ def wrap_forward(runtime: Runtime, tell: Tell = nothing) -> None:
     original = module.forward
 
     @functools.wraps(original)
-    @torch.compiler.disable
+    @torch.compiler.disable(reason="trainless stands around this module outside compiled regions")
     def forward(*args: Any, **kwargs: Any) -> Any:
         proceed = original
         entries = runtime.plan.of["around"]

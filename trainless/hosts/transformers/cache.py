@@ -37,6 +37,7 @@ from .contract import GENERATE, problem
 from .inputs import noted
 from .layers import PLAIN, depths_of, index_of
 from .outside import refuse_unprepared
+from .uncompiled import uncompiled
 from .version import DummyLayer, cache_in, layers_of
 
 
@@ -88,7 +89,7 @@ def _note_layer(runtime: Runtime, module: nn.Module, args: tuple[Any, ...], kwar
         )
 
 
-_uncompiled = torch.compiler.disable(_note_layer)
+_uncompiled = uncompiled(_note_layer)
 
 
 def _adopt(runtime: Runtime, cache: Cache, index: int) -> Any:

@@ -38,6 +38,7 @@ from .calls import PACKED, call_of, tell
 from .dispatch import unmatched
 from .rotary import rotation
 from .sites import HARMLESS, find
+from .uncompiled import uncompiled
 
 NAME = "trainless"
 # What the user's own function may be handed as it came when all that changes is the factor on the logits.
@@ -300,7 +301,7 @@ def _only_scaled(kwargs: dict[str, Any]) -> bool:
     return all(given is None or name in PASSED_ON for name, given in kwargs.items())
 
 
-_uncompiled = torch.compiler.disable(_routed)
+_uncompiled = uncompiled(_routed)
 _attention._trainless_made = True  # type: ignore[attr-defined]
 
 

@@ -29,6 +29,7 @@ from ...engine.runtime import Runtime
 from ...errors import InputError, Unsupported
 from ...seams import Site, State
 from ..image_tokens import READER
+from .uncompiled import uncompiled
 from .version import cache_in
 
 STATE = "image tokens"  # the state of a cache layer that holds which of its keys are image tokens
@@ -247,7 +248,7 @@ def _left(reader: Reader) -> None:
     reader.under_way, reader.rows = False, None
 
 
-_uncompiled, _left_uncompiled = torch.compiler.disable(_read), torch.compiler.disable(_left)
+_uncompiled, _left_uncompiled = uncompiled(_read), uncompiled(_left)
 
 
 def watch(runtime: Runtime, model: nn.Module, name: str, journal: Journal) -> Reader:

@@ -24,6 +24,7 @@ from ...engine.runtime import Runtime
 from ...seams import State
 from .claims import claim, release
 from .outside import Generating, generating
+from .uncompiled import uncompiled
 
 TOKENS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
 READER = (
@@ -227,7 +228,7 @@ def _held(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return past.clone() if isinstance(past, Tensor) else past
 
 
-_uncompiled = torch.compiler.disable(_enter)
+_uncompiled = uncompiled(_enter)
 
 
 def cache_among(values: Iterable[Any]) -> Cache | None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ...edits.journal import HookEdit
 from ...engine.runtime import Runtime
 from ...errors import Unsupported
+from .uncompiled import uncompiled
 
 
 def watch(runtime: Runtime, model: nn.Module) -> None:
@@ -60,4 +61,4 @@ def _note(runtime: Runtime, args: tuple[Any, ...], kwargs: dict[str, Any]) -> No
     runtime.call.residual = states
 
 
-_uncompiled = torch.compiler.disable(_note)
+_uncompiled = uncompiled(_note)

@@ -28,6 +28,8 @@ def step(runtime: Runtime, module: nn.Module, args: tuple[Any, ...], kwargs: dic
     ready = runtime.prepared
     if not ready.keeps or ready.refusal is not None or runtime.watch is not None or _others(kwargs):
         return None
+    if module.training:
+        return None  # the long way refuses dropout, which steps on buffers know nothing of
     layer = _layer(module, kwargs)
     if not isinstance(layer, Freezing):
         return None
