@@ -68,6 +68,7 @@ class Gate:
             tuple[int, FrameType]
         ] = []  # of each call under way: its thread and torch's own frame
         self.changing: int | None = None  # the thread that changes patches
+        self.sole: Any = None  # who says which threads' calls have to wait, while one alone may call
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Gate:
         raise Unsupported("a patched model cannot be copied: remove the patch first, then patch each copy")
@@ -116,6 +117,9 @@ class Gate:
                     self.changing = None
                     self.changed.notify_all()
 
+    def _barred(self, thread: int) -> bool:
+        return self.sole is not None and bool(self.sole.bars(thread))
+
     def _forget_ended(self) -> None:
         """Ctrl-C skips the hook that ends a call; its frame has left the stack of its thread all the same."""
         self.calls = [(thread, frame) for thread, frame in self.calls if on_stack(frame, thread)]
@@ -128,7 +132,7 @@ class Gate:
             return
         with self.changed:
             inside = any(thread == me for thread, _ in self.calls)
-            while not inside and self.changing not in (None, me):
+            while not inside and (self.changing not in (None, me) or self._barred(me)):
                 self.changed.wait(RECHECK)
             self.calls.append((me, frame))
 
