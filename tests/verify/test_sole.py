@@ -30,7 +30,10 @@ def test_no_call_of_another_thread_is_unpatched_meanwhile(beside: bool) -> None:
     def serve() -> None:
         with torch.no_grad():
             while not over.is_set():
-                got.append(model(ids).logits)
+                try:
+                    got.append(model(ids).logits)
+                except trainless.Unsupported:
+                    got.append(torch.zeros_like(want))
                 begun.set()
 
     worker = threading.Thread(target=serve)

@@ -17,39 +17,42 @@ import torch
 
 from ..errors import Unsupported
 from ..hosts import Component
-from ..hosts.gate import RECHECK
+from ..hosts.gate import RECHECK, SOLE
 from ..patch.station import STATION
 
 PATIENCE = 30.0  # seconds without a call of the verifying thread, after which nothing will come any more
 
 
 class Sole:
-    """Lets calls of one thread through; ``bars`` holds up those of others until ``over`` is set."""
+    """Lets calls of one thread through; those of others are held until ``over`` is set, and stand in ``waiting``."""
 
     def __init__(self) -> None:
         self.thread, self.over = threading.get_ident(), threading.Event()
+        self.waiting: set[int] = set()
         self.under_way, self.last = 0, time.monotonic()
 
-    def bars(self, thread: int) -> bool:
-        """Whether a call of ``thread`` has to wait; Unsupported where it would wait for ever."""
-        if thread == self.thread or self.over.is_set():
-            return False
-        if not self.under_way and time.monotonic() - self.last > PATIENCE:
-            raise Unsupported(
-                "verify() of this model runs in another thread, which waits for something else than the model: a probe "
-                "must call the model in its own thread; otherwise call the model when verify() is over"
-            )
-        return True
+    def hold(self) -> None:
+        """Wait, in a call of another thread; Unsupported where that would be for ever."""
+        me = threading.get_ident()
+        if me == self.thread or self.over.is_set():
+            return
+        self.waiting.add(me)
+        try:
+            while not self.over.wait(RECHECK):
+                if not self.under_way and time.monotonic() - self.last > PATIENCE:
+                    raise Unsupported(
+                        "verify() of this model runs in another thread, which waits for something else than the model: a "
+                        "probe must call the model in its own thread; otherwise call the model when verify() is over"
+                    )
+        finally:
+            self.waiting.discard(me)
 
     def enter(self, *unused: Any) -> None:
         if torch.compiler.is_compiling():
             return
-        me = threading.get_ident()
-        if me == self.thread:
+        if threading.get_ident() == self.thread:
             self.under_way += 1
-            return
-        while self.bars(me):
-            self.over.wait(RECHECK)
+        self.hold()
 
     def leave(self, *unused: Any) -> None:
         if not torch.compiler.is_compiling() and threading.get_ident() == self.thread:
@@ -61,16 +64,14 @@ class Sole:
 def sole(parts: Sequence[Component]) -> Iterator[None]:
     """Inside, only this thread's calls of ``parts`` run; those of others that are under way end first."""
     mine = Sole()
-    gates = [vars(part.module)[STATION].gate for part in parts]
     handles = []
     try:
         with contextlib.ExitStack() as still:
-            for gate in gates:
-                still.enter_context(gate.closed())
-            for part, gate in zip(parts, gates, strict=True):
-                gate.sole = (
-                    mine  # a call that already waits there has passed by the hooks that are put on now
-                )
+            for part in parts:
+                still.enter_context(vars(part.module)[STATION].gate.closed())
+            for part in parts:
+                # Gates look here, those too that come while this lasts; without a gate it is the hooks that hold.
+                vars(part.module)[SOLE] = mine
                 handles.append(part.module.register_forward_pre_hook(mine.enter, prepend=True))
                 handles.append(part.module.register_forward_hook(mine.leave, always_call=True))
         yield
@@ -78,5 +79,5 @@ def sole(parts: Sequence[Component]) -> Iterator[None]:
         mine.over.set()
         for handle in handles:
             handle.remove()
-        for gate in gates:
-            gate.sole = None
+        for part in parts:
+            vars(part.module).pop(SOLE, None)
