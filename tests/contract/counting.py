@@ -31,17 +31,17 @@ WAITS = frozenset(
     "_local_scalar_dense nonzero equal masked_select _unique2 unique_dim unique_consecutive".split()
 )
 WRITES = frozenset(("scatter_", "index_copy_", "index_put_"))  # writing at an index touches what is written
+INDEXING = frozenset(("index", "index_put", "index_put_"))
 HEADS, KV, WIDTH = 4, 2, 16
 
 
-class Operators:
-    """Operators that are called and compute, a loop that Numba compiles among them, and those that wait for a device.
+OPERATORS = ("aten::", "trainless::")
 
-    What an operator calls itself does not count: it is one launch where it is one kernel.
-    """
+
+class Operators:
+    """Operators that are called and compute something; what an operator calls itself does not count."""
 
     def __init__(self) -> None:
-        self.count = self.waits = 0
         self.names: list[str] = []
 
     def __enter__(self) -> Operators:
@@ -52,27 +52,9 @@ class Operators:
     def __exit__(self, *failure: Any) -> None:
         self.profile.__exit__(*failure)
         for event in self.profile.events():
-            above = _above(event)
-            if event.name.partition("::")[2] in WAITS and not any(
-                name.startswith("trainless::") for name in above
-            ):
-                self.waits += 1  # ours are kernels on a device, where they wait for nothing
-            inside = any(name.startswith(OPERATORS) for name in above)
+            inside = event.cpu_parent is not None and event.cpu_parent.name.startswith(OPERATORS)
             if event.name.startswith(OPERATORS) and not inside and _computes(event):
                 self.names.append(event.name)
-        self.count = len(self.names)
-
-
-OPERATORS = ("aten::", "trainless::")
-
-
-def _above(event: Any) -> list[str]:
-    """Names of the operators that an operator is called in."""
-    found = []
-    while event.cpu_parent is not None:
-        event = event.cpu_parent
-        found.append(event.name)
-    return found
 
 
 def _computes(event: Any) -> bool:
@@ -80,23 +62,31 @@ def _computes(event: Any) -> bool:
     return own or any(map(_computes, event.cpu_children))
 
 
-class Bytes(TorchDispatchMode):
-    """Bytes that operators read and write; those of this package as a kernel would: what they are given, once."""
+class Devices(TorchDispatchMode):
+    """What a device would do: bytes that operators read and write, and how often the host waits for it.
+
+    While this looks, operators of this package are called as on a device. They touch what they are given, once.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.count = 0
+        self.nbytes = self.waits = 0
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = operator(*args, **(kwargs or {}))
         name = operator.overloadpacket.__name__
+        self.waits += name in WAITS or (name in INDEXING and any(map(_boolean, args[1])))
         if name in VIEWS or name == "pack_group":  # which does nothing in most steps
             return out
         touched = args[2:] if name in WRITES else (args, kwargs, out)
-        self.count += sum(
+        self.nbytes += sum(
             t.numel() * t.element_size() for t in tree_leaves(touched) if isinstance(t, torch.Tensor)
         )
         return out
+
+
+def _boolean(index: Any) -> bool:
+    return isinstance(index, torch.Tensor) and index.dtype in (torch.bool, torch.uint8)
 
 
 class Lists:
@@ -188,9 +178,11 @@ def _step(layers: int, use: Any, padded: bool, length: int, before: int) -> Cost
         for _ in range(before):
             run.step()
         calls = python_calls(run.step)
-        with Operators() as seen, lists() as listed:
+        with Operators() as seen:
             run.step()
-    return Cost(seen.count, seen.waits + listed.count, calls)
+        with Devices() as device, lists() as listed:
+            run.step()
+    return Cost(len(seen.names), device.waits + listed.count, calls)
 
 
 def step(use: Any = None, padded: bool = False, length: int = 64, before: int = 3) -> Cost:
@@ -214,8 +206,8 @@ def share_of_bytes(use: Any = None, dtype: torch.dtype = torch.bfloat16, before:
             run = Decoding(model, length, False, batch=1)
             for _ in range(before):
                 run.step()
-            with Bytes() as seen:
+            with Devices() as device:
                 run.step()
-        found.append(seen.count)
+        found.append(device.nbytes)
     held = 2 * KV * 64 * torch.finfo(dtype).bits // 8
     return (found[1] - found[0]) / (lengths[1] - lengths[0]) / layers / held

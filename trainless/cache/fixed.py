@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.common import Terms
-from ..kernels.slots import EVERYTHING, FixedSlots, fixed_slots, plain, slot_decode
+from ..kernels.slots import EVERYTHING, FixedSlots, SlotRule, fixed_slots, plain, slot_decode
 from ..seams import Evict, Lease
 from .freezing import Freezing, statistics
 
@@ -35,6 +35,7 @@ class FixedLayer(Freezing):
 
     def _clear(self) -> None:
         self.fixed: FixedSlots | None = None
+        self.how = SlotRule()  # what is compared when a token has to go, while frozen
         super()._clear()
 
     @property
@@ -69,7 +70,7 @@ class FixedLayer(Freezing):
             assert self.capacity is not None
             room = max(self.counts) + self.capacity - self.seen
         size = max(room, max(self.counts)) + 1
-        rule = self._rule()
+        rule = self.how = self._rule()
         scores = None
         if rule.score is not None:
             scores = self.scores
@@ -117,7 +118,7 @@ class FixedLayer(Freezing):
         self.new = None
         if real is None:
             real = self._told(mask)
-        rule = self._rule()
+        rule = self.how
         if rotate is None or not self.policy.rolled:
             out = slot_decode(
                 query, *new, fixed, rule, scale=scale, softcap=softcap, sink_logits=sinks, real=real
