@@ -1,8 +1,10 @@
 """Which of the tests run: every value of every parameter by default, every combination with TRAINLESS_ALL=1.
 
 A test over several parameters is a grid. By default a combination runs only if it has a value that no combination
-before it has had, so that no value and no kind of check is left out; ``make test-all`` runs the whole grids. Combinations
-that are named (``-k``, a node id) run whatever they are.
+before it has had, so that no value and no kind of check is left out; ``make test-all`` runs the whole grids. Values that
+say which ``kinds`` they are of (the contract's cases) count by those: one of each kind runs, all of them in tests that
+are marked ``every``; tests that are marked ``whole`` are never cut down. What is marked ``grid`` runs with
+TRAINLESS_ALL=1 only. Tests that are named (``-k``, a node id) run whatever they are.
 """
 
 from __future__ import annotations
@@ -18,17 +20,29 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     named = config.getoption("keyword") or any("::" in arg for arg in config.args)
     if os.environ.get("TRAINLESS_ALL") or named:
         return
-    seen: dict[Any, set[tuple[str, int]]] = defaultdict(set)
+    seen: dict[Any, set[tuple[str, Any]]] = defaultdict(set)
     kept, left = [], []
     for item in items:
         spec = getattr(item, "callspec", None)
-        values = set() if spec is None else set(spec.indices.items())
+        given = {} if spec is None else spec.params
+        every = item.get_closest_marker("every") is not None
+        values = {value for name, one in given.items() for value in _values(name, one, every)}
         met = seen[item.path, getattr(item, "originalname", item.name), getattr(item, "cls", None)]
-        if len(values) < 2 or values - met:
-            kept.append(item)
-        else:
-            left.append(item)
+        grid = len(given) > 1 or any(hasattr(one, "kinds") for one in given.values())
+        new = not grid or values - met or item.get_closest_marker("whole") is not None
+        (kept if new and item.get_closest_marker("grid") is None else left).append(item)
         met |= values
     if left:
         items[:] = kept
         config.hook.pytest_deselected(items=left)
+
+
+def _values(name: str, one: Any, every: bool) -> list[tuple[str, Any]]:
+    """What a parameter's value adds to a grid. (pytest's own indices count combinations, not values.)"""
+    if not every and hasattr(one, "kinds"):
+        return [(name, kind) for kind in one.kinds]
+    try:
+        hash(one)
+    except TypeError:
+        return [(name, id(one))]
+    return [(name, one)]

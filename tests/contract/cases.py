@@ -80,6 +80,12 @@ class Case:
         return {"use": self.method, "with": dict(self.parameters)}
 
     @property
+    def kinds(self) -> list[Any]:
+        """What tests tell cases apart by: the method, and what it does to a cache and to calls."""
+        cache = self.evicts, self.pattern, self.protects, self.once, self.parameters.get("positions")
+        return [self.method, cache, self.chunks, self.assisted, self.replaces, self.late]
+
+    @property
     def even(self) -> bool:
         """Whether all layers hold equally many tokens after one prefill."""
         return not self.pattern or "ratio" in self.parameters

@@ -3,6 +3,8 @@
 Compiling costs seconds, so the models have one layer and the parameters are cut down to it.
 """
 
+from typing import Any
+
 import pytest
 import torch
 from oracle import models, replay
@@ -26,6 +28,12 @@ def _fresh_compiler():
     torch.compiler.reset()
 
 
+def _costly(case: Case) -> Any:
+    """Every way in which a method meets a graph; the others with the whole grids (test_fixed.py compiles them too)."""
+    few = {"act", "h2o", "kvquant", "zipvl", "attn_temperature"}
+    return pytest.param(case, id=case.label, marks=[] if case.method in few else pytest.mark.grid)
+
+
 def _build(family: str = "llama") -> torch.nn.Module:
     return build(family, layers=1, dtype=torch.float32, exact=False)
 
@@ -47,7 +55,7 @@ def _run(model: torch.nn.Module) -> list[torch.Tensor]:
     return replay(model, None, models.prompt(13, 2), None, CALLS)
 
 
-@pytest.mark.parametrize(**named(MAIN_CAUSAL))
+@pytest.mark.parametrize("case", [_costly(case) for case in MAIN_CAUSAL])
 def test_compiled_and_run_before_patching(case: Case):
     """The compiled code of the unpatched model must not run on; counters live outside compiled regions."""
     plain, model = _build(), _build()

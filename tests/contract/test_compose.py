@@ -241,6 +241,7 @@ def _chosen_beside_statistics(first: Case, second: Case) -> bool:
     return False
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("first", [c for c in MAIN if "llama" in c.families], ids=lambda c: c.label)
 @pytest.mark.parametrize("second", [c for c in MAIN if "llama" in c.families], ids=lambda c: c.label)
 def test_every_pair_composes_or_conflicts_as_its_seams_say(first: Case, second: Case):

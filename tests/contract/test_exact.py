@@ -15,6 +15,7 @@ ALL = (*models.CAUSAL, *models.ENCODERS, *models.DENOISERS, *VLMS)
 ON_LLAMA = [c for c in LANGUAGE if "llama" in c.families]
 
 
+@pytest.mark.every
 @pytest.mark.parametrize(("case", "family"), pairs(ALL))
 @pytest.mark.parametrize("padded", [True, False], ids=["padded", "single"])
 def test_equals_the_oracle(case: Case, family: str, padded: bool):

@@ -111,7 +111,7 @@ def test_steps_on_slots_are_those_of_the_host(rule: str, pad: bool, monkeypatch:
 @rules
 def test_decode_is_one_graph(rule: str):
     """No break, no second compilation when tokens come and go, and the counters of the report are right."""
-    model = build("llama")
+    model = build("llama", layers=1)
     patch = trainless.patch(model, [RULES[rule]])
     want = decoded(model, cache_of(model, True), False)
     counted = patch.report().methods[0].fired
@@ -129,7 +129,7 @@ def test_decode_is_one_graph(rule: str):
 
 def test_patches_come_and_go_around_compiled_code():
     """Compiled code is made anew for what has changed, and found again when it is as it was."""
-    model, other = build("llama"), build("llama")
+    model, other = build("llama", layers=1), build("llama", layers=1)
     counter = CompileCounter()
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     beside = torch.compile(other, fullgraph=True, backend=counter)
@@ -156,7 +156,7 @@ def test_patches_come_and_go_around_compiled_code():
     "name, given", [("attn_temperature", {"temperature": 0.7}), ("head_gain", {"gain": 0.3})]
 )
 def test_numbers_are_one_graph(name: str, given: dict[str, Any]):
-    model = build("llama")
+    model = build("llama", layers=1)
     patch = trainless.patch(model, name, **given)
     want = decoded(model, cache_of(model, True), False)
     fired = patch.report().methods[0].fired
@@ -168,7 +168,7 @@ def test_numbers_are_one_graph(name: str, given: dict[str, Any]):
 
 
 def test_an_identity_compiles_to_the_stock_graph():
-    model = build("llama")
+    model = build("llama", layers=1)
     graphs: list[list[str]] = []
 
     def keep(graph: Any, inputs: Any) -> Any:

@@ -187,7 +187,10 @@ def _fresh_compiler():
 
 @pytest.mark.usefixtures("_fresh_compiler")
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "how"), [("unet", "whole"), ("unet", "blocks"), ("flux", "in place")])
+@pytest.mark.parametrize(
+    ("family", "how"),
+    [pytest.param("unet", "whole", marks=pytest.mark.grid), ("unet", "blocks"), ("flux", "in place")],
+)
 def test_compiled_models_break_their_graph_and_stay_right(family, how):
     """Counted and scaled in every call and at every size, patched before compiling or after the first call."""
     small = {

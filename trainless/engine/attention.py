@@ -22,7 +22,7 @@ from ..seams import AttentionCall, Entry, Formed, Lease
 from .autocast import narrowed, under_autocast
 from .packed import packed_softmax
 from .patterns import Pattern, visible_keys
-from .run import Delegate, Run
+from .run import SAMPLED, Delegate, Run
 from .runtime import Runtime
 from .softmax import softmax
 
@@ -247,8 +247,9 @@ def _wanted(run: Run, layer: CompressingLayer | None) -> set[str]:
         if asked:
             run.asking.add(entry)
         wanted.update(asked)
-    if scored == "column_mass":
-        wanted.add(scored)
+    if layer is not None and scored == "column_mass":
+        run.times = layer.times(run.call.real, run.call.query.shape[2])
+        wanted.add(scored if run.times is None else SAMPLED)
     return wanted
 
 

@@ -33,6 +33,14 @@ class Step(NamedTuple):
     owner: int
 
 
+class RowStep(NamedTuple):
+    """An edit of one row from the State of a method; owner: whose, which that State has to be."""
+
+    method: str
+    contribution: Contribution
+    owner: object
+
+
 class Prepared:
     """The steps of one plan for calls that are traced.
 
@@ -61,7 +69,20 @@ class Prepared:
         self.packer = plan.quantiser.owner if plan.quantiser is not None else None
         # Whether steps are on a layer's buffers.
         self.keeps = self.evictor is not None or self.packer is not None
-        self.kernel = PACKED if self.packer is not None else "stock" if self.evictor is None else "slots"
+        # Edits of one row, and whether only steps of one token are traced.
+        self.edits = tuple(
+            RowStep(e.method, e.contribution, e.owner) for e in plan.of["mass"] if _frozen(e.contribution)
+        )
+        self.single = self.keeps or bool(self.edits)
+        self.kernel = (
+            "rows"
+            if self.edits
+            else PACKED
+            if self.packer is not None
+            else "stock"
+            if self.evictor is None
+            else "slots"
+        )
         self.refusal = _refusal(plan, whole)
         self.owners = tuple(dict.fromkeys(e.owner for e in plan.active))
         self.steps = {kind: self._sized_steps(plan, kind) for kind in SIZED}
@@ -166,6 +187,11 @@ def _number(entry: Entry) -> float:
     return float(constant)
 
 
+def _frozen(given: Contribution) -> bool:
+    """Whether it says what it comes to in steps of one token."""
+    return getattr(given, "step", None) is not None
+
+
 def _refusal(plan: AttentionPlan, whole: bool) -> str | None:
     for entry in plan.active:
         given = entry.contribution
@@ -174,6 +200,8 @@ def _refusal(plan: AttentionPlan, whole: bool) -> str | None:
         if entry is plan.evictor or (given.kind == "position" and plan.evictor is not None):
             continue
         if entry is plan.quantiser and not _chooses(entry):
+            continue
+        if _frozen(given) and plan.evictor is None and plan.quantiser is None and not whole:
             continue
         if whole and given.kind == "weights":
             continue  # they lie in the model

@@ -386,6 +386,8 @@ class Judge:
             few = [policy.parts(int(n)).last if policy.once else policy.last for n in rows.sum(1)]
             counts = torch.tensor(few, device=rows.device)[:, None]
             rows = rows & (rows.long().flip(1).cumsum(1).flip(1) <= counts)
+        if policy.sample is not None:
+            rows = rows * policy.sample.times(rows.long().cumsum(1) - 1)
         return found.probabilities * rows[:, None, :, None]
 
     def _chosen(self, evictor: Entry) -> tuple[bool, Tensor | None]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ...cache import CompressingLayer, Freezing
+from ...cache import CompressingLayer, Freezing, StaticStatefulMixin
 from ...edits.journal import MARKER, AttributeEdit, HookEdit, Journal
 from ...engine.attention import attend
 from ...engine.autocast import as_computed
@@ -131,7 +131,7 @@ def _routed(
         return _watched(runtime, module, query, key, value, attention_mask, scaling, dropout, kwargs)
     here = runtime.call
     step, here.step = here.step, None
-    if step is not None and kwargs.get("position_bias") is None:
+    if step is not None and kwargs.get("position_bias") is None and traced.fits(step, attention_mask):
         return _stepped(runtime, step, module, query, key, value, attention_mask, scaling, dropout, kwargs)
     facts = here.facts
     entering, here.residual = here.residual, None
@@ -164,6 +164,8 @@ def _routed(
     out = attend(runtime, call, _delegate(module, facts, order, kwargs))
     if isinstance(call.layer, Freezing) and runtime.watch is None:
         _settle(runtime, call.layer)
+    if isinstance(call.layer, StaticStatefulMixin):
+        call.layer.settle()
     facts.pop("residual", None)  # as large as the layer's activations: not to be kept until the next call
     weights = facts.pop("weights", None)
     if weights is None and facts.pop("attentions", False):
@@ -201,7 +203,7 @@ def _watched(
 
 def _stepped(
     runtime: Runtime,
-    layer: Freezing,
+    layer: Any,
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -211,9 +213,13 @@ def _stepped(
     dropout: float,
     kwargs: dict[str, Any],
 ) -> tuple[Tensor, Any]:
-    """A step of one token on the buffers of a frozen cache layer."""
+    """A step of one token on the buffers of a frozen cache layer, or by what is remembered on a static one."""
     runtime.passed()
     runtime.acted(runtime.prepared.kernel)
+    if not isinstance(layer, Freezing):
+        return traced.straight(
+            runtime, _user_function, layer, module, query, key, value, mask, scaling, dropout, kwargs
+        )
     runtime.settled = layer.counters
     around = inputs.noted(runtime)
     padding = around.padding if around is not None else None

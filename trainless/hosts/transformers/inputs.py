@@ -137,7 +137,7 @@ class Given:
     def dispensable(self, rows: int) -> bool:
         """Whether no site asks, in a forward of so many tokens that a compiler traces."""
         for runtime in self.runtimes:
-            if runtime.prepared.refusal is not None or (runtime.prepared.keeps and rows != 1):
+            if runtime.prepared.refusal is not None or (runtime.prepared.single and rows != 1):
                 return False
         return True
 
