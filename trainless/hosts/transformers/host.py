@@ -23,6 +23,7 @@ from ...cache import CompressingLayer, Freezing, StaticStatefulMixin
 from ...edits.journal import MARKER, AttributeEdit, HookEdit, Journal
 from ...engine.attention import attend
 from ...engine.autocast import as_computed
+from ...engine.prepared import NUMBERS
 from ...engine.runtime import ATTRIBUTE, Runtime, runtime_of
 from ...engine.watching import Made
 from ...errors import Unsupported
@@ -141,17 +142,18 @@ def _routed(
         return _user_function(module)(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
-    constant = runtime.plan.constant
-    known = "undeclared" not in runtime.site.facts
-    if constant is not None and not held and known and _only_scaled(kwargs):
+    ready = runtime.prepared
+    if ready.numbers and not held and "undeclared" not in runtime.site.facts and _only_scaled(kwargs):
         # Decoding makes thousands of these calls a second, so nothing is built for them.
         runtime.passed()
         runtime.acted("stock")
-        scaling = (query.shape[-1] ** -0.5 if scaling is None else scaling) * constant
-        attention_mask = bias_times(attention_mask, constant, query.shape[2], key.shape[2])
-        return _user_function(module)(
+        if ready.factor != 1.0:
+            scaling = (query.shape[-1] ** -0.5 if scaling is None else scaling) * ready.factor
+            attention_mask = bias_times(attention_mask, ready.factor, query.shape[2], key.shape[2])
+        out, weights = _user_function(module)(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
+        return ready.gained(out), weights
     call = call_of(module, runtime, query, key, value, attention_mask, scaling, dropout, kwargs)
     if runtime.plan.asks:
         tell(runtime, call, entering)
@@ -417,7 +419,7 @@ class TransformersHost:
     def _calls_differ(runtime: Runtime) -> bool:
         """Whether what is contributed here depends on the call: on its cache layer, or on whose keys it brings."""
         changing = [e.contribution for e in runtime.entries if not e.contribution.inert]
-        if all(c.constant is not None and c.kind == "scale" for c in changing):
+        if all(c.constant is not None and c.kind in NUMBERS for c in changing):
             named = inspect.signature(type(runtime.site.module).forward).parameters
             return bool(changing) and bool(OTHER_KEYS & set(named))
         return True
