@@ -184,8 +184,11 @@ def _beside(z: Tensor, value: Tensor, asked: Asked, more: ExtraKeys, factor: Any
     """Logits and values with keys beside the sequence, which the rows that they are for see."""
     h, lq = z.shape[1:3]
     key, its = (wide(t).repeat_interleave(h // t.shape[1], 1) for t in (more.key, more.value))
-    beside = asked.query @ key.mT * asked.scaling * factor
+    beside = asked.query @ key.mT * asked.scaling
     first, stop = more.rows or (0, lq)
+    if more.bias is not None:
+        beside[:, :, first:stop] += wide(more.bias)
+    beside = beside * factor
     seen = torch.zeros(1, 1, lq, key.shape[2], dtype=torch.bool, device=z.device)
     seen = seen.expand(z.shape[0], h, -1, -1).clone()
     seen[:, :, first:stop] = True if more.visible is None else more.visible
