@@ -30,7 +30,7 @@ from .denoisers.words import ROLES, holds_no_image, undeclared
 from .geometry import CONTEXT, Context
 from .hooks import AttentionHooks
 from .pipelines import denoiser_of, denoisers_of, text_encoders_of
-from .rescaling import ASKED, Asked, declared
+from .rescaling import ASKED, AskedSize, declared
 from .sizes import size_facts
 
 __all__ = ["DiffusersHost", "denoiser_of", "denoisers_of", "text_encoders_of"]
@@ -134,7 +134,7 @@ class DiffusersHost:
                 self._watch_sizes(owner, journal, where)
 
     def _watch_sizes(self, owner: nn.Module, journal: Journal, where: str) -> None:
-        asked = Asked(self.pipeline, self._model_facts(owner)["sizes"])
+        asked = AskedSize(self.pipeline, self._model_facts(owner)["sizes"])
         journal.add(AttributeEdit(owner, ASKED, asked, f"{where}.{ASKED}"))
         register = functools.partial(owner.register_forward_pre_hook, asked.before, with_kwargs=True)
         journal.add(HookEdit(owner, register, f"pre-hook on {where}"))
