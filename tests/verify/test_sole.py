@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 import torch
 from contract.tools import same
+from diffusers import DDIMScheduler, StableDiffusionPipeline
 from oracle import models
+from transformers import CLIPTextConfig, CLIPTextModel
 
 import trainless
+from trainless.hosts.diffusers.geometry import CONTEXT
 from trainless.verify import sole
 
 from .toys import llama, status
@@ -75,3 +78,19 @@ def test_a_probe_that_calls_in_a_thread_of_its_own_is_refused(monkeypatch: pytes
     assert made.verify()
     made.remove()
     assert not model._forward_pre_hooks and not model._forward_hooks
+
+
+def test_a_pipeline_beside_an_untouched_text_encoder_keeps_the_runs_under_way() -> None:
+    encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+        )
+    )
+    pipe = StableDiffusionPipeline(
+        vae=None, text_encoder=encoder, tokenizer=None, unet=models.build("unet"), safety_checker=None,
+        feature_extractor=None, scheduler=DDIMScheduler(), requires_safety_checker=False,
+    )  # fmt: skip
+    made = trainless.patch(pipe, "attn_temperature", temperature=0.5)
+    runs = vars(pipe.unet)[CONTEXT].local
+    assert "failed" not in status(made.verify()).values()
+    assert vars(pipe.unet)[CONTEXT].local is runs

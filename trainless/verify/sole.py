@@ -68,7 +68,9 @@ def sole(parts: Sequence[Component]) -> Iterator[None]:
     try:
         with contextlib.ExitStack() as still:
             for part in parts:
-                still.enter_context(vars(part.module)[STATION].gate.closed())
+                station = vars(part.module).get(STATION)  # none at a text encoder that nothing touches
+                if station is not None:
+                    still.enter_context(station.gate.closed())
             for part in parts:
                 # Gates look here, those too that come while this lasts; without a gate it is the hooks that hold.
                 vars(part.module)[SOLE] = mine

@@ -166,6 +166,17 @@ class DiffusersHost:
             if CONTEXT in vars(owner):
                 vars(owner)[CONTEXT].forget()
 
+    def keep_runs(self, model: nn.Module) -> Callable[[], None]:
+        """A function that gives the runs under way now, of any thread, back to denoisers patched anew since."""
+        kept = {o: vars(o)[CONTEXT].local for o in _denoisers(model).values() if CONTEXT in vars(o)}
+
+        def give_back() -> None:
+            for owner, local in kept.items():
+                if CONTEXT in vars(owner):
+                    vars(owner)[CONTEXT].local = local
+
+        return give_back
+
 
 def _hook(journal: Journal, module: nn.Module, hooks: AttentionHooks | Context, where: str) -> None:
     """Call ``hooks.before`` and ``hooks.after`` around every call of ``module``, failed ones included."""
