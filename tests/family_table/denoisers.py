@@ -9,8 +9,15 @@ from typing import Any
 from unittest import mock
 
 import torch
-from hosts import tiny_frames, tiny_packed, tiny_transformers, tiny_unets  # noqa: F401 - they fill CASES
-from hosts.cases import CASES, Case, lively
+from hosts import (  # noqa: F401 - they fill CASES and OTHERS
+    tiny_frames,
+    tiny_packed,
+    tiny_sound,
+    tiny_transformers,
+    tiny_unets,
+    tiny_video,
+)
+from hosts.cases import CASES, OTHERS, Case, lively
 from hosts.dense_rule import Rule
 from methods.publications import made_for
 from oracle import LinFusion, install_linfusion
@@ -44,7 +51,7 @@ def _listed() -> dict[str, Family]:
 def _cases() -> dict[str, list[str]]:
     """Tiny models by their class."""
     found: dict[str, list[str]] = {}
-    for name, make in CASES.items():
+    for name, make in {**CASES, **OTHERS}.items():
         torch.manual_seed(0)
         found.setdefault(type(make().model).__name__, []).append(name)
     return found
@@ -79,7 +86,7 @@ def _joined(found: list[str | None]) -> str:
 
 def _outcome(name: str, method: str) -> Any:
     torch.manual_seed(0)
-    case = CASES[name]()
+    case = {**CASES, **OTHERS}[name]()
     model = lively(case.model)
     if method == WEIGHTS:
         return _linear(case, model)

@@ -10,7 +10,7 @@ from typing import Any
 
 from . import latents, packed, sequences, unets
 from .latents import four, framed, one, patched, side, text_of
-from .words import CROSS, IMAGE, JOINT, REFERENCE, TEXT, Layout
+from .words import CROSS, IMAGE, JOINT, OWN, REFERENCE, TEXT, Layout
 
 ENCODED = text_of("encoder_hidden_states")
 SELF_AND_CROSS = {"*.attn1": IMAGE, "*.attn2": CROSS}
@@ -224,12 +224,18 @@ NO_IMAGE = "its tokens are embeddings or sound, not an image"
 NOTHING = [
     _in("transformers.prior_transformer", "PriorTransformer", why=NO_IMAGE),
     _in("transformers.stable_audio_transformer", "StableAudioDiTModel", why=NO_IMAGE),
-    _in("transformers.transformer_stable_audio3", "StableAudio3DiTModel", why=NO_IMAGE),
+    # Its attention is a difference of two, each of which is scaled.
+    _in("transformers.transformer_stable_audio3", "StableAudio3DiTModel", several=True, why=NO_IMAGE),
     _in("transformers.ace_step_transformer", "AceStepTransformer1DModel", why=NO_IMAGE),
     _in("transformers.transformer_longcat_audio_dit", "LongCatAudioDiTTransformer", why=NO_IMAGE),
     _in("transformers.transformer_minimax_music3", "MiniMaxMusic3Transformer1DModel", why=NO_IMAGE),
     _in("transformers.minimax_music3_rvq_depth_decoder", "MiniMaxMusic3RVQDepthDecoder", why=NO_IMAGE),
-    _in("transformers.t5_film_transformer", "T5FilmDecoder", why=NO_IMAGE),
+    _in(
+        "transformers.t5_film_transformer",
+        "T5FilmDecoder",
+        sites={"*.layer.0.attention": OWN, "*.layer.1.attention": CROSS},
+        why=NO_IMAGE,
+    ),
     _in("transformers.transformer_rfd4_proteina", "RFD4ProteinaTransformer", why=NO_IMAGE),
 ]
 # Video classes of which only this is declared: which layers attend to themselves, and which to something else.
