@@ -11,6 +11,7 @@ from unittest import mock
 import torch
 from hosts import (  # noqa: F401 - they fill CASES and OTHERS
     tiny_frames,
+    tiny_omni,
     tiny_packed,
     tiny_sound,
     tiny_transformers,

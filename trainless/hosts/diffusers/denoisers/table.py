@@ -10,7 +10,7 @@ from typing import Any
 
 from . import latents, packed, sequences, unets
 from .latents import four, framed, one, patched, side, text_of
-from .words import CROSS, IMAGE, JOINT, OWN, REFERENCE, TEXT, Layout
+from .words import CROSS, IMAGE, JOINT, OWN, REFERENCE, TEXT, Layout, undeclared
 
 ENCODED = text_of("encoder_hidden_states")
 SELF_AND_CROSS = {"*.attn1": IMAGE, "*.attn2": CROSS}
@@ -260,11 +260,30 @@ ROLES_ONLY = [
         ),
     )
 ]  # fmt: skip
-TABLE = {layout.name: layout for layout in (*IMAGES, *ONE_FRAME, *NOTHING, *ROLES_ONLY)}
+# Classes of several kinds of tokens, of which too only that is declared.
+MIXED = [
+    # A layer's text attends to itself, then its frames to text and frames: two calls, each of which goes through a plan.
+    _in(
+        "transformers.transformer_cosmos3", "Cosmos3OmniTransformer", sites={"layers.*": JOINT}, several=True,
+        why=undeclared("Cosmos3OmniTransformer"),
+    ),
+    _in(
+        "transformers.transformer_kandinsky6", "Kandinsky6Transformer3DModel",
+        sites={"*_text_transformer_blocks.*": TEXT, "*.self_attention": OWN, "*cross_attention": CROSS},
+        why=undeclared("Kandinsky6Transformer3DModel"),
+    ),
+]  # fmt: skip
+TABLE = {layout.name: layout for layout in (*IMAGES, *ONE_FRAME, *NOTHING, *ROLES_ONLY, *MIXED)}
 # Processors whose attention never gets to torch's operator, by qualified name -> what to use instead.
 ELSEWHERE = {
     "diffusers.models.transformers.transformer_qwenimage21.QwenImage21FlexAttnProcessor": (
         "runs flex attention, which no patch can reach; call set_attn_processor(QwenImage21AttnProcessor()) first"
+    ),
+    "diffusers.models.transformers.transformer_kandinsky6_sr.Kandinsky6SRAttnProcessor": (
+        "runs flex attention over blocks that each call chooses, which no patch can reach; this class has no other"
+    ),
+    "diffusers.models.transformers.transformer_wan_animate_2.WanAnimate2AttnProcessor": (
+        "runs flex attention in the calls that paint, which no patch can reach; this class has no other"
     ),
 }
 
