@@ -10,6 +10,7 @@ from unittest import mock
 
 import torch
 from hosts import (  # noqa: F401 - they fill CASES and OTHERS
+    tiny_controls,
     tiny_frames,
     tiny_omni,
     tiny_packed,
@@ -35,7 +36,13 @@ TRIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # parameters, and t
     "clear": ({"radius": 3, "force": True}, {"radius": 3}),
     "entropy": ({}, {"entropy": True}),
 }
-NO_MODEL = "not built: no tiny model of this class in tests/hosts"
+NO_MODEL = "no tiny model of this class in tests/hosts"
+NEVER_CALLED = "it is never called itself: its layers are put into "
+UNBUILT = {
+    "ControlNetXSAdapter": f"{NEVER_CALLED}a UNetControlNetXSModel",
+    "CosmosControlNetModel": "it resizes with torchvision, which is not installed here",
+    "MotionAdapter": f"{NEVER_CALLED}a UNetMotionModel",
+}
 WEIGHTS = "linfusion"
 
 
@@ -68,7 +75,10 @@ def line(name: str) -> dict[str, Any]:
     if not cases:
         told = _listed()[name].methods
         outcomes = {
-            m: NO_MODEL if told[m].works else f"refused: {one_line(told[m].reason)}" for m in methods()
+            m: f"not built: {UNBUILT.get(name, NO_MODEL)}"
+            if told[m].works
+            else f"refused: {one_line(told[m].reason)}"
+            for m in methods()
         }
         return {"family": name, "class": name, "methods": outcomes}
     outcomes = {}

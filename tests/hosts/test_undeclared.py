@@ -39,11 +39,11 @@ def test_a_second_call_over_other_keys_is_refused_where_nothing_is_declared(monk
     monkeypatch.delitem(TABLE, "diffusers.models.transformers.transformer_cosmos3.Cosmos3OmniTransformer")
     case = OTHERS["cosmos3"]()
     with trainless.patch(lively(case.model), "attn_temperature", temperature=0.7):
-        with pytest.raises(trainless.Unsupported, match="over 7 keys and again over 31.*not declared"):
+        with pytest.raises(trainless.Unsupported, match=r"over 7 keys and again over 31.*not declared"):
             case.run(case.other)
 
 
 @pytest.mark.parametrize("name", ["kandinsky6_upscaler", "wan_animate2"])
 def test_classes_that_paint_with_flex_attention_alone_are_refused_when_patching(name):
-    with pytest.raises(trainless.NoMatch, match="flex attention.*no patch can reach"):
+    with pytest.raises(trainless.NoMatch, match=r"flex attention.*no patch can reach"):
         trainless.patch(OTHERS[name]().model, "attn_temperature", temperature=0.7)
