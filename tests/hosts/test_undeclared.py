@@ -10,7 +10,7 @@ pytest.importorskip("diffusers")
 import trainless
 from trainless.hosts.diffusers.denoisers import TABLE
 
-from . import tiny_omni, tiny_sound  # noqa: F401 - they fill OTHERS
+from . import tiny_omni, tiny_sound, tiny_video  # noqa: F401 - they fill OTHERS
 from .cases import OTHERS, lively
 from .dense_rule import Rule
 
@@ -43,7 +43,7 @@ def test_a_second_call_over_other_keys_is_refused_where_nothing_is_declared(monk
             case.run(case.other)
 
 
-@pytest.mark.parametrize("name", ["kandinsky6_upscaler", "wan_animate2"])
+@pytest.mark.parametrize("name", ["anyflow_far", "kandinsky6_upscaler", "wan_animate2"])
 def test_classes_that_paint_with_flex_attention_alone_are_refused_when_patching(name):
     with pytest.raises(trainless.NoMatch, match=r"flex attention.*no patch can reach"):
         trainless.patch(OTHERS[name]().model, "attn_temperature", temperature=0.7)

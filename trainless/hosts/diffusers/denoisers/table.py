@@ -279,6 +279,9 @@ ELSEWHERE = {
     "diffusers.models.transformers.transformer_qwenimage21.QwenImage21FlexAttnProcessor": (
         "runs flex attention, which no patch can reach; call set_attn_processor(QwenImage21AttnProcessor()) first"
     ),
+    "diffusers.models.transformers.transformer_anyflow_far.AnyFlowCausalAttnProcessor": (
+        "runs flex attention, which no patch can reach; this class has no other"
+    ),
     "diffusers.models.transformers.transformer_kandinsky6_sr.Kandinsky6SRAttnProcessor": (
         "runs flex attention over blocks that each call chooses, which no patch can reach; this class has no other"
     ),
