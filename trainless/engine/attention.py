@@ -20,6 +20,7 @@ from ..errors import Unsupported
 from ..kernels.visibility import adds_bias, bias_times
 from ..seams import AttentionCall, Entry, Formed, Lease
 from .autocast import narrowed, under_autocast
+from .extra_keys import fitting, times
 from .packed import packed_softmax
 from .patterns import Pattern, visible_keys
 from .run import Delegate, Run
@@ -68,8 +69,9 @@ def output(run: Run) -> Tensor:
     extra = _extra_keys(run)
     # Asked for before the scale, which may depend on how many keys a row is left with.
     patterns = _static_patterns(run, extra)
-    _scale(run)
+    factor = _scale(run)
     call = run.call
+    extra = [times(more, factor, call.query.shape[2]) for more in extra]
     dynamic = [e for e in plan.of["pattern"] if e.contribution.dynamic]
     form = plan.of["form"]
     wanted = _wanted(run, layer)
@@ -162,7 +164,7 @@ def _extra_keys(run: Run) -> list[Any]:
     for entry in run.plan.of["keys"]:
         extra = run.value(entry)
         if extra is not None:
-            found.append(extra)
+            found.append(fitting(entry.method, run.call, extra))
             run.acted.add(entry.owner)
     return found
 
@@ -192,7 +194,8 @@ def _static_patterns(run: Run, extra: list[Any]) -> list[Pattern]:
     return found
 
 
-def _scale(run: Run) -> None:
+def _scale(run: Run) -> Any:
+    """Scale the logits of the call; returns the factor."""
     factor: Any = 1.0
     for entry in run.plan.of["scale"]:
         value = run.value(entry)
@@ -201,7 +204,7 @@ def _scale(run: Run) -> None:
         factor = factor * value
         run.acted.add(entry.owner)
     if isinstance(factor, float) and factor == 1.0:
-        return
+        return factor
     call = run.call
     bias = None if call.position_bias is None else call.position_bias * factor
     if isinstance(factor, Tensor):
@@ -213,7 +216,7 @@ def _scale(run: Run) -> None:
         query = (call.query.to(call.statistics_dtype) * factor).to(call.query.dtype)
         mask = bias_times(call.mask, factor, *call.shape[3:])
         run.call = replace(call, query=query, mask=mask, position_bias=bias)
-        return
+        return factor
     if call.sink_logits is not None:
         run.edited = True  # families read their sinks from the module, whatever they are passed
     # c·tanh(s·x/c) times f is (f·c)·tanh((f·s)·x/(f·c)): scaling all three scales the whole logit.
@@ -225,6 +228,7 @@ def _scale(run: Run) -> None:
         softcap=None if call.softcap is None else call.softcap * factor,
         sink_logits=None if call.sink_logits is None else call.sink_logits * factor,
     )
+    return factor
 
 
 def _chooses(layer: CompressingLayer | None) -> bool:
@@ -315,6 +319,9 @@ def _tiers(run: Run, layer: PackedLayer) -> Tensor | None:
             "probe_mass": layer.waiting_columns(mass),
             "probe_rows": layer.waiting_columns(rows)[:, 0],
         }
+    for name in ("column_mass", "column_max", "column_entropy"):
+        if (whole := getattr(run.stats, name)) is not None:
+            found[name] = layer.waiting_columns(whole)
     call = replace(call, key=call.key[:, :, -waiting:], value=call.value[:, :, -waiting:])
     value = entry.contribution.value
     assert value is not None

@@ -17,7 +17,9 @@ KINDS = (
     "input",  # what a module inside the site is given: value(args, kwargs, tensors) -> (args, kwargs)
     "weights",  # replace tensors: tensors
 )
-STATISTICS = ("lse", "column_mass", "probe_mass", "group_mass")
+STATISTICS = (
+    "lse", "column_mass", "probe_mass", "group_mass", "row_entropy", "row_max", "column_max", "column_entropy",
+)  # fmt: skip
 # How long a State lasts. There is no scope for all layers of a sequence together: attention layers have a State each.
 #   call: for one call, and what the contributions of a method hand each other in it.
 #   sequence: as long as there is a cache for it, with which it moves; without a cache a call is a whole sequence.

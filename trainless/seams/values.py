@@ -36,13 +36,16 @@ class ExtraKeys:
     """Keys and values beside the sequence: (B, Hkv, E, D) each.
 
     rows: (first, stop), the query rows that see them; None for all. visible: bool (1|B, 1|H, rows, E), which
-    of those rows sees which key; None for all. A pattern restricts the sequence's own keys, never these.
+    of those rows sees which key; None for all. bias: float, broadcastable to (B, H, rows, E), added to their logits
+    as a position bias is: after the soft-cap, and times what scales say; -inf hides. A pattern restricts the sequence's
+    own keys, never these.
     """
 
     key: Tensor
     value: Tensor
     visible: Tensor | None = None
     rows: tuple[int, int] | None = None
+    bias: Tensor | None = None
 
 
 @dataclass

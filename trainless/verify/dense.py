@@ -184,11 +184,18 @@ def _beside(z: Tensor, value: Tensor, asked: Asked, more: ExtraKeys, factor: Any
     """Logits and values with keys beside the sequence, which the rows that they are for see."""
     h, lq = z.shape[1:3]
     key, its = (wide(t).repeat_interleave(h // t.shape[1], 1) for t in (more.key, more.value))
-    beside = asked.query @ key.mT * asked.scaling * factor
+    beside = asked.query @ key.mT * asked.scaling
+    if asked.softcap is not None:
+        beside = asked.softcap * torch.tanh(beside / asked.softcap)
     first, stop = more.rows or (0, lq)
     seen = torch.zeros(1, 1, lq, key.shape[2], dtype=torch.bool, device=z.device)
     seen = seen.expand(z.shape[0], h, -1, -1).clone()
     seen[:, :, first:stop] = True if more.visible is None else more.visible
+    if more.bias is not None:
+        bias = wide(more.bias)
+        seen[:, :, first:stop] &= ~bias.isneginf()
+        beside[:, :, first:stop] += bias.masked_fill(bias.isneginf(), 0)
+    beside = beside * factor
     return torch.cat([z, beside.masked_fill(~seen, -torch.inf)], -1), torch.cat([value, its], 2)
 
 
