@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
-from hosts import tiny_frames, tiny_packed, tiny_transformers, tiny_unets  # noqa: F401 - they fill CASES
+from hosts import tiny_frames, tiny_packed, tiny_roles, tiny_transformers, tiny_unets  # noqa: F401 - they fill CASES
 from hosts.cases import CASES, Case, lively
 from hosts.dense_rule import Rule
 from methods.publications import made_for
@@ -28,6 +29,12 @@ TRIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # parameters, and t
     "entropy": ({}, {"entropy": True}),
 }
 NO_MODEL = "not built: no tiny model of this class in tests/hosts"
+# Classes that no tiny model can be called of, and why.
+WITHOUT = {
+    "ControlNetXSAdapter": "a UNetControlNetXSModel takes its layers over; it has no call of its own",
+    "CosmosControlNetModel": "needs torchvision",
+    "MotionAdapter": "a UNetMotionModel takes its layers over; it has no call of its own",
+}
 WEIGHTS = "linfusion"
 
 
@@ -44,10 +51,14 @@ def _listed() -> dict[str, Family]:
 def _cases() -> dict[str, list[str]]:
     """Tiny models by their class."""
     found: dict[str, list[str]] = {}
-    for name, make in CASES.items():
+    for name, make in _makers().items():
         torch.manual_seed(0)
         found.setdefault(type(make().model).__name__, []).append(name)
     return found
+
+
+def _makers() -> dict[str, Callable[[], Case]]:
+    return {**CASES, **tiny_roles.CASES}
 
 
 def methods() -> list[str]:
@@ -58,10 +69,9 @@ def line(name: str) -> dict[str, Any]:
     """What is found about one class; of one without a tiny model, what is known to be refused without it."""
     cases = _cases().get(name, [])
     if not cases:
-        told = _listed()[name].methods
-        outcomes = {
-            m: NO_MODEL if told[m].works else f"refused: {one_line(told[m].reason)}" for m in methods()
-        }
+        told, why = _listed()[name].methods, WITHOUT.get(name)
+        absent = NO_MODEL if why is None else f"not built: {why}"
+        outcomes = {m: absent if told[m].works else f"refused: {one_line(told[m].reason)}" for m in methods()}
         return {"family": name, "class": name, "methods": outcomes}
     outcomes = {}
     with torch.no_grad():
@@ -79,7 +89,7 @@ def _joined(found: list[str | None]) -> str:
 
 def _outcome(name: str, method: str) -> Any:
     torch.manual_seed(0)
-    case = CASES[name]()
+    case = _makers()[name]()
     model = lively(case.model)
     if method == WEIGHTS:
         return _linear(case, model)

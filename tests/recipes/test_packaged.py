@@ -98,14 +98,14 @@ def test_show_and_unknown_names():
 
 def test_packaged_extends(write):
     path = write(
-        "schema: 1\nextends: llama/long-context\nfits: {model_type: [smollm3]}\n"
+        "schema: 1\nextends: llama/h2o\nfits: {model_type: [smollm3]}\n"
         "patches: [{use: h2o, with: {recent: 64}}]\n"
     )
     recipe = resolve(path)
     assert recipe.fits == {"model_type": ["smollm3"]}
     found = {o.path: o for o in recipe.origins()}
     assert found["h2o.recent"].source == f"{path}:4"
-    assert found["h2o.heavy"].source.startswith("llama/long-context.yaml:")
+    assert found["h2o.heavy"].source.startswith("llama/h2o.yaml:")
     assert found["h2o.heavy"].note.startswith("published: ")
 
 

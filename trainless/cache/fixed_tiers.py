@@ -42,7 +42,8 @@ class FixedTiersLayer(FixedPackedLayer):
     def suits(rule: Quantise, policy: Evict | None, capacity: int | None) -> bool:
         if policy is not None or rule.group or rule.start or rule.residual or not rule.newest:
             return False
-        return 0 < tokens_of(rule.high, rule.interval) < rule.interval
+        high = tokens_of(rule.high, rule.interval)
+        return 0 < high < rule.interval and not 0 < rule.cut < max(high, rule.interval - high)
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -66,7 +67,7 @@ class FixedTiersLayer(FixedPackedLayer):
         if waiting >= interval:
             return
         mine = [
-            next((r for r in self.store.runs if (r.tier, r.size) == (tier, size)), None)
+            next((r for r in self.store.runs if (r.tier, r.size) == (tier, size) and _full(r)), None)
             for tier, size in enumerate(self.sizes)
         ]
         filled = [r.filled if r is not None else [0] * self._batch() for r in mine]
@@ -252,3 +253,10 @@ class FixedTiersLayer(FixedPackedLayer):
     @property
     def width(self) -> int:
         return super().width if self.aged is None else int(self.aged.max())
+
+
+def _full(run: Run) -> bool:
+    """Whether every slot of the groups in use holds a token."""
+    held = torch.tensor(run.filled, device=run.positions.device)[:, None, None] * run.size
+    unused = torch.arange(run.slots, device=run.positions.device) >= held
+    return bool(((run.positions >= 0) | unused).all())

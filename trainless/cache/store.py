@@ -79,19 +79,20 @@ class Store:
     # ------------------------------------------------------------------ packing
 
     def add(
-        self, tier: int, bits: tuple[int, int], group: int, key: Tensor, value: Tensor, positions: Tensor,
-        chosen: Tensor, ids: list[Tensor], new: Tensor, root: Tensor | None = None,
+        self, tier: int, bits: tuple[int, int], size_of: Callable[[int], int], key: Tensor, value: Tensor,
+        positions: Tensor, chosen: Tensor, ids: list[Tensor], new: Tensor, root: Tensor | None = None,
     ) -> None:  # fmt: skip
         """Pack the tokens ``chosen`` (B, Hkv, W) of key and value (B, Hkv, W, D).
 
-        ids: for each run, a number per slot (B, Hkv, slots), changed along with the runs; new (B, Hkv, W): the
-        numbers of the new tokens. root: see ``quantise``.
+        size_of: from the tokens of the fullest row and head to those of a group. ids: for each run, a number per slot
+        (B, Hkv, slots), changed along with the runs; new (B, Hkv, W): the numbers of the new tokens. root: see
+        ``quantise``.
         """
         counts = chosen.sum(2)
         most = int(counts.max()) if counts.numel() else 0
         if not most:
             return
-        size = group or most
+        size = size_of(most)
         groups = -(-most // size)
         # Chosen tokens first, in their order; what a row or head has fewer of is empty.
         order = (~chosen).int().argsort(dim=2, stable=True)[:, :, :most]

@@ -20,10 +20,10 @@ from ..errors import Unsupported
 from ..kernels.visibility import adds_bias, bias_times
 from ..seams import AttentionCall, Entry, Formed, Lease
 from .autocast import narrowed, under_autocast
-from .extra_keys import fitting, times
+from .extra_keys import scaled
 from .packed import packed_softmax
 from .patterns import Pattern, visible_keys
-from .run import Delegate, Run
+from .run import SAMPLED, Delegate, Run
 from .runtime import Runtime
 from .softmax import softmax
 
@@ -69,9 +69,8 @@ def output(run: Run) -> Tensor:
     extra = _extra_keys(run)
     # Asked for before the scale, which may depend on how many keys a row is left with.
     patterns = _static_patterns(run, extra)
-    factor = _scale(run)
+    extra = scaled(run.call, extra, _scale(run))
     call = run.call
-    extra = [times(more, factor, call.query.shape[2]) for more in extra]
     dynamic = [e for e in plan.of["pattern"] if e.contribution.dynamic]
     form = plan.of["form"]
     wanted = _wanted(run, layer)
@@ -164,7 +163,7 @@ def _extra_keys(run: Run) -> list[Any]:
     for entry in run.plan.of["keys"]:
         extra = run.value(entry)
         if extra is not None:
-            found.append(fitting(entry.method, run.call, extra))
+            found.append(extra)
             run.acted.add(entry.owner)
     return found
 
@@ -195,7 +194,7 @@ def _static_patterns(run: Run, extra: list[Any]) -> list[Pattern]:
 
 
 def _scale(run: Run) -> Any:
-    """Scale the logits of the call; returns the factor."""
+    """Scale the logits of the call; returns the factor, a number or a tensor for (B, H, Lq, 1)."""
     factor: Any = 1.0
     for entry in run.plan.of["scale"]:
         value = run.value(entry)
@@ -251,8 +250,9 @@ def _wanted(run: Run, layer: CompressingLayer | None) -> set[str]:
         if asked:
             run.asking.add(entry)
         wanted.update(asked)
-    if scored == "column_mass":
-        wanted.add(scored)
+    if layer is not None and scored == "column_mass":
+        run.times = layer.times(run.call.real, run.call.query.shape[2])
+        wanted.add(scored if run.times is None else SAMPLED)
     return wanted
 
 

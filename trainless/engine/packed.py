@@ -22,6 +22,7 @@ from ..kernels.quant_kv import blocks, choose, merge, packed_attention, packed_r
 from ..kernels.spread import Parts, spread
 from ..kernels.visibility import Visibility, visibility
 from ..seams import Entry, MassMove, RowEdit, Statistics
+from .chosen_rows import sampled_mass
 from .extra_keys import merge_extra
 from .row_edits import move_edit, on_heads
 from .run import FEW_ROWS, Run
@@ -76,10 +77,10 @@ def _packed_few(run: Run, layer: PackedLayer, wanted: set[str], moves: tuple[Ent
     if "column_mass" in wanted:
         rows = p if call.real is None else p * call.real[:, None, :, None]
         run.stats.column_mass = rows.sum(2)
-        if layer.scored_by() == "column_mass":
+        if run.adds_up(layer):
             layer.score(run.stats.column_mass, rows if layer.rows_apart() else None)
     spread_of_rows(run, p, wanted)
-    if run.probed.index:
+    if run.probed.index or run.times is not None:
         seen = None if lq == 1 else visibility(_seen(run, layer, 0, lq), causal=False, lq=lq, lk=p.shape[3])
         probe(run, layer, seen, None, p)
     edits = _moves(run, moves)
@@ -161,7 +162,7 @@ def _packed_many(run: Run, layer: PackedLayer, extra: list[Any], wanted: set[str
             parts = [_mass_of(run, key, lse, seen) for key, _, seen, _ in blocks(call.query, segments, held)]
             parts.append(_mass_of(run, call.key, lse, own))
         run.stats.column_mass = torch.cat(parts, 2)
-        if layer.scored_by() == "column_mass":
+        if run.adds_up(layer):
             layer.score(run.stats.column_mass, _packed_last(run, layer))
     _packed_spread(run, layer, lse, own, held, wanted)
     _packed_probe(run, layer, lse, own, held)
@@ -208,18 +209,24 @@ def _packed_last(run: Run, layer: PackedLayer) -> Tensor | None:
 def _packed_probe(run: Run, layer: PackedLayer, lse: Tensor, own: Visibility, held: Tensor | None) -> None:
     """Statistics over chosen rows, block by block."""
     call, segments = run.call, layer.store.segments
+
+    def chosen(index: Tensor) -> tuple[Tensor, Tensor]:
+        """Mass (B, H, slots) and counts (B, slots) of the rows ``index``."""
+        found = [
+            chosen_mass(call.query, key, index, visibility=seen, terms=run.terms(), lse=lse)
+            for key, _, seen, _ in blocks(call.query, segments, held)
+        ]
+        found.append(chosen_mass(call.query, call.key, index, visibility=own, terms=run.terms(), lse=lse))
+        return torch.cat([m for m, _ in found], 2), torch.cat([n for _, n in found], 1)
+
     with torch.no_grad():
         for probes, index in run.probed.index.items():
-            found = [
-                chosen_mass(call.query, key, index, visibility=seen, terms=run.terms(), lse=lse)
-                for key, _, seen, _ in blocks(call.query, segments, held)
-            ]
-            near = chosen_mass(call.query, call.key, index, visibility=own, terms=run.terms(), lse=lse)
-            found.append(near)
-            run.probed.found[probes] = (
-                torch.cat([m for m, _ in found], 2),
-                torch.cat([n for _, n in found], 1),
-            )
+            run.probed.found[probes] = chosen(index)
+        if run.times is not None:
+            tail = _packed_last(run, layer)
+            if tail is not None:
+                tail = tail * run.times[:, None, -tail.shape[2] :, None]
+            layer.score(sampled_mass(run.times, call, lambda index: chosen(index)[0]), tail)
     evictor = run.plan.evictor
     if run.probed.index and evictor is not None and layer.scored_by() == "probe_mass":
         if mine := run.probed.of(evictor):

@@ -23,6 +23,7 @@ from .patterns import Pattern
 from .runtime import Runtime
 from .scopes import of_run
 
+SAMPLED = "column mass of sampled rows"  # asked for by a cache layer, in the place of "column_mass"
 FEW_ROWS = 16  # up to this many query rows the probabilities are computed outright
 
 
@@ -40,6 +41,7 @@ class Run:
         self.asking: set[Entry] = set()  # those that need a statistic of this call
         self.groups: dict[Entry, Groups] = {}  # who wants to know the mass of which groups, and …
         self.masses: dict[Entry, Tensor] = {}  # … what it is
+        self.times: Tensor | None = None  # (1 or B, Lq): how often rows count for a layer that samples them
         self.kernel, self.reasons = "stock", ""
         self.why_not: tuple[str, ...] = ()  # why a pattern's own kernel does not run
 
@@ -57,6 +59,10 @@ class Run:
         state = State(entry.owner)
         found: State = state if kept is None else kept.setdefault(entry.method, state)
         return found
+
+    def adds_up(self, layer: CompressingLayer | None) -> bool:
+        """Whether ``layer`` is told the column mass of all rows of this call."""
+        return layer is not None and self.times is None and layer.scored_by() == "column_mass"
 
     def value(self, entry: Entry) -> Any:
         if entry.contribution.constant is not None:

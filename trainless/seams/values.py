@@ -36,9 +36,9 @@ class ExtraKeys:
     """Keys and values beside the sequence: (B, Hkv, E, D) each.
 
     rows: (first, stop), the query rows that see them; None for all. visible: bool (1|B, 1|H, rows, E), which
-    of those rows sees which key; None for all. bias: float, broadcastable to (B, H, rows, E), added to their logits
-    as a position bias is: after the soft-cap, and times what scales say; -inf hides. A pattern restricts the sequence's
-    own keys, never these.
+    of those rows sees which key; None for all. A pattern restricts the sequence's own keys, never these.
+    bias: finite floats broadcastable to (B, H, rows, E), added to the scaled logits of these keys; scales multiply
+    the sum. None adds nothing. InputError at the call for another shape or dtype.
     """
 
     key: Tensor

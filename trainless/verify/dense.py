@@ -188,14 +188,12 @@ def _beside(z: Tensor, value: Tensor, asked: Asked, more: ExtraKeys, factor: Any
     if asked.softcap is not None:
         beside = asked.softcap * torch.tanh(beside / asked.softcap)
     first, stop = more.rows or (0, lq)
+    if more.bias is not None:
+        beside[:, :, first:stop] += wide(more.bias)
+    beside = beside * factor
     seen = torch.zeros(1, 1, lq, key.shape[2], dtype=torch.bool, device=z.device)
     seen = seen.expand(z.shape[0], h, -1, -1).clone()
     seen[:, :, first:stop] = True if more.visible is None else more.visible
-    if more.bias is not None:
-        bias = wide(more.bias)
-        seen[:, :, first:stop] &= ~bias.isneginf()
-        beside[:, :, first:stop] += bias.masked_fill(bias.isneginf(), 0)
-    beside = beside * factor
     return torch.cat([z, beside.masked_fill(~seen, -torch.inf)], -1), torch.cat([value, its], 2)
 
 

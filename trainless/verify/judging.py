@@ -58,7 +58,7 @@ class Judge:
         plan, record, made = self.runtime.plan, self.record, self.made
         if plan.inert:
             return
-        if self.call is None and plan.constant is None:
+        if self.call is None and not self.runtime.prepared.numbers:
             record.passed_over += 1
             if stock is not None and not torch.equal(stock, out):
                 record.fail("result", "a call that is left alone differs from the model's own attention")
@@ -407,6 +407,8 @@ class Judge:
             few = [policy.parts(int(n)).last if policy.once else policy.last for n in rows.sum(1)]
             counts = torch.tensor(few, device=rows.device)[:, None]
             rows = rows & (rows.long().flip(1).cumsum(1).flip(1) <= counts)
+        if policy.sample is not None:
+            rows = rows * policy.sample.times(rows.long().cumsum(1) - 1)
         return found.probabilities * rows[:, None, :, None]
 
     def _chosen(self, evictor: Entry) -> tuple[bool, Tensor | None]:

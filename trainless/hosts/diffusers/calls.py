@@ -27,7 +27,7 @@ from ...errors import Unsupported
 from ...seams import AttentionCall, Site
 from ..gate import module_frame
 from .denoisers import Layout
-from .denoisers.table import ELSEWHERE, qualified
+from .denoisers.table import ELSEWHERE, TWICE, qualified
 from .geometry import CONTEXT, describe
 
 SDPA = torch.nn.functional.scaled_dot_product_attention
@@ -51,6 +51,12 @@ REASON = "trainless counts and edits attention outside compiled regions"
 def _class_says(kind: type) -> str | None:
     elsewhere = ELSEWHERE.get(qualified(kind))
     return _source_says(kind) if elsewhere is None else f"{kind.__name__} {elsewhere}"
+
+
+@torch.compiler.assume_constant_result
+def _twice(kind: type) -> tuple[bool, str | None]:
+    """Whether a processor class is among those that call twice, and the setting under which it does."""
+    return qualified(kind) in TWICE, TWICE.get(qualified(kind))
 
 
 @torch.compiler.assume_constant_result
@@ -94,6 +100,9 @@ def refusal(module: nn.Module) -> str | None:
     said = _class_says(processor.__class__)
     if said is not None:
         return said
+    twice, setting = _twice(processor.__class__)
+    if twice and (setting is None or getattr(module, setting)):
+        return f"{processor.__class__.__name__} calls attention twice for one layer, and a patch would change one of them"
     if getattr(processor, "_parallel_config", None) is not None:
         return (
             "context parallelism gives each device a part of the sequence only, which no patch can see whole"

@@ -113,10 +113,10 @@ def _ours(runtime: Runtime, layer: Any, index: int) -> Any:
     if first is None:
         if isinstance(layer, StatefulMixin | CompressingLayer):
             return layer
-        if isinstance(layer, StaticLayer):
+        if isinstance(layer, StaticLayer) and type(layer) is not StaticLayer:
             raise Unsupported(
-                f"{plan.entries[0].method}: a static cache cannot carry the state of a sequence; "
-                "use a dynamic cache (drop cache_implementation)"
+                f"{plan.entries[0].method}: layer {index} of this static cache is a {type(layer).__name__}, which cannot "
+                "carry the state of a sequence; use a dynamic cache (drop cache_implementation)"
             )
         if not isinstance(layer, DummyLayer):
             _must_be_empty(plan.entries[0].method, layer, index)

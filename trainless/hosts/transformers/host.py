@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ...cache import CompressingLayer, Freezing
+from ...cache import CompressingLayer, Freezing, StaticStatefulMixin
 from ...edits.journal import MARKER, AttributeEdit, HookEdit, Journal
 from ...engine.attention import attend
 from ...engine.autocast import as_computed
+from ...engine.prepared import NUMBERS
 from ...engine.runtime import ATTRIBUTE, Runtime, runtime_of
 from ...engine.watching import Made
 from ...errors import Unsupported
@@ -130,7 +131,7 @@ def _routed(
         return _watched(runtime, module, query, key, value, attention_mask, scaling, dropout, kwargs)
     here = runtime.call
     step, here.step = here.step, None
-    if step is not None and kwargs.get("position_bias") is None:
+    if step is not None and kwargs.get("position_bias") is None and traced.fits(step, attention_mask):
         return _stepped(runtime, step, module, query, key, value, attention_mask, scaling, dropout, kwargs)
     facts = here.facts
     entering, here.residual = here.residual, None
@@ -141,17 +142,18 @@ def _routed(
         return _user_function(module)(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
-    constant = runtime.plan.constant
-    known = "undeclared" not in runtime.site.facts
-    if constant is not None and not held and known and _only_scaled(kwargs):
+    ready = runtime.prepared
+    if ready.numbers and not held and "undeclared" not in runtime.site.facts and _only_scaled(kwargs):
         # Decoding makes thousands of these calls a second, so nothing is built for them.
         runtime.passed()
         runtime.acted("stock")
-        scaling = (query.shape[-1] ** -0.5 if scaling is None else scaling) * constant
-        attention_mask = bias_times(attention_mask, constant, query.shape[2], key.shape[2])
-        return _user_function(module)(
+        if ready.factor != 1.0:
+            scaling = (query.shape[-1] ** -0.5 if scaling is None else scaling) * ready.factor
+            attention_mask = bias_times(attention_mask, ready.factor, query.shape[2], key.shape[2])
+        out, weights = _user_function(module)(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
+        return ready.gained(out), weights
     call = call_of(module, runtime, query, key, value, attention_mask, scaling, dropout, kwargs)
     if runtime.plan.asks:
         tell(runtime, call, entering)
@@ -162,6 +164,8 @@ def _routed(
     out = attend(runtime, call, _delegate(module, facts, order, kwargs))
     if isinstance(call.layer, Freezing) and runtime.watch is None:
         _settle(runtime, call.layer)
+    if isinstance(call.layer, StaticStatefulMixin):
+        call.layer.settle()
     facts.pop("residual", None)  # as large as the layer's activations: not to be kept until the next call
     weights = facts.pop("weights", None)
     if weights is None and facts.pop("attentions", False):
@@ -199,7 +203,7 @@ def _watched(
 
 def _stepped(
     runtime: Runtime,
-    layer: Freezing,
+    layer: Any,
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -209,9 +213,13 @@ def _stepped(
     dropout: float,
     kwargs: dict[str, Any],
 ) -> tuple[Tensor, Any]:
-    """A step of one token on the buffers of a frozen cache layer."""
+    """A step of one token on the buffers of a frozen cache layer, or by what is remembered on a static one."""
     runtime.passed()
     runtime.acted(runtime.prepared.kernel)
+    if not isinstance(layer, Freezing):
+        return traced.straight(
+            runtime, _user_function, layer, module, query, key, value, mask, scaling, dropout, kwargs
+        )
     runtime.settled = layer.counters
     around = inputs.noted(runtime)
     padding = around.padding if around is not None else None
@@ -411,7 +419,7 @@ class TransformersHost:
     def _calls_differ(runtime: Runtime) -> bool:
         """Whether what is contributed here depends on the call: on its cache layer, or on whose keys it brings."""
         changing = [e.contribution for e in runtime.entries if not e.contribution.inert]
-        if all(c.constant is not None and c.kind == "scale" for c in changing):
+        if all(c.constant is not None and c.kind in NUMBERS for c in changing):
             named = inspect.signature(type(runtime.site.module).forward).parameters
             return bool(changing) and bool(OTHER_KEYS & set(named))
         return True

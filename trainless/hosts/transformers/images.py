@@ -114,10 +114,27 @@ class Reader(threading.local):
         raise Unsupported("a patched model cannot be pickled: remove the patch first, or use save_pretrained")
 
     def enter(self, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        (_uncompiled if torch.compiler.is_compiling() else _read)(self, owner, args, kwargs)
+        if not torch.compiler.is_compiling():
+            _read(self, owner, args, kwargs)
+        elif not self._dispensable(args, kwargs):
+            _uncompiled(self, owner, args, kwargs)
 
-    def leave(self, *unused: Any) -> None:
-        (_left_uncompiled if torch.compiler.is_compiling() else _left)(self)
+    def leave(self, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if not torch.compiler.is_compiling():
+            _left(self)
+        elif not self._dispensable(args, kwargs):
+            _left_uncompiled(self)
+
+    def _dispensable(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether nobody asks which token is an image: in a traced step of one token that brings none."""
+        if any(runtime.prepared.refusal is not None for runtime in self.runtimes):
+            return False
+        for name, given in (*zip(self.names, args, strict=False), *kwargs.items()):
+            if name.startswith(CARRIERS) and given is not None:
+                return False
+            if name in ("input_ids", "inputs_embeds") and isinstance(given, Tensor) and given.shape[1] != 1:
+                return False
+        return True
 
     def read(self, owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         _left(self)
@@ -275,7 +292,9 @@ def watch(runtime: Runtime, model: nn.Module, name: str, journal: Journal) -> Re
         journal.add(
             HookEdit(
                 owner,
-                functools.partial(owner.register_forward_hook, reader.leave, always_call=True),
+                functools.partial(
+                    owner.register_forward_hook, reader.leave, with_kwargs=True, always_call=True
+                ),
                 f"forward hook on {where}",
             )
         )

@@ -137,7 +137,7 @@ class Given:
     def dispensable(self, rows: int) -> bool:
         """Whether no site asks, in a forward of so many tokens that a compiler traces."""
         for runtime in self.runtimes:
-            if runtime.prepared.refusal is not None or (runtime.prepared.keeps and rows != 1):
+            if runtime.prepared.refusal is not None or (runtime.prepared.single and rows != 1):
                 return False
         return True
 
@@ -267,7 +267,8 @@ def watch(runtime: Runtime, model: nn.Module, station: Journal) -> None:
 def noted(runtime: Runtime) -> Noted | None:
     """What the forward around the call under way was given; None outside any."""
     given: Given | None = runtime.asked.get("inputs")
-    return given.noted[-1] if given is not None and given.noted else None
+    under = None if given is None else given.under.noted
+    return under[-1] if under else None
 
 
 def outermost(runtime: Runtime) -> Noted | None:

@@ -261,6 +261,13 @@ ELSEWHERE = {
         "runs flex attention, which no patch can reach; call set_attn_processor(QwenImage21AttnProcessor()) first"
     ),
 }
+# Processors that make two attention calls for one layer, of which a patch would edit the first alone -> the setting
+# of the module under which they do; None: always.
+TWICE: dict[str, str | None] = {
+    "diffusers.models.transformers.transformer_stable_audio3.StableAudio3SelfAttnProcessor": "use_differential",
+    "diffusers.models.transformers.transformer_stable_audio3.StableAudio3CrossAttnProcessor": "use_differential",
+    "diffusers.models.transformers.transformer_cosmos3.Cosmos3AttnProcessor": None,
+}
 
 
 def qualified(kind: type) -> str:
