@@ -319,6 +319,9 @@ def _tiers(run: Run, layer: PackedLayer) -> Tensor | None:
             "probe_mass": layer.waiting_columns(mass),
             "probe_rows": layer.waiting_columns(rows)[:, 0],
         }
+    for name in ("column_mass", "column_max", "column_entropy"):
+        if (whole := getattr(run.stats, name)) is not None:
+            found[name] = layer.waiting_columns(whole)
     call = replace(call, key=call.key[:, :, -waiting:], value=call.value[:, :, -waiting:])
     value = entry.contribution.value
     assert value is not None

@@ -54,8 +54,9 @@ def merge_extra(
             more.visible, causal=False, lq=stop - first, lk=more.key.shape[2], device=query.device
         )
         beside, weight = attention(
-            query, more.key, more.value, visibility=seen, scale=call.scaling, position_bias=more.bias
-        )
+            query, more.key, more.value, visibility=seen, scale=call.scaling, position_bias=more.bias,
+            softcap=call.softcap,
+        )  # fmt: skip
         merged = torch.logaddexp(held, weight)
         keep = torch.exp(held - merged).nan_to_num(0.0)[..., None]
         add = torch.exp(weight - merged).nan_to_num(0.0)[..., None]

@@ -213,6 +213,8 @@ def _refusal(plan: AttentionPlan, whole: bool) -> str | None:
             and plan.quantiser is None
         ):
             return f"{entry.method}: its {given.kind} depends on each call"
+        if given.scope != "call":
+            return f"{entry.method}: its {given.kind} keeps a State"
         if given.asks:
             return f"{entry.method}: its {given.kind} asks for the {sorted(given.asks)[0]} of each call"
     return None

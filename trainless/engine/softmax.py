@@ -42,8 +42,11 @@ from .extra_keys import merge_extra
 from .patterns import Pattern, extra_of_image, window_of
 from .row_edits import apply, apply_to, edited_rows, mass_of_groups, move_edit, on_heads
 from .run import FEW_ROWS, SAMPLED, Run
+from .spread import note_spread, spread_of_rows, wanted_spread
 from .subset import only, over, without
 
+# Statistics that the shortest way of a decode step over kept tokens gives.
+KEPT = {"column_mass", "probe_mass"}
 ROW_BLOCK = 128  # rows at a time where an edit needs whole rows of probabilities
 
 
@@ -108,7 +111,7 @@ def _without_statistics(run: Run, asked: Asked) -> Tensor | None:
     call, layer = run.call, asked.layer
     alone = call.query.shape[2] == 1 and run.times is None
     if layer is not None and layer.evicted and alone and not (asked.extra or asked.moves):
-        if not (asked.patterns or asked.dynamic or run.plan.of["observe"] or "lse" in asked.wanted):
+        if not (asked.patterns or asked.dynamic or run.plan.of["observe"] or asked.wanted - KEPT):
             return _decode_kept(run, layer, asked.wanted)
     if not (asked.wanted or asked.dynamic or run.groups):
         # Frozen rules need no statistics: ask them first, they may have nothing to edit in this call.
@@ -145,6 +148,7 @@ def _measured(run: Run, visible: Visibility, asked: Asked) -> Tensor:
         run.stats.lse = lse
     if "column_mass" in asked.wanted:
         _column_mass(run, asked.layer, visible, lse, options)
+    note_spread(run, visible, lse, asked.wanted)
     probe(run, asked.layer, visible, lse)
     subset = None
     for entry, chosen in _chosen_patterns(run, asked.dynamic):
@@ -229,7 +233,7 @@ def _windowed(run: Run, window: Window2d, extra: list[Any]) -> Tensor:
 def _together(run: Run, visible: Visibility, wanted: set[str], moves: tuple[Entry, ...]) -> bool:
     """Whether an edit that waits for the column mass is about to be asked for, and one sweep can prepare it."""
     # The sweep leaves out heads that nobody watches; a log-sum-exp is asked for whole.
-    if "column_mass" not in wanted or "lse" in wanted:
+    if "column_mass" not in wanted or "lse" in wanted or wanted_spread(wanted):
         return False
     waits = any("column_mass" in e.contribution.wanted(run.call, run.state(e)) for e in moves)
     return waits and not together_reasons(run.call.query, run.call.key, run.call.value, visible, run.terms())
@@ -487,6 +491,7 @@ def _few_rows(run: Run, visible: Visibility, asked: Asked) -> Tensor:
     run.kernel = "rows"
     if "column_mass" in asked.wanted:
         _mass_of_rows(run, layer, visible, probabilities)
+    spread_of_rows(run, probabilities, asked.wanted)
     probe(run, layer, visible, None, probabilities)
     if "lse" in asked.wanted:
         _, run.stats.lse = run.attention(visible)

@@ -77,7 +77,7 @@ class Contribution:
     @property
     def stateful(self) -> bool:
         """Whether it keeps a State with the sequence, and so needs the cache layer of its calls."""
-        return self.scope == "sequence"
+        return self.scope in ("sequence", "layers")
 
     def wanted(self, call: AttentionCall, state: State) -> Collection[str]:
         """The statistics that ``value`` reads in this call."""

@@ -37,6 +37,7 @@ class AttentionPlan:
         self.keeping = frozenset(
             e.owner for e in self.active if e.contribution.stateful or e.contribution.kind == "kv"
         )
+        self.layered = any(e.contribution.scope == "layers" for e in self.active)
         self.running = frozenset(e.owner for e in self.active if e.contribution.scope == "run")
         # At most one of each: two would be a conflict.
         self.evictor = next((e for e in self.of["kv"] if isinstance(e.contribution.policy, Evict)), None)

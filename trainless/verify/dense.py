@@ -187,6 +187,8 @@ def _beside(
     h, lq = z.shape[1:3]
     key, its = (wide(t).repeat_interleave(h // t.shape[1], 1) for t in (more.key, more.value))
     beside = asked.query @ key.mT * asked.scaling
+    if asked.softcap is not None:
+        beside = asked.softcap * torch.tanh(beside / asked.softcap)
     first, stop = more.rows or (0, lq)
     if more.bias is not None:
         beside[:, :, first:stop] += wide(more.bias)

@@ -43,6 +43,7 @@ from .static import cache_notes
 from .uncompiled import uncompiled
 
 NAME = "trainless"
+LASTING = {"sequence", "layers"}  # scopes of what is kept with a sequence
 # What the user's own function may be handed as it came when all that changes is the factor on the logits.
 PASSED_ON = (HARMLESS - PACKED) | {"is_causal", "sliding_window"}
 # A forward that names one of these may be asked for cross-attention in one call and not in the next.
@@ -156,7 +157,7 @@ def _routed(
         )
         return ready.gained(out), weights
     call = call_of(module, runtime, query, key, value, attention_mask, scaling, dropout, kwargs)
-    if runtime.plan.asks:
+    if runtime.plan.asks or runtime.plan.layered:
         tell(runtime, call, entering)
     if runtime.watch is not None:
         runtime.watch.told(call)
@@ -167,6 +168,7 @@ def _routed(
         _settle(runtime, call.layer)
     if isinstance(call.layer, StaticStatefulMixin):
         call.layer.settle()
+    facts.pop("layers", None)
     facts.pop("residual", None)  # as large as the layer's activations: not to be kept until the next call
     weights = facts.pop("weights", None)
     if weights is None and facts.pop("attentions", False):
@@ -414,9 +416,7 @@ class TransformersHost:
 
     def around(self, runtime: Runtime, model: nn.Module, station: Journal) -> Tell:
         """Who tells what is known of the calls of a module that somebody stands around."""
-        if any(
-            e.contribution.scope == "sequence" for e in runtime.entries if e.contribution.kind == "around"
-        ):
+        if any(e.contribution.scope in LASTING for e in runtime.entries if e.contribution.kind == "around"):
             return sequences.watch(runtime, model, station)
         return nothing
 
@@ -439,6 +439,8 @@ class TransformersHost:
         if "residual" in asks and "residual" not in runtime.asked:
             residual.watch(runtime, model)
             runtime.asked["residual"] = True
+        if any(e.contribution.scope == "layers" for e in runtime.entries if not e.contribution.inert):
+            sequences.watch(runtime, model, station)
 
     def install_model(self, model: nn.Module, journal: Journal, runtimes: Sequence[Runtime]) -> None:
         for name, module in model.named_modules():
