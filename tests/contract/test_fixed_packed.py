@@ -20,6 +20,7 @@ CASES = {
     "kvquant": [KV],
     "a share waits": [{"use": "kvquant", "with": {"group": 3, "residual": 0.3, "k_bits": 8, "v_bits": 2}}],
     "zipcache": [{"use": "zipcache", "with": {"interval": 5, "probes": (3, 4)}}],
+    "zipcache, in groups": [{"use": "zipcache", "with": {"interval": 5, "group": 4}}],
     "zipcache, three at a time": [
         {"use": "zipcache", "with": {"interval": 3, "bits": (8, 4), "salient": 0.4}}
     ],
@@ -115,6 +116,21 @@ def test_steps_on_buffers_are_those_of_the_layer_that_decides_on_the_host(on_the
         assert (a - b)[real].abs().max() < 1e-11
     alike(cache, base)
     assert any("packed/fixed" in m.kernels for m in patches.report().methods)
+
+
+@pytest.mark.parametrize(("group", "lengths"), [(3, [14, 14]), (0, [5, 4])], ids=["last group", "short row"])
+def test_groups_with_empty_slots_stay_beside_those_that_are_filled(on_the_host, group, lengths):
+    """A prompt's groups of the size of later ones, of which one has fewer tokens: nothing is joined to them."""
+    use = [{"use": "zipcache", "with": {"interval": 5, "group": group}}]
+    calls = [lengths[0], *[1] * 12]
+    ids, mask = models.left_padded([n + 12 for n in lengths])
+    want, _ = wanted(on_the_host, use, ids, mask, calls)
+    model, cache = build(), DynamicCache()
+    trainless.patch(model, use)
+    got = replay(model, None, ids, mask, calls, cache)
+    assert all(frozen(cache))
+    for a, b, real in zip(got, want, _real(mask, ids).split(calls, 1), strict=True):
+        assert (a - b)[real].abs().max() < 1e-11
 
 
 def _real(mask, ids):

@@ -119,7 +119,7 @@ def test_prefill_in_chunks(case: Case, chunk: int):
             assert a.kept() == b.kept()
 
 
-STATIC = {"attn_temperature", "head_gain", "h2o", "streaming", "tova", "snapkv", "kvquant", "zipcache"}
+STATIC = {"attn_temperature", "head_gain", "h2o", "streaming", "tova", "snapkv", "kvquant", "zipcache", "act"}
 
 
 @pytest.mark.parametrize(**named(ON_LLAMA))

@@ -25,7 +25,7 @@ from methods.publications import made_for
 from oracle import LinFusion, install_linfusion
 
 import trainless
-from trainless.hosts.diffusers.denoisers.listing import Family, families
+from trainless.hosts.diffusers.denoisers.listing import DenoiserFamily, families
 from trainless.hosts.diffusers.sizes import Sizes
 from trainless.patchers import known
 
@@ -51,7 +51,7 @@ def names() -> list[str]:
 
 
 @functools.cache
-def _listed() -> dict[str, Family]:
+def _listed() -> dict[str, DenoiserFamily]:
     return {family.name: family for family in families()}
 
 

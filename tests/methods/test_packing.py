@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from oracle import H2O, KvQuant, ZipCache, models, replay
+from oracle import H2O, KvQuant, ZipCache, install, models, real_rows, replay
 from transformers import DynamicCache, StaticCache
 
 import trainless
@@ -75,8 +75,46 @@ def test_bytes_of_two_tiers_are_the_budget(dtype):
         assert side_bytes(layer) == 4 * HEADS * 40 == layer.nbytes - layer_bytes(layer)
 
 
+@pytest.mark.parametrize("group", [0, 7, 64])
+def test_zipcache_in_groups_follows_its_rule(group):
+    """A padded batch whose tiers have several groups, and chunks of later tokens, against the dense rule."""
+    from contract.cases import ProbedZipCache
+
+    from trainless.patchers.zipcache import ZipCache as Method
+
+    given = {"interval": 30, "group": group, "bits": (4, 2), "probes": (4, 0.2)}
+    model, calls = build(layers=2), [120, *[1] * 31, 4]
+    ids, mask = models.left_padded([155, 131])
+    rule = ProbedZipCache(Method(**given), interval=30, bits=(4, 2), k_group=group or None)
+    with install(model, rule):
+        want = replay(model, None, ids, mask, calls)
+    with trainless.patched(model, "zipcache", **given):
+        got = replay(model, None, ids, mask, calls, DynamicCache())
+    for a, b, real in zip(got, want, real_rows(mask, calls, 2), strict=True):
+        assert (a - b)[real].abs().max() < 1e-10
+
+
+def test_groups_bring_keys_of_a_long_prompt_closer():
+    """Keys that drift along a text: over a whole prompt a step spans the drift, in groups a part of it."""
+    model, ids, lost = build(layers=1), models.prompt(400), []
+    for group in (0, 64):
+        cache = DynamicCache()
+        with trainless.patched(model, "zipcache", group=group, bits=(2, 2)):
+            model(ids, past_key_values=cache)
+        steps = [s.key_step.abs().mean() for s in cache.layers[0].store.segments]
+        lost.append(float(sum(steps)))
+    assert lost[1] < 0.9 * lost[0]
+
+
 @pytest.mark.parametrize(
-    "use", [["kvquant", {"group": 4, "residual": 5}], ["zipcache", ZIP]], ids=lambda u: u[0]
+    "use",
+    [
+        ["kvquant", {"group": 4, "residual": 5}],
+        ["zipcache", ZIP],
+        ["zipcache", {**ZIP, "group": 7}],
+        ["zipcache", {**ZIP, "group": 0}],
+    ],
+    ids=str,
 )
 def test_the_estimate_is_what_a_prefill_then_holds(use):
     from trainless.patch.binding import bind

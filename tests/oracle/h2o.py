@@ -22,6 +22,8 @@ class H2O(Evictor):
     - Ties go to the newer token. The newest token is always kept: with recent=0 it takes one of the
       heavy places. The total is max(1, heavy + recent).
     - normalise=True divides c_j by the number of real rows that could see j (under the model's own mask).
+    - sample=(whole, every): of a call's real rows the first ``whole`` add once each; from there on only every
+      ``every``-th adds, so many times; None: all once. Chunks of one prefill are one call here.
     - gqa="max" reduces accumulated scores, so that it does not matter how rows were cut into calls.
       ``reduce="call"`` takes the maximum of each call's column sums and adds those up instead.
     """
@@ -36,14 +38,16 @@ class H2O(Evictor):
         layers: Collection[int] | None = None,
         part: str | None = None,
         reduce: str = "selection",
+        sample: tuple[int, int] | None = (128, 32),
     ) -> None:
         super().__init__(positions, layers, part)
+        self.sample = sample
         self.heavy, self.recent, self.gqa, self.normalise, self.reduce = heavy, recent, gqa, normalise, reduce
 
     def scores(self, call: Call, p: Tensor) -> Tensor:
         state = self.state(call)
         rows = call.real[:, None, :, None]
-        mass = (p * rows).sum(dim=2)
+        mass = (p * rows * self.times(call)[:, None, :, None]).sum(dim=2)
         if self.reduce == "call":
             mass = self._share(mass, call)
         count = (call.visible & rows).sum(dim=2)[:, :: call.groups]
@@ -54,6 +58,18 @@ class H2O(Evictor):
         state["mass"], state["count"] = mass, count
         score = mass if self.reduce == "call" else self._share(mass, call)
         return score / count.clamp_min(1) if self.normalise else score
+
+    def times(self, call: Call) -> Tensor:
+        """How often each row adds, (B, Lq)."""
+        found = call.real.long()
+        if self.sample is None:
+            return found
+        whole, every = self.sample
+        for row in range(found.shape[0]):
+            for number, i in enumerate(call.real[row].nonzero().flatten().tolist()):
+                if number >= whole:
+                    found[row, i] = every if (number - whole + 1) % every == 0 else 0
+        return found
 
     def _share(self, mass: Tensor, call: Call) -> Tensor:
         grouped = mass.unflatten(1, (call.key.shape[1], call.groups))

@@ -23,8 +23,9 @@ from .fixed_tiers import FixedTiersLayer
 from .freezing import Freezing
 from .hybrid import beside_recurrence
 from .packed import PackedLayer
+from .standing import StaticStatefulMixin
 
 __all__ = [
     "CompressingLayer", "ExpandedLayer", "FixedEvictingLayer", "FixedLayer", "FixedPackedLayer",
-    "FixedTiersLayer", "Freezing", "PackedLayer", "StatefulMixin", "beside_recurrence", "stateful",
+    "FixedTiersLayer", "Freezing", "PackedLayer", "StatefulMixin", "StaticStatefulMixin", "beside_recurrence", "stateful",
 ]  # fmt: skip

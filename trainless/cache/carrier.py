@@ -150,6 +150,12 @@ class StatefulMixin(Carrier):
 
 
 _stateful: dict[type, type] = {}
+_mixins: dict[type, type] = {}
+
+
+def states_on(cls: type, mixin: type) -> None:
+    """Layers of ``cls`` itself carry states by ``mixin``."""
+    _mixins[cls] = mixin
 
 
 def stateful(layer: Any) -> Any:
@@ -164,5 +170,7 @@ def _empty(cls: type) -> Any:
     """An instance without contents of the class that carries states and is otherwise like ``cls``."""
     if cls not in _stateful:
         # _layer_type registers subclasses globally in transformers; ours must stay out of that table.
-        _stateful[cls] = type(f"Stateful{cls.__name__}", (StatefulMixin, cls), {"_layer_type": None})
+        _stateful[cls] = type(
+            f"Stateful{cls.__name__}", (_mixins.get(cls, StatefulMixin), cls), {"_layer_type": None}
+        )
     return object.__new__(_stateful[cls])

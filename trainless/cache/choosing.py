@@ -45,6 +45,32 @@ class Choosing(Slots):
         # Rows that a rule looks at may stand in several chunks of one prefill.
         return self.policy.last if self.lease.deferring and self.policy.last > 1 else 0
 
+    def times(self, real: Tensor | None, rows: int) -> Tensor | None:
+        """How often each of the call's rows counts in column sums, (1 or B, rows) int64; None: once each.
+
+        real (B, rows): which are no padding.
+        """
+        sample = self.policy.sample
+        if sample is None or self.scored_by() != "column_mass":
+            return None
+        before = self._turn_before(real, rows)
+        if max(before) + rows <= sample.whole:
+            return None
+        device = self.keys.device
+        number = torch.arange(rows, device=device)[None] if real is None else real.long().cumsum(1) - 1
+        times = sample.times(number + torch.tensor(before, device=device)[:, None])
+        return times if real is None else times * real
+
+    def _turn_before(self, real: Tensor | None, rows: int) -> list[int]:
+        """Real tokens of each row in earlier chunks of the same prefill."""
+        if not self.lease.deferring:
+            return [0]
+        own = [rows] * self._batch() if real is None else real.sum(1).tolist()
+        before = [n - o for n, o in zip(self.real_seen(), own, strict=True)]
+        if not self.deferred:
+            self.turn = before
+        return [n - start for n, start in zip(before, self.turn, strict=True)]
+
     def score(self, mass: Tensor, tail: Tensor | None = None) -> None:
         """Add column mass (B, H, Lk) of the rows that the rule looks at.
 

@@ -17,7 +17,7 @@ from ..kernels.quant_kv import RAW, FixedPacked, channel_root, fixed_packed, pac
 from ..seams import Evict, Quantise, tokens_of
 from .fixed_packed import FixedPackedLayer
 from .freezing import statistics
-from .store import Run
+from .store import StoredRun
 
 CHUNKS = 2  # that there is room for beyond those of a prompt, in a dynamic cache, at least
 LAST = 1 << 30  # behind any run
@@ -30,7 +30,7 @@ class FixedTiersLayer(FixedPackedLayer):
 
     def _clear(self) -> None:
         self.low: FixedPacked | None = None
-        self.others: list[tuple[FixedPacked, Run]] = []  # chunks of other sizes, and their runs
+        self.others: list[tuple[FixedPacked, StoredRun]] = []  # chunks of other sizes, and their runs
         self.at = [LAST, LAST]  # which of the runs the high and the low tier were
         self.places: tuple[Tensor, Tensor] | None = (
             None  # (B, Hkv, slots) int32: positions of codes, per tier
@@ -42,7 +42,8 @@ class FixedTiersLayer(FixedPackedLayer):
     def suits(rule: Quantise, policy: Evict | None, capacity: int | None) -> bool:
         if policy is not None or rule.group or rule.start or rule.residual or not rule.newest:
             return False
-        return 0 < tokens_of(rule.high, rule.interval) < rule.interval
+        high = tokens_of(rule.high, rule.interval)
+        return 0 < high < rule.interval and not 0 < rule.cut < max(high, rule.interval - high)
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -66,7 +67,7 @@ class FixedTiersLayer(FixedPackedLayer):
         if waiting >= interval:
             return
         mine = [
-            next((r for r in self.store.runs if (r.tier, r.size) == (tier, size)), None)
+            next((r for r in self.store.runs if (r.tier, r.size) == (tier, size) and _full(r)), None)
             for tier, size in enumerate(self.sizes)
         ]
         filled = [r.filled if r is not None else [0] * self._batch() for r in mine]
@@ -104,7 +105,7 @@ class FixedTiersLayer(FixedPackedLayer):
         self.keys, self.values = self.fixed.tail_key, self.fixed.tail_value
         self._froze(self.aged)
 
-    def _apart(self, run: Run) -> FixedPacked:
+    def _apart(self, run: StoredRun) -> FixedPacked:
         """The codes of a run to which nothing is added; which slots hold a token its positions say."""
         segment = run.segment
         made = fixed_packed(
@@ -132,7 +133,9 @@ class FixedTiersLayer(FixedPackedLayer):
         self.others = []
         ages = aged.tolist()
         self._thaws(ages, list(ages))
-        self._store.runs = [Run(r.tier, held.segments()[0], r.positions, r.filled) for held, r in others]
+        self._store.runs = [
+            StoredRun(r.tier, held.segments()[0], r.positions, r.filled) for held, r in others
+        ]
         tiers = fixed, low
         for tier in sorted((0, 1), key=lambda tier: self.at[tier]):
             held, place = tiers[tier], places[tier]
@@ -140,7 +143,7 @@ class FixedTiersLayer(FixedPackedLayer):
             if groups := max(filled):
                 segment = held.segments()[0].each(lambda t, n=groups: t[:, :, :n].clone())  # type: ignore[misc]
                 positions = place[:, :, : groups * held.size].clone()
-                self._store.runs.insert(self.at[tier], Run(tier, segment, positions, filled))
+                self._store.runs.insert(self.at[tier], StoredRun(tier, segment, positions, filled))
         waits = (fixed.age - fixed.packed)[:, None].long()
         width = int(waits.max())
         # Which of those that wait, from the oldest.
@@ -252,3 +255,10 @@ class FixedTiersLayer(FixedPackedLayer):
     @property
     def width(self) -> int:
         return super().width if self.aged is None else int(self.aged.max())
+
+
+def _full(run: StoredRun) -> bool:
+    """Whether every slot of the groups in use holds a token."""
+    held = torch.tensor(run.filled, device=run.positions.device)[:, None, None] * run.size
+    unused = torch.arange(run.slots, device=run.positions.device) >= held
+    return bool(((run.positions >= 0) | unused).all())

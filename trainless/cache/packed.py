@@ -251,7 +251,7 @@ class PackedLayer(CompressingLayer):
         for tier, mine in enumerate((high, chosen & ~high)):
             bits = self.rule.k_bits[tier], self.rule.v_bits[tier]
             self.store.add(
-                tier, bits, self.rule.group, keys, values, self.tail, mine, ids, new,
+                tier, bits, self.rule.size, keys, values, self.tail, mine, ids, new,
                 root if bits[1] < RAW else None,
             )  # fmt: skip
         left = self._keep_tail((self.tail >= 0) & ~chosen)

@@ -19,7 +19,7 @@ from ..seams import State
 from . import columns
 from .carrier import Carrier
 
-NUMBERS = ("lengths", "budgets", "recents", "firsts", "counts", "ages", "pads", "given")
+NUMBERS = ("lengths", "budgets", "recents", "firsts", "counts", "ages", "pads", "given", "turn")
 
 
 class Slots(Carrier, DynamicLayer):
@@ -57,6 +57,7 @@ class Slots(Carrier, DynamicLayer):
         self.ordered = True  # whether slots are in the order of their positions
         self.pads: list[list[tuple[int, int]]] = []  # runs of padding per row, once positions are known
         self.given: list[list[tuple[int, int]]] = []  # runs of positions per row that are never to go
+        self.turn: list[int] = []  # real tokens per row before the prefill in chunks that is under way
         self.deferred = False  # whether the last call was a chunk, after which nothing was decided
         self.idle = 0  # tokens that came since a rule was last active
         self.missed: set[Any] = set()  # leases that were not active when the first tokens came

@@ -17,7 +17,7 @@ from ..kernels.quant_kv import Segment, quantise
 
 
 @dataclass
-class Run:
+class StoredRun:
     """positions (B, Hkv, slots): of the tokens, -1 in empty slots. filled: groups in use, per row."""
 
     tier: int
@@ -41,7 +41,7 @@ class Store:
     """The runs of a layer, in the order in which their slots are counted."""
 
     def __init__(self) -> None:
-        self.runs: list[Run] = []
+        self.runs: list[StoredRun] = []
 
     @property
     def slots(self) -> int:
@@ -79,19 +79,20 @@ class Store:
     # ------------------------------------------------------------------ packing
 
     def add(
-        self, tier: int, bits: tuple[int, int], group: int, key: Tensor, value: Tensor, positions: Tensor,
-        chosen: Tensor, ids: list[Tensor], new: Tensor, root: Tensor | None = None,
+        self, tier: int, bits: tuple[int, int], size_of: Callable[[int], int], key: Tensor, value: Tensor,
+        positions: Tensor, chosen: Tensor, ids: list[Tensor], new: Tensor, root: Tensor | None = None,
     ) -> None:  # fmt: skip
         """Pack the tokens ``chosen`` (B, Hkv, W) of key and value (B, Hkv, W, D).
 
-        ids: for each run, a number per slot (B, Hkv, slots), changed along with the runs; new (B, Hkv, W): the
-        numbers of the new tokens. root: see ``quantise``.
+        size_of: from the tokens of the fullest row and head to those of a group. ids: for each run, a number per slot
+        (B, Hkv, slots), changed along with the runs; new (B, Hkv, W): the numbers of the new tokens. root: see
+        ``quantise``.
         """
         counts = chosen.sum(2)
         most = int(counts.max()) if counts.numel() else 0
         if not most:
             return
-        size = group or most
+        size = size_of(most)
         groups = -(-most // size)
         # Chosen tokens first, in their order; what a row or head has fewer of is empty.
         order = (~chosen).int().argsort(dim=2, stable=True)[:, :, :most]
@@ -125,7 +126,7 @@ class Store:
             None,
         )
         if number is None:
-            self.runs.append(Run(tier, segment, positions, used))
+            self.runs.append(StoredRun(tier, segment, positions, used))
             ids.append(new)
             return
         run = self.runs[number]

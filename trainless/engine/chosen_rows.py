@@ -6,6 +6,7 @@ contributions with the same function are answered once.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -84,6 +85,22 @@ class Probed:
             else:
                 counts = (times[:, :, None] * seen.any(1)).sum(1)
             self.found[probes] = mass, counts
+
+
+def sampled_mass(times: Tensor, call: AttentionCall, mass_of: Callable[[Tensor], Tensor]) -> Tensor:
+    """The sum of what ``mass_of`` gives for the rows of one number in ``times`` (1 or B, Lq), times that number.
+
+    mass_of: from row numbers (B, P), -1 for none, to their column mass.
+    """
+    none = times.new_full((call.query.shape[0], 1), -1)
+    total = mass_of(none) if not bool(times.any()) else None
+    for number in times.unique().tolist():
+        index = None if number == 0 else index_of("sample", call, times == number)
+        if index is not None:
+            mass = mass_of(index) * number
+            total = mass if total is None else total + mass
+    assert total is not None
+    return total
 
 
 def row_weights(index: Tensor, rows: int) -> Tensor:

@@ -95,7 +95,7 @@ def window_of(call: AttentionCall, patterns: Sequence[Pattern]) -> tuple[Window2
 
 def extra_of_image(window: Window2d, extra: Sequence[ExtraKeys]) -> tuple[Any, list[ExtraKeys]]:
     """(keys and values for the kernel or None, those that have to be merged afterwards)."""
-    mine = [e for e in extra if e.visible is None and e.rows == window.image]
+    mine = [e for e in extra if e.visible is None and e.bias is None and e.rows == window.image]
     if not mine:
         return None, list(extra)
     key, value = (torch.cat([getattr(e, name) for e in mine], 2) for name in ("key", "value"))

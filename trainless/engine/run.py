@@ -21,8 +21,9 @@ from .chosen_rows import Probed
 from .extra_keys import merge_extra
 from .patterns import Pattern
 from .runtime import Runtime
-from .scopes import of_run
+from .scopes import of_layers, of_run
 
+SAMPLED = "column mass of sampled rows"  # asked for by a cache layer, in the place of "column_mass"
 FEW_ROWS = 16  # up to this many query rows the probabilities are computed outright
 
 
@@ -40,13 +41,21 @@ class Run:
         self.asking: set[Entry] = set()  # those that need a statistic of this call
         self.groups: dict[Entry, Groups] = {}  # who wants to know the mass of which groups, and …
         self.masses: dict[Entry, Tensor] = {}  # … what it is
+        self.times: Tensor | None = None  # (1 or B, Lq): how often rows count for a layer that samples them
         self.kernel, self.reasons = "stock", ""
         self.why_not: tuple[str, ...] = ()  # why a pattern's own kernel does not run
 
     def state(self, entry: Entry) -> State:
-        if entry.method not in self.states:
-            self.states[entry.method] = self._kept(entry)
-        return self.states[entry.method]
+        shared = entry.contribution.scope == "layers"
+        name = f"{entry.method}, all layers" if shared else entry.method
+        if name not in self.states:
+            self.states[name] = self._shared(entry) if shared else self._kept(entry)
+        return self.states[name]
+
+    def _shared(self, entry: Entry) -> State:
+        """The State of all layers of the method; the layer itself remembers that the patch was there."""
+        self._kept(entry)
+        return of_layers(self.call.facts.get("layers"), entry, self.runtime.site)
 
     def _kept(self, entry: Entry) -> State:
         """The State of a method at this site, as it was left or a new one."""
@@ -57,6 +66,10 @@ class Run:
         state = State(entry.owner)
         found: State = state if kept is None else kept.setdefault(entry.method, state)
         return found
+
+    def adds_up(self, layer: CompressingLayer | None) -> bool:
+        """Whether ``layer`` is told the column mass of all rows of this call."""
+        return layer is not None and self.times is None and layer.scored_by() == "column_mass"
 
     def value(self, entry: Entry) -> Any:
         if entry.contribution.constant is not None:

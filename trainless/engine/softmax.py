@@ -21,7 +21,13 @@ from torch import Tensor
 
 from ..cache import CompressingLayer
 from ..errors import Unsupported
-from ..kernels.column_mass import RowScale, attention_and_mass, column_mass, together_reasons
+from ..kernels.column_mass import (
+    RowScale,
+    attention_and_mass,
+    chosen_mass,
+    column_mass,
+    together_reasons,
+)
 from ..kernels.group_mass import group_mass
 from ..kernels.lse import attention as attention_lse
 from ..kernels.lse import choose as choose_lse
@@ -31,12 +37,16 @@ from ..kernels.visibility import Visibility
 from ..kernels.window2d import Window2d, window2d
 from ..kernels.window2d import choose as choose_window
 from ..seams import Contribution, Entry, MassMove, RowEdit, Statistics, Tokens
+from .chosen_rows import sampled_mass
 from .extra_keys import merge_extra
 from .patterns import Pattern, extra_of_image, window_of
 from .row_edits import apply, apply_to, edited_rows, mass_of_groups, move_edit, on_heads
-from .run import FEW_ROWS, Run
+from .run import FEW_ROWS, SAMPLED, Run
+from .spread import note_spread, spread_of_rows, wanted_spread
 from .subset import only, over, without
 
+# Statistics that the shortest way of a decode step over kept tokens gives.
+KEPT = {"column_mass", "probe_mass"}
 ROW_BLOCK = 128  # rows at a time where an edit needs whole rows of probabilities
 
 
@@ -99,8 +109,9 @@ def softmax(
 def _without_statistics(run: Run, asked: Asked) -> Tensor | None:
     """The output where nothing has to be measured for it; None where something has."""
     call, layer = run.call, asked.layer
-    if layer is not None and layer.evicted and call.query.shape[2] == 1 and not (asked.extra or asked.moves):
-        if not (asked.patterns or asked.dynamic or run.plan.of["observe"] or "lse" in asked.wanted):
+    alone = call.query.shape[2] == 1 and run.times is None
+    if layer is not None and layer.evicted and alone and not (asked.extra or asked.moves):
+        if not (asked.patterns or asked.dynamic or run.plan.of["observe"] or asked.wanted - KEPT):
             return _decode_kept(run, layer, asked.wanted)
     if not (asked.wanted or asked.dynamic or run.groups):
         # Frozen rules need no statistics: ask them first, they may have nothing to edit in this call.
@@ -131,12 +142,13 @@ def _measured(run: Run, visible: Visibility, asked: Asked) -> Tensor:
     call, extra, options = run.call, asked.extra, run.options()
     plain = not (run.edited or extra)
     out, lse = None, None
-    if not plain or asked.wanted - {"probe_mass"}:
+    if not plain or asked.wanted - {"probe_mass", SAMPLED}:
         out, lse = run.attention(visible, extra)
         run.edited = run.edited or bool(extra)
         run.stats.lse = lse
     if "column_mass" in asked.wanted:
         _column_mass(run, asked.layer, visible, lse, options)
+    note_spread(run, visible, lse, asked.wanted)
     probe(run, asked.layer, visible, lse)
     subset = None
     for entry, chosen in _chosen_patterns(run, asked.dynamic):
@@ -221,7 +233,7 @@ def _windowed(run: Run, window: Window2d, extra: list[Any]) -> Tensor:
 def _together(run: Run, visible: Visibility, wanted: set[str], moves: tuple[Entry, ...]) -> bool:
     """Whether an edit that waits for the column mass is about to be asked for, and one sweep can prepare it."""
     # The sweep leaves out heads that nobody watches; a log-sum-exp is asked for whole.
-    if "column_mass" not in wanted or "lse" in wanted:
+    if "column_mass" not in wanted or "lse" in wanted or wanted_spread(wanted):
         return False
     waits = any("column_mass" in e.contribution.wanted(run.call, run.state(e)) for e in moves)
     return waits and not together_reasons(run.call.query, run.call.key, run.call.value, visible, run.terms())
@@ -351,7 +363,7 @@ def _note_mass(
         mass = whole
     run.stats.column_mass = mass
     run.stats.rows = visible.counts(call.query.shape[0])
-    if layer is not None and layer.scored_by() == "column_mass":
+    if layer is not None and run.adds_up(layer):
         layer.score(mass, _tail(run, layer, visible) if layer.rows_apart() else None)
 
 
@@ -368,7 +380,9 @@ def probe(
     lse: Tensor | None,
     probabilities: Tensor | None = None,
 ) -> None:
-    """Fill in the statistics over chosen rows, and tell a layer that scores by them."""
+    """Fill in the statistics over chosen rows, and tell a layer that scores by them, or by a sample of rows."""
+    if layer is not None and run.times is not None:
+        _sampled(run, layer, visible, lse, probabilities)
     if not run.probed.index:
         return
     if probabilities is None:
@@ -392,8 +406,39 @@ def probe(
     layer.score(found["probe_mass"], tail)
 
 
+def _sampled(
+    run: Run,
+    layer: CompressingLayer,
+    visible: Visibility | None,
+    lse: Tensor | None,
+    probabilities: Tensor | None,
+) -> None:
+    """Tell a layer that samples rows the column mass of those, each counted as often as it stands for."""
+    assert run.times is not None
+    times = run.times
+    if probabilities is not None:
+        rows = probabilities * times[:, None, :, None]
+        layer.score(rows.sum(2), rows if layer.rows_apart() else None)
+        return
+    assert visible is not None
+    call, terms = run.call, run.terms()
+    tail = None
+    if layer.rows_apart():
+        tail = _tail(run, layer, visible)
+        tail = tail * times[:, None, -tail.shape[2] :, None]
+    with torch.no_grad():
+        mass = sampled_mass(
+            times,
+            call,
+            lambda index: chosen_mass(call.query, call.key, index, visibility=visible, terms=terms, lse=lse)[
+                0
+            ],
+        )
+    layer.score(mass, tail)
+
+
 def _heads_watched(run: Run, layer: CompressingLayer | None) -> tuple[int, ...] | None:
-    if layer is not None and layer.scored_by() == "column_mass":
+    if run.adds_up(layer):
         return None
     heads: set[int] = set()
     for entry in run.plan.active:
@@ -446,6 +491,7 @@ def _few_rows(run: Run, visible: Visibility, asked: Asked) -> Tensor:
     run.kernel = "rows"
     if "column_mass" in asked.wanted:
         _mass_of_rows(run, layer, visible, probabilities)
+    spread_of_rows(run, probabilities, asked.wanted)
     probe(run, layer, visible, None, probabilities)
     if "lse" in asked.wanted:
         _, run.stats.lse = run.attention(visible)
@@ -490,7 +536,7 @@ def _mass_of_rows(
     run.stats.column_mass = rows.sum(2)
     dropped = layer is not None and layer.evicted
     run.stats.rows = None if dropped else visible.counts(call.query.shape[0])
-    if layer is not None and layer.scored_by() == "column_mass":
+    if layer is not None and run.adds_up(layer):
         layer.score(run.stats.column_mass, rows if layer.rows_apart() else None)
 
 

@@ -17,7 +17,7 @@ from ..kernels.visibility import bias_times
 from ..kernels.window2d import choose, window2d
 from ..seams import AttentionCall, ExtraKeys, Formed, State, Statistics
 from .autocast import Delegate, narrowed, under_autocast
-from .extra_keys import merge_extra
+from .extra_keys import merge_extra, scaled
 from .patterns import Pattern, extra_of_image, visible_keys, window_of
 from .prepared import Step
 from .run import Run
@@ -51,7 +51,7 @@ def _through(runtime: Runtime, call: AttentionCall, delegate: Delegate) -> Tenso
     factor: Any = ready.factor
     for value in values("scale"):
         factor = factor * value
-    call = _scaled(call, factor)
+    call, extra = _scaled(call, factor), scaled(call, extra, factor)
     kernel, reasons = "stock", ""
     if ready.steps["form"]:
         (formed,) = values("form")

@@ -1,4 +1,4 @@
-"""Kernels: attention with log-sum-exp, mass of keys and groups, moving it, windows, sparse and linear forms, packing.
+"""Kernels: attention with log-sum-exp, mass of keys and groups, moving it, entropies, windows, sparse and linear forms.
 
 One folder per operation: ``reference.py`` fixes the meaning in dense torch, ``blocked.py`` serves any
 device with memory linear in the number of tokens, ``triton.py`` serves CUDA, ``api.py`` checks the
@@ -15,6 +15,7 @@ from .linear import linear_attention
 from .lse import attention, row_attention
 from .mass_move import mass_move
 from .quant_kv import packed_attention, packed_rows
+from .spread import spread
 from .visibility import Visibility, visibility
 from .window2d import Window2d, window2d
 
@@ -33,6 +34,7 @@ __all__ = [
     "packed_attention",
     "packed_rows",
     "row_attention",
+    "spread",
     "visibility",
     "window2d",
 ]

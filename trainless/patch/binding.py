@@ -138,7 +138,8 @@ def _contribution_refusal(site: Site, given: Sequence[Contribution]) -> str | No
     active = [c for c in given if not c.inert]
     if site.facts.get("no_state") and any(c.stateful or c.statistics for c in active):
         return str(site.facts["no_state"])
-    lasts = next((c.scope for c in active if c.scope not in ("call", site.lasting)), None)
+    own = {"call", site.lasting, "layers" if site.lasting == "sequence" else "call"}
+    lasts = next((c.scope for c in active if c.scope not in own), None)
     if lasts is not None:
         return f"a State of scope {lasts!r} is asked for, and here it lasts for a {site.lasting}"
     if site.lasting != "run" and any("step" in c.asks for c in active):

@@ -115,7 +115,7 @@ class Act(Method):
         return [
             Mass(
                 self._frozen(heads), needs=_at_prefill, heads=heads, inert=inert, scope="sequence",
-                lookahead=True, statistics=frozenset({"column_mass"}),
+                lookahead=True, statistics=frozenset({"column_mass"}), step=self._stepped(heads),
             )
         ]  # fmt: skip
 
@@ -158,6 +158,13 @@ class Act(Method):
             return None if frozen is None else MassMove(_pick(_as_wide(frozen, call), heads), self.beta)
 
         return value
+
+    def _stepped(self, heads: tuple[int, ...] | None) -> Callable[[Tensor, State], Tensor]:
+        def step(p: Tensor, state: State) -> Tensor:
+            sinks = state.get("sinks")
+            return p if sinks is None else _moved(p, _pick(sinks, heads)[:, :, None], self.beta)
+
+        return step
 
     def _sinks(self, call: AttentionCall, mass: Tensor, rows: Tensor | None) -> Tensor:
         """bool (B, h, Lk): the sinks, from column mass (B, h, Lk) and visible rows (B, Lk)."""
@@ -203,11 +210,7 @@ class _RunningSinks:
 
     def edit(self, p: Tensor, start: int) -> Tensor:
         """p (B, h, rows, Lk) probabilities of rows start… of the call; returns them edited."""
-        sinks = self.sinks(p, start)
-        mass = (p * sinks).sum(-1, keepdim=True)
-        room = (p * ~sinks).sum(-1, keepdim=True)
-        grown = 1 + (1 - self.act.beta) * mass / room.clamp_min(torch.finfo(p.dtype).tiny)
-        return torch.where(room > 0, torch.where(sinks, p * self.act.beta, p * grown), p)
+        return _moved(p, self.sinks(p, start), self.act.beta)
 
     def sinks(self, p: Tensor, start: int) -> Tensor:
         """bool, shaped like ``p``: each row's sinks, by the rows up to itself; blocks come in order."""
@@ -236,6 +239,14 @@ class _RunningSinks:
 
 
 # ---------------------------------------------------------------- helpers
+
+
+def _moved(p: Tensor, sinks: Tensor, beta: float) -> Tensor:
+    """p (B, h, rows, Lk) with ``beta`` of it left on the sinks, and the rest on the other keys in proportion."""
+    mass = (p * sinks).sum(-1, keepdim=True)
+    room = (p * ~sinks).sum(-1, keepdim=True)
+    grown = 1 + (1 - beta) * mass / room.clamp_min(torch.finfo(p.dtype).tiny)
+    return torch.where(room > 0, torch.where(sinks, p * beta, p * grown), p)
 
 
 def _at_prefill(call: AttentionCall, state: State) -> tuple[str, ...]:

@@ -144,7 +144,8 @@ class Var(Method):
         return [
             Mass(
                 self._moved, groups=self._groups, asks=frozenset({"images", "residual"}),
-                scope="sequence", lookahead=True, inert=self.move == 0 or shut or self.max_sink_share == 0,
+                scope="sequence", lookahead=True, step=self._stepped,
+                inert=self.move == 0 or shut or self.max_sink_share == 0,
             )
         ]  # fmt: skip
 
@@ -187,6 +188,8 @@ class Var(Method):
                     f"sink_dims={self.sink_dims} may be those of another model, or tau too high: see "
                     "`trainless calibrate sink_dims`"
                 )
+        if call.fresh or call.shape[3] > 1:  # for steps, which are about no new image
+            state.set("images", images, keys=2)
         rows = ~call.facts["image_rows"] & visual[:, None]
         rows = rows if call.real is None else rows & call.real
         if not bool(rows.any()):
@@ -224,10 +227,7 @@ class Var(Method):
     def _moved(self, call: AttentionCall, stats: Statistics, state: State) -> MassMove | None:
         if stats.group_mass is None:
             return None
-        on_sinks, on_others = stats.group_mass.unbind(-1)
-        on_image = on_sinks + on_others
-        share = on_others / torch.where(on_image > 0, on_image, 1)
-        gate = (on_image >= self.min_visual) & (share >= self.min_nonsink) & (on_others > 0)
+        gate = self._gate(*stats.group_mass.unbind(-1))
         if not bool(gate.any()):
             return None
         sinks, images = state.get("sinks"), call.facts["images"]
@@ -235,6 +235,28 @@ class Var(Method):
         return MassMove(
             _on_query_heads(sinks, call), 1 - self.move, _on_query_heads(images & ~sinks, call), gate
         )
+
+    def _gate(self, on_sinks: Tensor, on_others: Tensor) -> Tensor:
+        """Which rows are edited, by their mass on the sinks among the image tokens and on the other ones."""
+        on_image = on_sinks + on_others
+        share = on_others / torch.where(on_image > 0, on_image, 1)
+        return (on_image >= self.min_visual) & (share >= self.min_nonsink) & (on_others > 0)
+
+    def _stepped(self, p: Tensor, state: State) -> Tensor:
+        """The newest row, a token of text: p (B, H, 1, Lk), gates and all, by what the prefill has left."""
+        sinks, images, visual = state.get("sinks"), state.get("images"), state.get("visual")
+        if sinks is None or images is None or visual is None:
+            return p
+        sinks, images = sinks[:, :, None], images[:, :, None]
+        others = images & ~sinks
+        on_others = (p * others).sum(-1, keepdim=True)
+        gate = (
+            self._gate((p * (images & sinks)).sum(-1, keepdim=True), on_others) & visual[:, None, None, None]
+        )
+        freed = (p * sinks).sum(-1, keepdim=True) * self.move
+        grown = 1 + freed / on_others.clamp_min(torch.finfo(p.dtype).tiny)
+        moved = torch.where(sinks, p * (1 - self.move), torch.where(others, p * grown, p))
+        return torch.where(gate, moved, p)
 
     # ------------------------------------------------------------------ what is said once
 

@@ -2,7 +2,7 @@
 
 What     s_j = (sum over probe rows i and the heads of a group of A_ij) / n_j, with n_j the probe rows that see
          token j. Per key/value head the ``salient`` share of a chunk with the largest s_j is packed to bits[0],
-         the rest to bits[1]. Keys per channel over the tokens of a tier; values per token after division of
+         the rest to bits[1]. Keys per channel over every ``group`` tokens of a tier; values per token after division of
          each channel by a_c = sqrt(max_t |V_tc|) over the chunk; x = code·step + min. The prompt is one chunk,
          every ``interval`` later tokens another, scored by the newest row alone.
 Source   "ZipCache: Accurate and Efficient KV Cache Quantization with Salient Token Identification" and its code:
@@ -10,10 +10,14 @@ Source   "ZipCache: Accurate and Efficient KV Cache Quantization with Salient To
 Seams    kv (quantise, two tiers); statistics over chosen rows.
 Exact    bitwise the identity with bits=(16, 16).
 Costs    the probe rows against all keys at prefill, one row per chunk later; bytes are those of the codes, two
-         numbers per channel and one divisor for each tier of each chunk, two per token and head; positions, 4 bytes
-         per token and head. A decode step reads the codes only, on buffers of fixed size that compile whole (not
-         beside an evictor); the GPU form has not been timed; see benchmarks/results.
-Differs  Chunks are appended and never packed again; the code packs everything anew every 100 tokens. Its
+         numbers per channel and one divisor for each group of each tier of each chunk, two per token and head;
+         positions, 4 bytes per token and head. A decode step reads the codes only, on buffers of fixed size that
+         compile whole (not beside an evictor, nor where a tier of ``interval`` tokens has more than a group); the
+         GPU form has not been timed; see benchmarks/results.
+Differs  The code gives a channel of the keys one minimum and one step for a whole prompt, however long: group=0. Two
+         bits then span everything that the channel did over thousands of tokens. Here ``group`` tokens of a tier share
+         them, as in KIVI, in the order of the text; the last group of a tier may be smaller.
+         Chunks are appended and never packed again; the code packs everything anew every 100 tokens. Its
          normalisation divides by all later rows although a tenth of them were looked at, which favours recent
          tokens up to tenfold: normalise="published" does that. Values have their parameters per token and
          head; the code shares them between heads whose sets differ. Padding is left out. The salient share is
@@ -73,6 +77,12 @@ class ZipCache(Method):
     probes: tuple[Budget, Budget] = option(
         (0.05, 0.05), help="last and random rows of the prompt that choose", origin="published"
     )
+    group: int = option(
+        64,
+        help="tokens of a tier that share the parameters of a key channel; 0: a chunk's tier is one group",
+        origin="ours",
+        low=0,
+    )
     interval: int = option(100, help="new tokens that are packed together", origin="published", low=1)
     normalise: Literal["visible", "published"] = option(
         "visible",
@@ -91,7 +101,13 @@ class ZipCache(Method):
 
     def _rule(self) -> Quantise:
         return Quantise(
-            self.bits, self.bits, interval=self.interval, chosen=True, newest=True, high=self.salient
+            self.bits,
+            self.bits,
+            interval=self.interval,
+            cut=self.group,
+            chosen=True,
+            newest=True,
+            high=self.salient,
         )
 
     def refuses(self, site: Site) -> str | None:

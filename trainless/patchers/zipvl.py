@@ -15,7 +15,8 @@ Exact    tau=1 or ratio=1 with mode="discard", or with bits=(16, 16), bitwise; a
 Costs    the probe rows against all keys, then attention among T: r of the tokens cost r² of the dense call. The
          logits of a prompt token outside T are those of a model without this attention: perplexity over them means
          nothing. Tasks that read dense text lose most: the paper has ChartQA at 58.2 against 66.2 (LLaVA-NeXT-13B).
-Differs  The number of probe rows is not published; 64 at the end and 64 random ones here. Rows at the end are always
+Differs  The keys of a tier have their parameters over ``group`` tokens and not over a whole prompt, see zipcache.
+         The number of probe rows is not published; 64 at the end and 64 random ones here. Rows at the end are always
          in T, or the next token's logits break. The threshold is a share of the probes' own sum, which is
          what the published one comes to with all rows. Prompts below min_tokens are left alone with all that
          follows them. The newest token always stays. ratio in the place of tau is ours: T is that share of the row's
@@ -88,6 +89,12 @@ class ZipVL(Method):
         (4, 2), help="bits per number of important and of other tokens", origin="published"
     )
     probes: tuple[Budget, Budget] = option((64, 64), help="last and random rows that choose", origin="ours")
+    group: int = option(
+        64,
+        help='mode="quantise": tokens of a tier that share the parameters of a key channel; 0: all of a chunk',
+        origin="ours",
+        low=0,
+    )
     interval: int = option(100, help="new tokens that are compressed together", origin="published", low=1)
     min_tokens: int | None = option(
         None, help="shorter prompts are left alone; null: 512, and 0 beside ratio", origin="ours", low=0
@@ -125,7 +132,13 @@ class ZipVL(Method):
     def _rule(self) -> Quantise:
         high = 1.0 if self.ratio is None else float(self.ratio)
         return Quantise(
-            self.bits, self.bits, interval=self.interval, start=self._least, chosen=True, high=high
+            self.bits,
+            self.bits,
+            interval=self.interval,
+            start=self._least,
+            cut=self.group,
+            chosen=True,
+            high=high,
         )
 
     def _discarding(self) -> Evict:

@@ -29,7 +29,7 @@ from .contributions import (
     Value,
     Weights,
 )
-from .eviction import Budget, Evict, check_budget, check_ratio, draws, tokens_of
+from .eviction import Budget, Evict, RowSample, check_budget, check_ratio, draws, tokens_of
 from .kinds import BESIDE, EXCLUSIVE, FACTS, KINDS, SCOPES, STATISTICS
 from .lease import Lease
 from .parameters import layer_of, parameter_of, unwrapped, why_not_plain
@@ -72,6 +72,7 @@ __all__ = [
     "Probes",
     "Quantise",
     "RowEdit",
+    "RowSample",
     "Scale",
     "Site",
     "State",

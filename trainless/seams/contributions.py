@@ -77,7 +77,7 @@ class Contribution:
     @property
     def stateful(self) -> bool:
         """Whether it keeps a State with the sequence, and so needs the cache layer of its calls."""
-        return self.scope == "sequence"
+        return self.scope in ("sequence", "layers")
 
     def wanted(self, call: AttentionCall, state: State) -> Collection[str]:
         """The statistics that ``value`` reads in this call."""
@@ -266,12 +266,19 @@ class Form(_Attending):
 class Mass(_OnHeads):
     """Moves probability between groups of keys. value: ``MassMove`` or ``RowEdit``.
 
-    in_order: it reads keys by their place in the sequence, so none may be evicted.
+    in_order: it reads keys by their place in the sequence, so none may be evicted. step: what ``value`` comes to in
+    calls of one token that is text, from the State alone: probabilities (B, heads, 1, Lk) to edited ones. A compiler can
+    trace it: it looks at no tensor's values. None: such calls need ``value``.
     """
 
     kind: ClassVar[str] = "mass"
     value: Value = field()
     in_order: bool = field(default=False, kw_only=True)
+    step: Callable[[Tensor, State], Tensor] | None = field(default=None, kw_only=True)
+
+    def _check(self, said: str) -> None:
+        if self.step is not None and self.scope != "sequence":
+            raise InputError(f'{said}: a step reads what is kept of a sequence: scope="sequence"')
 
 
 @dataclass(frozen=True, eq=False)

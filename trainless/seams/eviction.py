@@ -54,6 +54,25 @@ class Parts:
 
 
 @dataclass(frozen=True)
+class RowSample:
+    """Which rows of a prompt or a turn add to column sums, and how often each counts.
+
+    The first ``whole`` rows count once each; of those after them the last one of every ``every`` stands for its run
+    and counts ``every`` times, rows after the last full run not at all. Up to ``whole`` tokens the sums are the full
+    ones; after that they estimate them from 1 / every of the rows. A prefill in chunks is counted through.
+    """
+
+    whole: int = 128
+    every: int = 32
+
+    def times(self, number: Tensor) -> Tensor:
+        """How often each row counts (int64); number: how many real rows of the turn stand before it."""
+        beyond = number - self.whole
+        standing = (beyond >= 0) & (beyond % self.every == self.every - 1)
+        return (beyond < 0).long() + standing * self.every
+
+
+@dataclass(frozen=True)
 class Evict:
     """A rule for what a cache layer keeps after each call: first + recent + the best of the rest.
 
@@ -66,7 +85,8 @@ class Evict:
     protect: tokens that were given, in a prompt or in a later turn of several tokens, never go; the budgets without
     the sinks are then for what was generated.
 
-    score: "column_mass" adds up the probability that each key received from every row so far;
+    score: "column_mass" adds up the probability that each key received from every row so far, or of each turn from
+    the rows of ``sample`` alone;
     "probe_mass" is what it received from the ``last`` real rows of this call alone, and earlier calls have no
     say. None scores nothing (heavy must then be 0). seed: not attention says what stays but a draw,
     ``draws(seed, …)``. gqa: how the query heads of a group share a key/value head's score: sum, first, max, mean;
@@ -89,6 +109,7 @@ class Evict:
     heavy: Budget = 0
     capacity: Budget | None = None
     score: str | None = None
+    sample: RowSample | None = None
     last: int = 0
     gqa: str = "sum"
     shared: bool = False
@@ -106,6 +127,8 @@ class Evict:
             raise InputError(
                 'score="probe_mass" needs last=, the number of rows to score by, and only it does'
             )
+        if self.sample is not None and self.score != "column_mass":
+            raise InputError('sample= names rows for score="column_mass" alone')
         if self.protect and (self.once or self.chosen):
             raise InputError("protect needs a rule with a budget that goes on after the prompt")
         if self.pool % 2 == 0 or (self.pool > 1 and not self.once):

@@ -17,12 +17,16 @@ KINDS = (
     "input",  # what a module inside the site is given: value(args, kwargs, tensors) -> (args, kwargs)
     "weights",  # replace tensors: tensors
 )
-STATISTICS = ("lse", "column_mass", "probe_mass", "group_mass")
-# How long a State lasts. There is no scope for all layers of a sequence together: attention layers have a State each.
+STATISTICS = (
+    "lse", "column_mass", "probe_mass", "group_mass", "row_entropy", "row_max", "column_max", "column_entropy",
+)  # fmt: skip
+# How long a State lasts, and whose it is: of one site of one method, but for "layers".
 #   call: for one call, and what the contributions of a method hand each other in it.
 #   sequence: as long as there is a cache for it, with which it moves; without a cache a call is a whole sequence.
+#   layers: as long as a sequence, and one for all sites of the method in a part of the model (text, vision, …); without a
+#     cache a forward is a whole sequence. What vision towers and encoders keep in it ends with the forward.
 #   run: of a denoiser, from its first step to the next rise of the timestep; one for each thread and latent size.
-SCOPES = ("call", "sequence", "run")
+SCOPES = ("call", "sequence", "layers", "run")
 # Facts that a host finds out only for those who ask, in ``call.facts``:
 #   step: the number of the denoising step within its run, from 0; None where no timestep says it.
 #   images: bool (B, 1|Hkv, Lk), the keys that are image tokens, and image_rows: bool (B, Lq), the rows that are;

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -38,6 +37,7 @@ class AttentionPlan:
         self.keeping = frozenset(
             e.owner for e in self.active if e.contribution.stateful or e.contribution.kind == "kv"
         )
+        self.layered = any(e.contribution.scope == "layers" for e in self.active)
         self.running = frozenset(e.owner for e in self.active if e.contribution.scope == "run")
         # At most one of each: two would be a conflict.
         self.evictor = next((e for e in self.of["kv"] if isinstance(e.contribution.policy, Evict)), None)
@@ -46,10 +46,6 @@ class AttentionPlan:
         # Only scalings and gains: the user's own attention function can still do the work.
         editing = {"position", "keys", "pattern", "observe", "form", "mass", "kv"}
         self.delegable = not any(self.of[kind] for kind in editing)
-        # One number on the logits of every call: hosts may pass it to the user's own attention themselves.
-        scales = [e.contribution.constant for e in self.active if e.contribution.kind == "scale"]
-        known = [c for c in scales if c is not None]
-        self.constant: float | None = math.prod(known) if known and len(known) == len(self.active) else None
         # Nothing to ask for and nothing to remember either: such a call takes the short way.
         self.direct = self.delegable and not any(
             e.contribution.needs or e.contribution.statistics for e in self.active

@@ -36,8 +36,9 @@ class Quantise:
     about it. Without ``chosen`` all tokens go high.
 
     Packing is asymmetric between minimum and maximum, with parameters in the model's own dtype. K: per channel,
-    over ``group`` tokens (0: over all tokens of a chunk's tier). V: per token, after division of each channel
-    by the root of its largest absolute value among the same tokens.
+    over ``group`` tokens; without groups over every ``cut`` tokens of a chunk's tier in their order, the last of them
+    fewer (0: over all of them). V: per token, after division of each channel by the root of its largest absolute value
+    among the tokens of the group, or of the chunk.
     """
 
     k_bits: tuple[int, int] = (4, 4)
@@ -46,11 +47,20 @@ class Quantise:
     residual: int | float = 0
     interval: int = 1
     start: int = 0
+    cut: int = 0
     chosen: bool = False
     newest: bool = (
         False  # whether a later chunk goes high by the highest probabilities of the newest row, ties newer
     )
     high: int | float = 1.0  # tokens of a chunk (or their share) that are expected to go high, for estimates
+
+    def __post_init__(self) -> None:
+        if self.group and self.cut:
+            raise InputError("cut= is for chunks without groups")
+
+    def size(self, tokens: int) -> int:
+        """Tokens of a packed group, where a chunk's tier has so many in its fullest row."""
+        return self.group or (min(self.cut, tokens) if self.cut else tokens)
 
     @property
     def exact(self) -> bool:
@@ -77,9 +87,11 @@ class Quantise:
         values = width if value_width is None else value_width
         packed = self.packs(held, residual, True)
         high = min(packed, int(self.high * packed + 1e-9) if isinstance(self.high, float) else self.high)
-        total = (held - packed) * (width + values) * itemsize + (POSITION * held if packed else 0)
-        for n, k_bits, v_bits in zip((high, packed - high), self.k_bits, self.v_bits, strict=True):
-            groups = -(-n // self.group) if self.group else min(n, 1)
+        total = (held - packed) * ((width + values) * itemsize + (POSITION if packed else 0))
+        for tokens, k_bits, v_bits in zip((high, packed - high), self.k_bits, self.v_bits, strict=True):
+            groups = -(-tokens // self.size(tokens)) if tokens else 0
+            n = groups * self.size(tokens)  # the last group may have room for more
+            total += POSITION * n
             numbers = (2 * groups * width if k_bits < 16 else 0) + (
                 groups * values + 2 * n if v_bits < 16 else 0
             )

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import StaticLayer
 
-from ...cache import CompressingLayer, ExpandedLayer, Freezing, StatefulMixin
+from ...cache import CompressingLayer, ExpandedLayer, Freezing, StatefulMixin, StaticStatefulMixin
 from ...engine.runtime import Runtime
 from ...errors import InputError, Unsupported
 from ...kernels.visibility import visibility
 from ...seams import AttentionCall
 from .inputs import Noted, noted
+from .sequences import surroundings
 from .sites import HARMLESS, UNDERSTOOD
 from .version import DummyLayer
 
@@ -53,6 +54,13 @@ def call_of(
     around = noted(runtime)
     layer = _layer(module, runtime, query, key, value)
     _refuse_several(runtime, around, layer)
+    if isinstance(layer, StaticStatefulMixin):
+        # The slots that hold no token yet are nobody's, and no call of the engine is about them.
+        lk = facts["past"] + lq
+        key, value = key[:, :, :lk], value[:, :, :lk]
+        mask = mask[..., :lk] if isinstance(mask, Tensor) else mask
+        if facts.get("turn", 1) == 1:
+            layer.fit(facts["past"], lk)
     if layer is None and lk != lq and (undeclared := runtime.site.facts.get("undeclared")):
         raise Unsupported(
             f"{runtime.site.name}: {undeclared} does not say whose keys it reads, and {lk} keys came for {lq} queries "
@@ -105,6 +113,8 @@ def tell(runtime: Runtime, call: AttentionCall, entering: Tensor | None) -> None
                 "not known; call the model"
             )
         facts["residual"] = entering
+    if runtime.plan.layered:
+        facts["layers"] = surroundings(runtime).states
 
 
 # ---------------------------------------------------------------- the cache layer of the call
@@ -158,6 +168,11 @@ def _follow(runtime: Runtime, layer: Any, lq: int, lk: int) -> None:
     facts["past"] = facts.pop("total", lk) - lq
     if not isinstance(layer, StatefulMixin):
         return
+    if lk > facts["past"] + lq:
+        raise Unsupported(
+            f"{_first(runtime)}: {runtime.site.name} reads the layer of another in a static cache, which cannot carry "
+            "the state of a sequence; use a dynamic cache (drop cache_implementation)"
+        )
     if vars(layer).pop("untold", False) and facts["past"]:
         raise InputError(
             f"{_first(runtime)}: {runtime.site.name} reads {facts['past']} tokens that the patch never saw; "

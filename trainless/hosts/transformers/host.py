@@ -19,15 +19,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ...cache import CompressingLayer, Freezing
+from ...cache import CompressingLayer, Freezing, StaticStatefulMixin
 from ...edits.journal import MARKER, AttributeEdit, HookEdit, Journal
 from ...engine.attention import attend
 from ...engine.autocast import as_computed
+from ...engine.prepared import NUMBERS
 from ...engine.runtime import ATTRIBUTE, Runtime, runtime_of
 from ...engine.watching import Made
 from ...errors import Unsupported
 from ...kernels.visibility import bias_times
-from ...seams import AttentionCall, Contribution, Site
+from ...seams import AttentionCall, AttentionPlan, Contribution, Site
 from ..modules.around import Tell, nothing
 from . import images as images
 from . import inputs as inputs
@@ -38,9 +39,11 @@ from .calls import PACKED, call_of, tell
 from .dispatch import unmatched
 from .rotary import rotation
 from .sites import HARMLESS, find
+from .static import cache_notes
 from .uncompiled import uncompiled
 
 NAME = "trainless"
+LASTING = {"sequence", "layers"}  # scopes of what is kept with a sequence
 # What the user's own function may be handed as it came when all that changes is the factor on the logits.
 PASSED_ON = (HARMLESS - PACKED) | {"is_causal", "sliding_window"}
 # A forward that names one of these may be asked for cross-attention in one call and not in the next.
@@ -130,7 +133,7 @@ def _routed(
         return _watched(runtime, module, query, key, value, attention_mask, scaling, dropout, kwargs)
     here = runtime.call
     step, here.step = here.step, None
-    if step is not None and kwargs.get("position_bias") is None:
+    if step is not None and kwargs.get("position_bias") is None and traced.fits(step, attention_mask):
         return _stepped(runtime, step, module, query, key, value, attention_mask, scaling, dropout, kwargs)
     facts = here.facts
     entering, here.residual = here.residual, None
@@ -141,19 +144,20 @@ def _routed(
         return _user_function(module)(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
-    constant = runtime.plan.constant
-    known = "undeclared" not in runtime.site.facts
-    if constant is not None and not held and known and _only_scaled(kwargs):
+    ready = runtime.prepared
+    if ready.numbers and not held and "undeclared" not in runtime.site.facts and _only_scaled(kwargs):
         # Decoding makes thousands of these calls a second, so nothing is built for them.
         runtime.passed()
         runtime.acted("stock")
-        scaling = (query.shape[-1] ** -0.5 if scaling is None else scaling) * constant
-        attention_mask = bias_times(attention_mask, constant, query.shape[2], key.shape[2])
-        return _user_function(module)(
+        if ready.factor != 1.0:
+            scaling = (query.shape[-1] ** -0.5 if scaling is None else scaling) * ready.factor
+            attention_mask = bias_times(attention_mask, ready.factor, query.shape[2], key.shape[2])
+        out, weights = _user_function(module)(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
+        return ready.gained(out), weights
     call = call_of(module, runtime, query, key, value, attention_mask, scaling, dropout, kwargs)
-    if runtime.plan.asks:
+    if runtime.plan.asks or runtime.plan.layered:
         tell(runtime, call, entering)
     if runtime.watch is not None:
         runtime.watch.told(call)
@@ -162,6 +166,9 @@ def _routed(
     out = attend(runtime, call, _delegate(module, facts, order, kwargs))
     if isinstance(call.layer, Freezing) and runtime.watch is None:
         _settle(runtime, call.layer)
+    if isinstance(call.layer, StaticStatefulMixin):
+        call.layer.settle()
+    facts.pop("layers", None)
     facts.pop("residual", None)  # as large as the layer's activations: not to be kept until the next call
     weights = facts.pop("weights", None)
     if weights is None and facts.pop("attentions", False):
@@ -199,7 +206,7 @@ def _watched(
 
 def _stepped(
     runtime: Runtime,
-    layer: Freezing,
+    layer: Any,
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -209,9 +216,13 @@ def _stepped(
     dropout: float,
     kwargs: dict[str, Any],
 ) -> tuple[Tensor, Any]:
-    """A step of one token on the buffers of a frozen cache layer."""
+    """A step of one token on the buffers of a frozen cache layer, or by what is remembered on a static one."""
     runtime.passed()
     runtime.acted(runtime.prepared.kernel)
+    if not isinstance(layer, Freezing):
+        return traced.straight(
+            runtime, _user_function, layer, module, query, key, value, mask, scaling, dropout, kwargs
+        )
     runtime.settled = layer.counters
     around = inputs.noted(runtime)
     padding = around.padding if around is not None else None
@@ -364,6 +375,10 @@ class TransformersHost:
                 seen.add(type(site.module))
                 rotation(site, model)
 
+    def cache_notes(self, model: nn.Module, planned: Sequence[tuple[Site, AttentionPlan]]) -> list[str]:
+        """What calls of these plans will refuse about the caches that a user may ask for."""
+        return cache_notes(model, planned)
+
     def install(self, runtime: Runtime) -> None:
         _register()
         module, journal = runtime.site.module, runtime.journal
@@ -401,9 +416,7 @@ class TransformersHost:
 
     def around(self, runtime: Runtime, model: nn.Module, station: Journal) -> Tell:
         """Who tells what is known of the calls of a module that somebody stands around."""
-        if any(
-            e.contribution.scope == "sequence" for e in runtime.entries if e.contribution.kind == "around"
-        ):
+        if any(e.contribution.scope in LASTING for e in runtime.entries if e.contribution.kind == "around"):
             return sequences.watch(runtime, model, station)
         return nothing
 
@@ -411,7 +424,7 @@ class TransformersHost:
     def _calls_differ(runtime: Runtime) -> bool:
         """Whether what is contributed here depends on the call: on its cache layer, or on whose keys it brings."""
         changing = [e.contribution for e in runtime.entries if not e.contribution.inert]
-        if all(c.constant is not None and c.kind == "scale" for c in changing):
+        if all(c.constant is not None and c.kind in NUMBERS for c in changing):
             named = inspect.signature(type(runtime.site.module).forward).parameters
             return bool(changing) and bool(OTHER_KEYS & set(named))
         return True
@@ -426,6 +439,8 @@ class TransformersHost:
         if "residual" in asks and "residual" not in runtime.asked:
             residual.watch(runtime, model)
             runtime.asked["residual"] = True
+        if any(e.contribution.scope == "layers" for e in runtime.entries if not e.contribution.inert):
+            sequences.watch(runtime, model, station)
 
     def install_model(self, model: nn.Module, journal: Journal, runtimes: Sequence[Runtime]) -> None:
         for name, module in model.named_modules():

@@ -47,7 +47,12 @@ def _layer_around(model: nn.Module, module: nn.Module) -> nn.Module | None:
 
 
 def _before(runtime: Runtime, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    (_uncompiled if torch.compiler.is_compiling() else _note)(runtime, args, kwargs)
+    if not torch.compiler.is_compiling():
+        _note(runtime, args, kwargs)
+        return
+    states = args[0] if args else kwargs.get("hidden_states")
+    if not (runtime.prepared.refusal is None and isinstance(states, Tensor) and states.shape[1] == 1):
+        _uncompiled(runtime, args, kwargs)
 
 
 def _note(runtime: Runtime, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from ...cache import Freezing
+from ...cache import Freezing, StaticStatefulMixin
+from ...engine.row_steps import edited_row
 from ...engine.runtime import Runtime
+from ...errors import Unsupported
 from ...kernels.visibility import bias_times
 from .inputs import Noted, noted
 from .layers import index_of
@@ -26,11 +28,13 @@ SINKS = "s_aux"
 def step(runtime: Runtime, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The frozen layer on which the call that begins is a step; None where it is none."""
     ready = runtime.prepared
-    if not ready.keeps or ready.refusal is not None or runtime.watch is not None or _others(kwargs):
+    if not ready.single or ready.refusal is not None or runtime.watch is not None or _others(kwargs):
         return None
     if module.training:
         return None  # the long way refuses dropout, which steps on buffers know nothing of
     layer = _layer(module, kwargs)
+    if ready.edits:
+        return layer if _reads_states(runtime, layer, args, kwargs) else None
     if not isinstance(layer, Freezing):
         return None
     hidden = args[0] if args else kwargs.get("hidden_states")
@@ -42,6 +46,34 @@ def step(runtime: Runtime, module: nn.Module, args: tuple[Any, ...], kwargs: dic
         return None
     layer.stepping = True
     return layer
+
+
+def _reads_states(runtime: Runtime, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the call that begins is a step by what is remembered on ``layer``, of a static cache."""
+    if not (isinstance(layer, StaticStatefulMixin) and layer.settled):
+        return False
+    hidden = args[0] if args else kwargs.get("hidden_states")
+    if not isinstance(hidden, Tensor) or hidden.shape[1] != 1:
+        return False
+    if hidden.requires_grad and torch.is_grad_enabled():
+        return False
+    for edit in runtime.prepared.edits:
+        state = layer.states.get(edit.method)
+        if state is None or state.owner is not edit.owner:
+            return False  # of another patch, or not there from the first token on: the long way says so
+    if torch.compiler.is_compiling():
+        return True
+    around, images = noted(runtime), runtime.asked.get("images")
+    if images is not None and images.rows is not None:
+        return False  # an image by itself
+    return around is None or not around.attentions
+
+
+def fits(layer: Any, mask: Any) -> bool:
+    """Whether a step on ``layer`` can be told by ``mask`` what it sees."""
+    if isinstance(layer, Freezing):
+        return True
+    return isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[-1] == layer.max_cache_len
 
 
 def _looked_at(around: Noted | None, layer: Freezing) -> bool:
@@ -56,7 +88,7 @@ def note(runtime: Runtime, module: nn.Module, args: tuple[Any, ...], kwargs: dic
     ready = runtime.prepared
     if ready.refusal is not None or _others(kwargs):
         return False
-    if not ready.keeps:
+    if not ready.single:
         return True
     runtime.compiled_layer = step(runtime, module, args, kwargs)
     return runtime.compiled_layer is not None
@@ -79,7 +111,7 @@ def attention(
     layer, runtime.compiled_layer = runtime.compiled_layer, None
     if ready.inert:
         return function(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
-    if ready.refusal is not None or _others(kwargs) or (ready.keeps and layer is None):
+    if ready.refusal is not None or _others(kwargs) or (ready.single and layer is None):
         return None
     if ready.factor != 1.0 and kwargs.get(SINKS) is not None:
         return None  # families read their sinks from the module, whatever they are passed
@@ -112,7 +144,19 @@ def straight(
         mask = bias_times(mask, ready.factor, query.shape[2], key.shape[2])
         kwargs = {n: v * ready.factor if n in SCALED and v is not None else v for n, v in kwargs.items()}
     weights = None
-    if layer is None:
+    if ready.edits:
+        if not fits(layer, mask):
+            raise Unsupported(
+                f"{ready.edits[0].method}: {runtime.site.name} was given no mask over the slots of its static cache, so "
+                "what a step sees is not known; use sdpa or eager attention, or a dynamic cache"
+            )
+        out, moved = edited_row(
+            ready.edits, layer.states, query, key, value, mask, scale=scaling, softcap=kwargs.get("softcap"),
+            sinks=kwargs.get(SINKS),
+        )  # fmt: skip
+        if ready.idle is not None and not (ready.gains or ready.factor != 1.0):
+            ready.idle.add_(~moved)
+    elif layer is None:
         out, weights = function(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
     else:
         out = layer.attend(

@@ -1,0 +1,57 @@
+"""One row of attention with edits that read frozen states only: a decode step that a compiler can trace."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..seams import State
+from .prepared import RowStep
+
+
+def edited_row(
+    steps: Sequence[RowStep],
+    states: Mapping[str, State],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The output (B, 1, H, D) of one query row, and whether an edit changed a probability: bool ().
+
+    query (B, H, 1, D), key, value (B, Hkv, Lk, D). mask (B, 1 or H, 1, Lk): bool, or added to the logits. softcap, sinks
+    (H,): of the model. Products are in the dtype of the cache, the softmax in float32 at least.
+    """
+    b, h, _, _ = query.shape
+    hkv = key.shape[1]
+    exact = torch.float64 if query.dtype == torch.float64 else torch.float32
+    z = query.view(b, hkv, h // hkv, -1) @ key.transpose(2, 3)
+    z = z.to(exact).view(b, h, 1, -1) * scale
+    if softcap is not None:
+        z = torch.tanh(z / softcap) * softcap
+    z = z.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else z + mask.to(exact)
+    if sinks is not None:
+        z = torch.cat([z, sinks.to(exact).view(1, h, 1, 1).expand(b, h, 1, 1)], 3)
+    stock = torch.softmax(z, 3)
+    if sinks is not None:
+        stock = stock[..., :-1]
+    p: Any = stock
+    for step in steps:
+        heads, state = step.contribution.heads, states[step.method]
+        given: Any = step.contribution
+        edit = given.step
+        if heads is None:
+            p = edit(p, state)
+        else:
+            index = torch.tensor(heads, device=p.device)
+            p = p.index_copy(1, index, edit(p.index_select(1, index), state))
+    moved = (p != stock).any()
+    out = p.to(value.dtype).view(b, hkv, h // hkv, -1) @ value
+    return out.view(b, 1, h, -1).to(query.dtype), moved
