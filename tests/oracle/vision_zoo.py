@@ -21,6 +21,7 @@ from .decoder_zoo import VOCAB, _randomise
 
 LARGEST = 20_000_000  # parameters; towers of fixed widths count
 LAYERS = 4
+BEGUN = 24  # tokens that a decoder beside an encoder is given, so that its cache has something to choose from
 TOWERS = ("vision", "vq", "qformer", "perceiver", "audio", "visual", "image", "projector", "sam")
 COUNTS = (
     "num_hidden_layers", "encoder_layers", "decoder_layers", "n_layer", "num_layers", "depth", "encoder_num_layers",
@@ -135,6 +136,9 @@ AROUND: dict[str, tuple[str, dict[str, Any]]] = {
 PLAIN = "mistral4"  # listed among those that see, by a class that does not
 # Fields without which a config does not make a model.
 GIVEN: dict[str, dict[str, Any]] = {
+    **{kind: {"image_token_index": VOCAB} for kind in ("blip-2", "instructblip")},
+    "instructblipvideo": {"video_token_index": VOCAB},
+    "udop": {"num_layers": LAYERS, "num_decoder_layers": LAYERS},
     "chameleon": {
         "vocabulary_map": {"<image>": VOCAB, "IMGIMGBZ": VOCAB + 1},
         "vq_config": {"base_channels": 32, "latent_channels": 32, "embed_dim": 8, "num_embeddings": 8},
@@ -268,6 +272,9 @@ def given(kind: str, model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """A prompt with what its ``generate`` takes beside it: those that cannot do without an image get the same in each
     row, and none of its tokens in the prompt."""
     rows, length = batch["input_ids"].shape
+    if model.config.is_encoder_decoder:
+        begun = decoder_zoo.prompt(BEGUN, 5).expand(rows, -1)
+        batch = {**batch, "decoder_input_ids": begun}
     if kind == "udop":  # where each word stands on the page
         places = torch.linspace(0, 0.9, 4 * length).reshape(1, length, 4).expand(rows, -1, -1)
         return {**batch, "bbox": places}
@@ -275,7 +282,11 @@ def given(kind: str, model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return batch
     if kind == "idefics":
         seen = torch.ones(rows, length, 1, dtype=torch.long)
-        return {**batch, "pixel_values": _pixels(model, 1, 1).expand(rows, -1, -1, -1, -1), "image_attention_mask": seen}
+        return {
+            **batch,
+            "pixel_values": _pixels(model, 1, 1).expand(rows, -1, -1, -1, -1),
+            "image_attention_mask": seen,
+        }
     frames = (2,) if kind == "instructblipvideo" else ()
     more = {"pixel_values": _pixels(model, 1, *frames).expand(rows, *[-1] * (3 + len(frames)))}
     if kind.startswith("instructblip"):
