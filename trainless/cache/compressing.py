@@ -116,6 +116,11 @@ class CompressingLayer(Choosing):
             )
         self.record_past = True
 
+    @property
+    def does(self) -> str:
+        """What it does to tokens that cannot be undone later."""
+        return "evicts"
+
     def crop(self, tokens_to_remove: int) -> None:
         count = -tokens_to_remove
         if count < 0:
@@ -127,8 +132,8 @@ class CompressingLayer(Choosing):
         if count:
             if not ((self.record_past and self.active) or count <= self.idle):
                 raise Unsupported(
-                    "this cache evicts, so tokens cannot be taken back unless it records its past: call "
-                    "cache.activate_past_recording() before the forward whose tokens you may crop"
+                    f"{self.lease.name}: this cache {self.does}, so tokens cannot be taken back unless it records its "
+                    "past: call cache.activate_past_recording() before the forward whose tokens you may crop"
                 )
             tail = self.pending.shape[2] if self.pending is not None else 0
             if self.policy.last:

@@ -97,6 +97,11 @@ class FixedLayer(Freezing):
 
     # ------------------------------------------------------------------ a step
 
+    @property
+    def aged(self) -> Tensor:
+        assert self.fixed is not None
+        return self.fixed.age
+
     def untouched(self) -> Tensor:
         assert self.fixed is not None
         return (self.fixed.age == self.fixed.count).all()
