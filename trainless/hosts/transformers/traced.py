@@ -159,6 +159,8 @@ def straight(
     elif layer is None:
         out, weights = function(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
     else:
+        if torch.compiler.is_compiling():
+            layer.check_shown(mask)
         out = layer.attend(
             query, mask, real=real, scale=scaling, softcap=kwargs.get("softcap"), sinks=kwargs.get(SINKS),
             rotate=runtime.rotate if ready.rolled else None,
