@@ -23,6 +23,7 @@ from ..recipes.values import values_of
 from ..seams import Site
 from .binding import Binding, entries_by_module
 from .compiling import compile_notes
+from .generating import logits_notes
 from .report import MethodReport, Report
 from .station import STATION, Station, _refuse_saving
 
@@ -278,6 +279,7 @@ class Patch:
         notes = []
         if self.applied:
             notes = self.exchanged() + self._size_notes() + compile_notes(self.bindings)
+            notes += logits_notes(self.bindings)
         name = type(unwrapped(self.model)).__name__
         return Report(name, self.recipe.name, state, methods, notes, unmatched(self._components()))
 
