@@ -9,8 +9,9 @@ from typing import ClassVar
 import pytest
 import torch
 from contract.tools import Snapshot
-from oracle import models
+from oracle import decoder_zoo, models
 from torch import nn
+from transformers import StaticCache
 
 import trainless
 from trainless import InputError, NoMatch, RecipeError
@@ -229,3 +230,42 @@ def test_a_cache_that_depends_on_the_prompt_is_not_estimated():
     found = trainless.explain(meta(), [{"use": "zipvl", "with": {"mode": "discard"}}])
     assert [point.patched for point in found.cache.points] == [None, None]
     assert "depends on the prompt" in str(found)
+
+
+@pytest.mark.parametrize(
+    ("kind", "what", "why"),
+    [
+        ("deepseek_v3", "h2o", "latents"),
+        ("falcon_h1", "kvquant", "also holds the state of a recurrence"),
+        ("gemma3_text", "act", "StaticSlidingWindowLayer"),
+        ("jetmoe", "h2o", "repeats the heads"),
+        ("diffllama", "act", "more than once"),
+        ("jamba", "h2o", None),
+        ("llama", "random", "does not fit into buffers"),
+    ],
+)
+def test_a_static_cache_that_a_call_refuses_is_a_note(kind: str, what: str, why: str | None) -> None:
+    model = decoder_zoo.build(kind, dtype=torch.float32)
+    given = {"act": {"skip_layers": 0}}.get(what, {})
+    notes = [n for n in trainless.explain(model, what, **given).notes if "static caches: no" in n]
+    ids = decoder_zoo.prompt(12)
+    with trainless.patched(model, what, **given) as patch:
+        assert notes == [n for n in patch.report().notes if "static caches: no" in n]
+        cache = StaticCache(config=model.config, max_cache_len=20)
+        if why is None:
+            assert not notes
+            model(ids, past_key_values=cache)
+            return
+        (note,) = notes
+        assert note.startswith(f"{what}: static caches: no, because ") and why in note
+        with pytest.raises(trainless.Unsupported, match=f"{what}: layer . of this static cache.*{why}"):
+            model(ids, past_key_values=cache)
+
+
+def test_a_model_that_keeps_no_cache_by_its_own_settings_is_a_note() -> None:
+    model = models.build("llama", dtype=torch.float32)
+    assert not trainless.explain(model, "h2o").notes
+    model.generation_config.use_cache = False
+    (note,) = trainless.explain(model, "h2o").notes
+    assert note.startswith("h2o: this model's own generation config says use_cache=False")
+    assert not trainless.explain(model, "attn_temperature", temperature=0.5).notes

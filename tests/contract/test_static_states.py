@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import models, real_rows, replay, vlms
+from oracle import decoder_zoo, models, real_rows, replay, vlms
 from torch._dynamo.testing import CompileCounter
 from transformers import DynamicCache, StaticCache
 
@@ -193,3 +193,26 @@ def test_steps_of_var_are_one_graph(pictures: Any):
         acted = patch.report().methods[0].acted
         same(talk(compiled), want, NEAR)
         assert counter.frame_count == 1 and patch.report().methods[0].acted == 2 * acted
+
+
+USED = {"h2o": {"heavy": 3, "recent": 2}, "kvquant": {"group": 4, "residual": 4}, "act": ACT}
+
+
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [("gemma3_text", "h2o"), ("gemma3_text", "kvquant"), ("jamba", "h2o"), ("jamba", "act")],
+)
+def test_generate_on_static_caches_of_several_kinds_of_layer_is_as_on_a_dynamic_one(kind: str, method: str):
+    """There generate() makes a mask for each kind of layer itself, and hands over no padding."""
+    model = decoder_zoo.build(kind)
+    given = decoder_zoo.padded(decoder_zoo.prompt(9), decoder_zoo.prompt(14, seed=3))
+
+    def logits(**more: Any) -> Any:
+        asked = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "output_logits": True}
+        return model.generate(**given, max_new_tokens=6, return_dict_in_generate=True, **asked, **more).logits
+
+    stock = logits()
+    with trainless.patched(model, method, **USED[method]):
+        want = logits()
+        same(logits(cache_implementation="static", disable_compile=True), want)
+    assert not torch.equal(torch.stack(want), torch.stack(stock))

@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import functools
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
-from hosts import tiny_frames, tiny_packed, tiny_roles, tiny_transformers, tiny_unets  # noqa: F401 - they fill CASES
-from hosts.cases import CASES, Case, lively
+from hosts import (  # noqa: F401 - they fill CASES and OTHERS
+    tiny_controls,
+    tiny_frames,
+    tiny_omni,
+    tiny_packed,
+    tiny_sound,
+    tiny_transformers,
+    tiny_unets,
+    tiny_video,
+)
+from hosts.cases import CASES, OTHERS, Case, lively
 from hosts.dense_rule import Rule
 from methods.publications import made_for
 from oracle import LinFusion, install_linfusion
 
 import trainless
-from trainless.hosts.diffusers.denoisers.listing import Family, families
+from trainless.hosts.diffusers.denoisers.listing import DenoiserFamily, families
 from trainless.hosts.diffusers.sizes import Sizes
 from trainless.patchers import known
 
@@ -28,12 +36,12 @@ TRIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # parameters, and t
     "clear": ({"radius": 3, "force": True}, {"radius": 3}),
     "entropy": ({}, {"entropy": True}),
 }
-NO_MODEL = "not built: no tiny model of this class in tests/hosts"
-# Classes that no tiny model can be called of, and why.
-WITHOUT = {
-    "ControlNetXSAdapter": "a UNetControlNetXSModel takes its layers over; it has no call of its own",
-    "CosmosControlNetModel": "needs torchvision",
-    "MotionAdapter": "a UNetMotionModel takes its layers over; it has no call of its own",
+NO_MODEL = "no tiny model of this class in tests/hosts"
+NEVER_CALLED = "it is never called itself: its layers are put into "
+UNBUILT = {
+    "ControlNetXSAdapter": f"{NEVER_CALLED}a UNetControlNetXSModel",
+    "CosmosControlNetModel": "it resizes with torchvision, which is not installed here",
+    "MotionAdapter": f"{NEVER_CALLED}a UNetMotionModel",
 }
 WEIGHTS = "linfusion"
 
@@ -43,7 +51,7 @@ def names() -> list[str]:
 
 
 @functools.cache
-def _listed() -> dict[str, Family]:
+def _listed() -> dict[str, DenoiserFamily]:
     return {family.name: family for family in families()}
 
 
@@ -51,14 +59,10 @@ def _listed() -> dict[str, Family]:
 def _cases() -> dict[str, list[str]]:
     """Tiny models by their class."""
     found: dict[str, list[str]] = {}
-    for name, make in _makers().items():
+    for name, make in {**CASES, **OTHERS}.items():
         torch.manual_seed(0)
         found.setdefault(type(make().model).__name__, []).append(name)
     return found
-
-
-def _makers() -> dict[str, Callable[[], Case]]:
-    return {**CASES, **tiny_roles.CASES}
 
 
 def methods() -> list[str]:
@@ -69,9 +73,13 @@ def line(name: str) -> dict[str, Any]:
     """What is found about one class; of one without a tiny model, what is known to be refused without it."""
     cases = _cases().get(name, [])
     if not cases:
-        told, why = _listed()[name].methods, WITHOUT.get(name)
-        absent = NO_MODEL if why is None else f"not built: {why}"
-        outcomes = {m: absent if told[m].works else f"refused: {one_line(told[m].reason)}" for m in methods()}
+        told = _listed()[name].methods
+        outcomes = {
+            m: f"not built: {UNBUILT.get(name, NO_MODEL)}"
+            if told[m].works
+            else f"refused: {one_line(told[m].reason)}"
+            for m in methods()
+        }
         return {"family": name, "class": name, "methods": outcomes}
     outcomes = {}
     with torch.no_grad():
@@ -89,7 +97,7 @@ def _joined(found: list[str | None]) -> str:
 
 def _outcome(name: str, method: str) -> Any:
     torch.manual_seed(0)
-    case = _makers()[name]()
+    case = {**CASES, **OTHERS}[name]()
     model = lively(case.model)
     if method == WEIGHTS:
         return _linear(case, model)

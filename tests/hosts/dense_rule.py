@@ -72,11 +72,9 @@ class Rule(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func is not SDPA or not self.stack:
             return func(*args, **kwargs)
-        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale")
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         q, k, v = given["query"], given["key"], given["value"]
-        if given.get("enable_gqa"):
-            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         name, calls = self.stack[-1]
         self.stack[-1] = (name, calls + 1)
         if "temperature" in self.rule:
@@ -93,14 +91,14 @@ class Rule(TorchFunctionMode):
         logits = q.double() @ k.double().transpose(-1, -2) * (given.get("scale") or q.shape[-1] ** -0.5)
         mask = given.get("attn_mask")
         seen = torch.ones(batch, 1, lq, lk, dtype=torch.bool)
-        if given.get("is_causal"):
-            seen = seen.tril()
         if mask is not None:
             mask = mask[(None,) * (4 - mask.dim())]
             shown = mask if mask.dtype == torch.bool else mask > HIDDEN
             seen = seen & shown
             if mask.dtype != torch.bool:
                 logits = logits + torch.where(shown, mask.double(), 0.0)
+        if given.get("is_causal"):
+            seen = seen.tril()
         own = None if place is None else _own(place, batch, lk)
         unmasked = seen
         if place is not None and "radius" in self.rule:

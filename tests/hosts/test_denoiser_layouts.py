@@ -18,7 +18,7 @@ from trainless.hosts.diffusers.denoisers.listing import families
 from trainless.hosts.diffusers.sizes import Sizes
 from trainless.patchers import entropy
 
-from . import tiny_frames, tiny_packed, tiny_roles, tiny_transformers, tiny_unets  # noqa: F401
+from . import tiny_frames, tiny_packed, tiny_transformers, tiny_unets  # noqa: F401
 from .cases import CASES, lively
 from .dense_rule import Rule
 
@@ -341,15 +341,3 @@ def test_image_prompts_stand_where_text_does():
     with trainless.patched(model, "entropy") as patch:
         model(**given)
         assert patch.report().methods[0].acted == patch.report().methods[0].sites
-
-
-def test_a_processor_that_calls_twice_for_one_layer_is_refused_when_patching():
-    sound = tiny_roles.CASES["stable_audio3"]().model
-    omni = diffusers.Cosmos3OmniTransformer(
-        head_dim=8, hidden_size=16, intermediate_size=16, latent_channel=4, num_attention_heads=2,
-        num_hidden_layers=1, num_key_value_heads=1, patch_latent_dim=16, vocab_size=32,
-        rope_scaling={"mrope_section": [2, 1, 1]},
-    )  # fmt: skip
-    for model in (sound, omni):
-        with pytest.raises(trainless.NoMatch, match="calls attention twice for one layer"):
-            trainless.patch(model, "attn_temperature", temperature=0.7)

@@ -26,7 +26,7 @@ from transformers.models.llama import modeling_llama
 import trainless
 from trainless.hosts.transformers.dispatch import dispatches
 from trainless.hosts.transformers.images import pretrained
-from trainless.hosts.transformers.parts import Parts
+from trainless.hosts.transformers.parts import ModelParts
 
 NAME = "roles_under_test"
 LARGEST = 40_000_000  # parameters
@@ -197,7 +197,7 @@ def _walk(kind: str) -> tuple[list[str], dict[str, str]]:
         for more in ({}, {"is_decoder": True, "add_cross_attention": True}):
             for model in _models(kind, cls, more):
                 found = _run(model)
-                parts = Parts(pretrained(model))
+                parts = ModelParts(pretrained(model))
                 for name, seen in found.items():
                     told = parts.role(name, model.get_submodule(name))
                     roles[f"{cls.__name__}.{name}"] = told

@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 import torch
 from contract.tools import same
+from diffusers import DDIMScheduler, StableDiffusionPipeline
 from oracle import models
+from transformers import CLIPTextConfig, CLIPTextModel
 
 import trainless
+from trainless.hosts.diffusers.geometry import CONTEXT
 from trainless.verify import sole
 
 from .toys import llama, status
@@ -75,3 +78,47 @@ def test_a_probe_that_calls_in_a_thread_of_its_own_is_refused(monkeypatch: pytes
     assert made.verify()
     made.remove()
     assert not model._forward_pre_hooks and not model._forward_hooks
+
+
+def test_a_pipeline_beside_an_untouched_text_encoder_keeps_the_runs_under_way() -> None:
+    encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+        )
+    )
+    pipe = StableDiffusionPipeline(
+        vae=None, text_encoder=encoder, tokenizer=None, unet=models.build("unet"), safety_checker=None,
+        feature_extractor=None, scheduler=DDIMScheduler(), requires_safety_checker=False,
+    )  # fmt: skip
+    made = trainless.patch(pipe, "attn_temperature", temperature=0.5)
+    runs = vars(pipe.unet)[CONTEXT].local
+    assert "failed" not in status(made.verify()).values()
+    assert vars(pipe.unet)[CONTEXT].local is runs
+
+
+def test_a_call_that_waited_for_a_patch_meets_its_hooks() -> None:
+    """Torch lists the hooks of a call when it begins: those that come while it waits have to be run all the same."""
+    model, ids = llama(torch.float64), models.prompt(12, 1)
+    trainless.patch(model, "attn_temperature", temperature=0.5)
+    gate = vars(model)["_trainless_station"].gate
+    got: list[torch.Tensor] = []
+    called: list[str] = []
+
+    def longer(module: Any, args: Any, kwargs: Any) -> Any:
+        called.append("with keywords")
+        return (torch.cat([args[0], ids[:, :1]], 1),), kwargs
+
+    def serve() -> None:
+        with torch.no_grad():
+            got.append(model(ids).logits)
+
+    worker = threading.Thread(target=serve)
+    with gate.closed():
+        worker.start()
+        while not gate.changed._waiters:  # type: ignore[attr-defined]  # until the worker's call waits
+            pass
+        model.register_forward_pre_hook(longer, with_kwargs=True)
+        model.register_forward_pre_hook(lambda *unused: called.append("without"))
+    worker.join()
+    assert called == ["with keywords", "without"]
+    assert got[0].shape[1] == 13

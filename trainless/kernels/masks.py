@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .dense import Pairs, evaluate, hidden_apart, one_row
+from .dense import VisiblePairs, evaluate, hidden_apart, one_row
 
 # Rows looked at together when a whole mask has to be walked.
 STEP = 256
@@ -76,7 +76,7 @@ class Visibility:
         """
         if self.additive and bool(((self.dense != 0) & hidden_apart(self.dense)).any()):
             raise InputError("a pattern cannot be combined with an additive mask that carries finite values")
-        return replace(self, dense=Pairs(predicate, self.dense, self.offset, batch, heads), mask=None)
+        return replace(self, dense=VisiblePairs(predicate, self.dense, self.offset, batch, heads), mask=None)
 
     def row_of_batch(self, batch: int) -> Visibility:
         """The part that belongs to one batch row, with a batch of 1 and without ``real``."""

@@ -1,4 +1,4 @@
-"""What of a patch stays outside of the graphs that ``torch.compile`` makes, said before and after."""
+"""What calls of a patch will refuse, or keep out of the graphs that ``torch.compile`` makes, said before any."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from ..engine.prepared import Prepared
+from ..hosts import Component
 from ..seams import AttentionPlan
 from .binding import Binding, entries_by_module
 
@@ -14,7 +15,10 @@ LOOKING = frozenset({"mass", "pattern"})
 
 
 def _of_prompts(prompts: dict[str, bool]) -> list[str]:
-    later = {True: "later tokens, one at a time on a static cache, are compiled", False: "so do later tokens"}
+    later = {
+        True: "later tokens, one at a time on a static cache that the method can use, are compiled",
+        False: "so do later tokens",
+    }
     return [
         f"{method}: prompts stay eager under torch.compile, since they are looked over whole; {later[traced]}"
         for method, traced in prompts.items()
@@ -40,3 +44,14 @@ def compile_notes(bindings: Sequence[Binding]) -> list[str]:
         f"refused: {reason}"
         for reason, count in counts.items()
     ]
+
+
+def cache_notes(parts: Sequence[Component], bindings: Sequence[Binding]) -> list[str]:
+    """What calls will refuse about the caches that a user may ask for, as far as hosts know."""
+    planned = [(site, AttentionPlan(entries)) for site, entries in entries_by_module(list(bindings)).values()]
+    notes: list[str] = []
+    for part in parts:
+        say = getattr(part.host, "cache_notes", None)
+        mine = [(site, plan) for site, plan in planned if site.name.startswith(part.prefix)]
+        notes += say(part.module, mine) if say is not None and mine else []
+    return notes

@@ -11,7 +11,7 @@ from ..errors import InputError, TrainlessError
 from ..hosts import Component, components, find_sites, size_notes, unmatched
 from ..hosts.base import unwrapped
 from ..patch.binding import Binding, bind_one, check_fits
-from ..patch.compiling import compile_notes
+from ..patch.compiling import cache_notes, compile_notes
 from ..patch.conflicts import find_conflicts
 from ..patch.generating import logits_notes
 from ..patch.report import size, unmatched_lines
@@ -125,7 +125,8 @@ def explain(
     # Which of two clashing rules would hold is not known, so there is nothing to estimate.
     cache = estimate(parts, bindings) if bindings and not clashes else None
     notes = size_notes(parts) if any(b.method.by_size for b in bindings) else []
-    notes += role_notes(bindings) + compile_notes(bindings) + logits_notes(bindings)
+    notes += role_notes(bindings) + compile_notes(bindings) + cache_notes(parts, bindings)
+    notes += logits_notes(bindings)
     name = type(unwrapped(model)).__name__
     return Explanation(name, recipe.name, plans, problems + clashes, cache, notes, unmatched(parts))
 

@@ -31,7 +31,7 @@ def wide(tensor: Tensor) -> Tensor:
 
 
 @dataclass
-class Asked:
+class AskedCall:
     """A call as the model made it, read once: which pairs exist, and what is added to their logits."""
 
     query: Tensor
@@ -44,7 +44,7 @@ class Asked:
     sinks: Tensor | None = None  # (H,)
 
 
-def read(made: Made, key: Tensor, value: Tensor, causal: bool, from_start: bool = False) -> Asked:
+def read(made: Made, key: Tensor, value: Tensor, causal: bool, from_start: bool = False) -> AskedCall:
     """``made`` with ``key`` and ``value`` (B, H, Lk, D), which may be more than the call was handed.
 
     causal: what holds where the call did not say. from_start: rows are numbered from the first key, as in a
@@ -82,7 +82,7 @@ def read(made: Made, key: Tensor, value: Tensor, causal: bool, from_start: bool 
         added = bias if added is None else added + bias
     scaling = made.query.shape[-1] ** -0.5 if made.scaling is None else float(made.scaling)
     sinks = None if made.sink_logits is None else wide(made.sink_logits)
-    return Asked(wide(made.query), wide(key), wide(value), scaling, seen, added, made.softcap, sinks)
+    return AskedCall(wide(made.query), wide(key), wide(value), scaling, seen, added, made.softcap, sinks)
 
 
 def _of_block_mask(mask: Any, lq: int, lk: int, device: torch.device) -> Tensor:
@@ -123,7 +123,7 @@ class Found:
     largest: float
 
 
-def attention(asked: Asked, published: Published) -> Found:
+def attention(asked: AskedCall, published: Published) -> Found:
     """The whole call: logits → softcap → bias → factors → pairs → softmax → edits → values → gains."""
     b, h, lq, _ = asked.query.shape
     lk = asked.key.shape[2]
@@ -194,7 +194,9 @@ def _of(heads: tuple[int, ...] | None, h: int) -> list[int]:
     return list(range(h)) if heads is None else list(heads)
 
 
-def _beside(z: Tensor, value: Tensor, asked: Asked, more: ExtraKeys, factor: Any) -> tuple[Tensor, Tensor]:
+def _beside(
+    z: Tensor, value: Tensor, asked: AskedCall, more: ExtraKeys, factor: Any
+) -> tuple[Tensor, Tensor]:
     """Logits and values with keys beside the sequence, which the rows that they are for see."""
     h, lq = z.shape[1:3]
     key, its = (wide(t).repeat_interleave(h // t.shape[1], 1) for t in (more.key, more.value))

@@ -24,7 +24,7 @@ from ..seams import (
     Tokens,
 )
 from .caches import History, Lost
-from .dense import Asked, Found, Published, apart, attention, read, tolerance, wide
+from .dense import AskedCall, Found, Published, apart, attention, read, tolerance, wide
 from .heard import Heard, Record, Value, in_columns, in_columns_of
 
 MOST_PAIRS = 1 << 25  # (batch, head, row, key) in one call: what fits into memory in full
@@ -129,7 +129,7 @@ class Judge:
             record.held["result"] += 1
         return found
 
-    def _read(self, made: Made, history: History | None, stock: Tensor | None) -> Asked | None:
+    def _read(self, made: Made, history: History | None, stock: Tensor | None) -> AskedCall | None:
         """The call in plain terms. A reading is trusted once it gives the model's own attention."""
         key, value = made.key, made.value
         if history is not None and history.key is not None and history.value is not None:

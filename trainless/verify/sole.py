@@ -14,10 +14,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..errors import Unsupported
 from ..hosts import Component
-from ..hosts.gate import RECHECK, SOLE
+from ..hosts.gate import RECHECK, SOLE, catch_up
 from ..patch.station import STATION
 
 PATIENCE = 30.0  # seconds without a call of the verifying thread, after which nothing will come any more
@@ -31,11 +32,12 @@ class Sole:
         self.waiting: set[int] = set()
         self.under_way, self.last = 0, time.monotonic()
 
+    def holds(self, thread: int) -> bool:
+        return thread != self.thread and not self.over.is_set()
+
     def hold(self) -> None:
         """Wait, in a call of another thread; Unsupported where that would be for ever."""
         me = threading.get_ident()
-        if me == self.thread or self.over.is_set():
-            return
         self.waiting.add(me)
         try:
             while not self.over.wait(RECHECK):
@@ -47,12 +49,17 @@ class Sole:
         finally:
             self.waiting.discard(me)
 
-    def enter(self, *unused: Any) -> None:
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if torch.compiler.is_compiling():
-            return
-        if threading.get_ident() == self.thread:
+            return None
+        me = threading.get_ident()
+        if me == self.thread:
             self.under_way += 1
+        if not self.holds(me):
+            return None
+        before = set(module._forward_pre_hooks)
         self.hold()
+        return catch_up(module, before, args, kwargs)
 
     def leave(self, *unused: Any) -> None:
         if not torch.compiler.is_compiling() and threading.get_ident() == self.thread:
@@ -68,11 +75,15 @@ def sole(parts: Sequence[Component]) -> Iterator[None]:
     try:
         with contextlib.ExitStack() as still:
             for part in parts:
-                still.enter_context(vars(part.module)[STATION].gate.closed())
+                station = vars(part.module).get(STATION)  # none at a text encoder that nothing touches
+                if station is not None:
+                    still.enter_context(station.gate.closed())
             for part in parts:
                 # Gates look here, those too that come while this lasts; without a gate it is the hooks that hold.
                 vars(part.module)[SOLE] = mine
-                handles.append(part.module.register_forward_pre_hook(mine.enter, prepend=True))
+                handles.append(
+                    part.module.register_forward_pre_hook(mine.enter, prepend=True, with_kwargs=True)
+                )
                 handles.append(part.module.register_forward_hook(mine.leave, always_call=True))
         yield
     finally:

@@ -27,7 +27,7 @@ from ...errors import Unsupported
 from ...seams import AttentionCall, Site
 from ..gate import module_frame
 from .denoisers import Layout
-from .denoisers.table import ELSEWHERE, TWICE, qualified
+from .denoisers.table import ELSEWHERE, qualified
 from .geometry import CONTEXT, describe
 
 SDPA = torch.nn.functional.scaled_dot_product_attention
@@ -51,12 +51,6 @@ REASON = "trainless counts and edits attention outside compiled regions"
 def _class_says(kind: type) -> str | None:
     elsewhere = ELSEWHERE.get(qualified(kind))
     return _source_says(kind) if elsewhere is None else f"{kind.__name__} {elsewhere}"
-
-
-@torch.compiler.assume_constant_result
-def _twice(kind: type) -> tuple[bool, str | None]:
-    """Whether a processor class is among those that call twice, and the setting under which it does."""
-    return qualified(kind) in TWICE, TWICE.get(qualified(kind))
 
 
 @torch.compiler.assume_constant_result
@@ -100,9 +94,6 @@ def refusal(module: nn.Module) -> str | None:
     said = _class_says(processor.__class__)
     if said is not None:
         return said
-    twice, setting = _twice(processor.__class__)
-    if twice and (setting is None or getattr(module, setting)):
-        return f"{processor.__class__.__name__} calls attention twice for one layer, and a patch would change one of them"
     if getattr(processor, "_parallel_config", None) is not None:
         return (
             "context parallelism gives each device a part of the sequence only, which no patch can see whole"
@@ -179,12 +170,23 @@ class Catching(TorchFunctionMode):
             )
 
     def is_beside(self, key: Tensor) -> bool:
-        """True for attention over other keys, an image prompt's; a second pass over the same is refused."""
-        kind = processor_name(self.module)
-        if key.shape[-2] == self.keys and not kind.startswith(("IPAdapter", "FluxIPAdapter", "SD3IPAdapter")):
+        """True for attention over other keys, an image prompt's; a second pass over the same is refused.
+
+        So is one over others where nothing says what the layer's calls are: a part of it would go without the patch.
+        """
+        kind, site = processor_name(self.module), self.runtime.site
+        if kind.startswith(("IPAdapter", "FluxIPAdapter", "SD3IPAdapter")):
+            return True
+        if key.shape[-2] == self.keys:
             raise Unsupported(
-                f"{self.runtime.site.name}: {kind} calls attention more than once over its {self.keys} keys, "
+                f"{site.name}: {kind} calls attention more than once over its {self.keys} keys, "
                 "so a patch would change only a part of it; remove the patch or use another processor"
+            )
+        if site.facts.get("layout") is None and site.role != "cross":
+            raise Unsupported(
+                f"{site.name}: {kind} calls attention over {self.keys} keys and again over {key.shape[-2]}, and "
+                f"which of them is the layer's own is not declared for a {site.facts['family']}; leave it out with "
+                "`where: {modules}`"
             )
         return True
 

@@ -18,10 +18,7 @@ from transformers.cache_utils import (
 from ...cache import (
     CompressingLayer,
     ExpandedLayer,
-    FixedEvictingLayer,
     FixedLayer,
-    FixedPackedLayer,
-    FixedTiersLayer,
     Freezing,
     PackedLayer,
     StatefulMixin,
@@ -37,6 +34,7 @@ from .contract import GENERATE, problem
 from .inputs import noted
 from .layers import PLAIN, depths_of, index_of
 from .outside import refuse_unprepared
+from .static import INSTEAD, fixed_kind, refusal, settles
 from .uncompiled import uncompiled
 from .version import DummyLayer, cache_in, layers_of
 
@@ -113,11 +111,7 @@ def _ours(runtime: Runtime, layer: Any, index: int) -> Any:
     if first is None:
         if isinstance(layer, StatefulMixin | CompressingLayer):
             return layer
-        if isinstance(layer, StaticLayer) and type(layer) is not StaticLayer:
-            raise Unsupported(
-                f"{plan.entries[0].method}: layer {index} of this static cache is a {type(layer).__name__}, which cannot "
-                "carry the state of a sequence; use a dynamic cache (drop cache_implementation)"
-            )
+        _refuse_static(runtime, type(layer), index)
         if not isinstance(layer, DummyLayer):
             _must_be_empty(plan.entries[0].method, layer, index)
             return stateful(layer)
@@ -139,10 +133,8 @@ def _ours(runtime: Runtime, layer: Any, index: int) -> Any:
             )
         return _compressing(runtime, layer)
     kind = type(layer).__bases__[1] if isinstance(layer, StatefulMixin) else type(layer)
-    if kind is StaticLayer and _settles(runtime, layer.max_cache_len):
-        _must_be_empty(first.method, layer, index)
-        return _compressing(runtime, layer)
-    if kind not in PLAIN:
+    _refuse_static(runtime, kind, index)
+    if kind not in PLAIN and kind is not StaticLayer:
         raise Unsupported(
             f"{first.method}: cache layer {index} is a {kind.__name__}, and only a plain dynamic layer can "
             f"{'evict' if plan.quantiser is None else 'be packed'}; give the model a dynamic cache of its own config "
@@ -152,6 +144,16 @@ def _ours(runtime: Runtime, layer: Any, index: int) -> Any:
     return _compressing(runtime, layer)
 
 
+def _refuse_static(runtime: Runtime, kind: type, index: int) -> None:
+    if not issubclass(kind, StaticLayer):
+        return
+    reason = refusal(runtime.plan, runtime.site, kind)
+    if reason is not None:
+        plan = runtime.plan
+        first = plan.quantiser or plan.evictor or plan.entries[0]
+        raise Unsupported(f"{first.method}: layer {index} of this static cache: {reason}; {INSTEAD}")
+
+
 def _compressing(runtime: Runtime, layer: Any) -> CompressingLayer:
     """An empty layer in place of ``layer`` that follows the rules of the plan."""
     plan = runtime.plan
@@ -159,34 +161,17 @@ def _compressing(runtime: Runtime, layer: Any) -> CompressingLayer:
     capacity = layer.max_cache_len if isinstance(layer, StaticLayer) else None
     if isinstance(layer, Freezing):
         capacity = layer.capacity
-    settles = _settles(runtime, capacity)
+    settled = settles(plan, runtime.site, capacity)
     made: CompressingLayer
     if packer is None or plan.quantise is None:
         assert plan.evict is not None and evictor is not None
-        made = FixedLayer(plan.evict, evictor, capacity) if settles else CompressingLayer(plan.evict, evictor)
-    elif settles:
-        made = _kind(plan)(plan.quantise, packer, plan.evict, evictor, capacity)
+        made = FixedLayer(plan.evict, evictor, capacity) if settled else CompressingLayer(plan.evict, evictor)
+    elif settled:
+        made = fixed_kind(plan)(plan.quantise, packer, plan.evict, evictor, capacity)
     else:
         cls = PackedLayer if runtime.site.facts.get("keys", "same") == "same" else ExpandedLayer
         made = cls(plan.quantise, packer, plan.evict, evictor)
     return beside_recurrence(made, layer) if isinstance(layer, LinearAttentionCacheLayerMixin) else made
-
-
-def _settles(runtime: Runtime, capacity: int | None) -> bool:
-    """Whether a layer under this plan may settle into buffers; capacity: tokens of the static cache, None in others."""
-    plan = runtime.plan
-    if runtime.site.facts.get("keys", "same") != "same":
-        return False
-    if plan.quantise is not None:
-        return _kind(plan).suits(plan.quantise, plan.evict, capacity)
-    return plan.evict is not None and FixedLayer.suits(plan.evict, capacity)
-
-
-def _kind(plan: AttentionPlan) -> type[FixedPackedLayer]:
-    """The class of a layer that packs under this plan and may settle."""
-    if plan.evict is not None:
-        return FixedEvictingLayer
-    return FixedTiersLayer if plan.quantise is not None and plan.quantise.chosen else FixedPackedLayer
 
 
 def _owner(entry: Entry | None) -> Lease | None:

@@ -28,7 +28,7 @@ from ...engine.runtime import ATTRIBUTE, Runtime, runtime_of
 from ...engine.watching import Made
 from ...errors import Unsupported
 from ...kernels.visibility import bias_times
-from ...seams import AttentionCall, Contribution, Site
+from ...seams import AttentionCall, AttentionPlan, Contribution, Site
 from ..modules.around import Tell, nothing
 from . import images as images
 from . import inputs as inputs
@@ -40,6 +40,7 @@ from .dispatch import unmatched
 from .logits import METHOD, logits_wrapper
 from .rotary import rotation
 from .sites import HARMLESS, find
+from .static import cache_notes
 from .uncompiled import uncompiled
 
 NAME = "trainless"
@@ -375,6 +376,10 @@ class TransformersHost:
             if any(c.kind == "position" and not c.inert for c in given) and type(site.module) not in seen:
                 seen.add(type(site.module))
                 rotation(site, model)
+
+    def cache_notes(self, model: nn.Module, planned: Sequence[tuple[Site, AttentionPlan]]) -> list[str]:
+        """What calls of these plans will refuse about the caches that a user may ask for."""
+        return cache_notes(model, planned)
 
     def install(self, runtime: Runtime) -> None:
         _register()

@@ -27,6 +27,7 @@ from .outside import Generating, generating
 from .uncompiled import uncompiled
 
 TOKENS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
+FULL = "full_attention"
 READER = (
     "_trainless_inputs"  # where a pretrained model keeps its readers, one for each model that was patched
 )
@@ -111,7 +112,7 @@ class Noted:
         # Columns that no row sees are padding, and rows that see nothing but themselves at most are, too.
         real = seen.any(-2, keepdim=True)
         told = real[..., 0, past:, None] if rows > 1 else torch.ones_like(seen[..., :1])
-        return bool(((seen != (causal & real)) & told).any())
+        return bool((causal & real & ~seen & told).any())
 
 
 class Under(threading.local):
@@ -213,10 +214,17 @@ def _enter(reader: Reader, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Non
         if positions is None:
             noted.positions = outer.positions
     elif outer is None or isinstance(mask, Tensor):
+        # generate() makes the masks of a static cache itself, one for each kind of layer.
+        mask = mask[FULL] if outer is None and _of_generate(mask) else mask
         noted.handmade = mask
         if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[-1] > mask.shape[-2]:
             noted.held = _held(args, kwargs)
     reader.given.noted.append(noted)
+
+
+def _of_generate(mask: Any) -> bool:
+    """Whether these are masks by the kind of layer, of which one says which tokens there are."""
+    return isinstance(mask, dict) and FULL in mask and (mask[FULL] is None or isinstance(mask[FULL], Tensor))
 
 
 def _held(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

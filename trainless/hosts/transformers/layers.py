@@ -5,13 +5,14 @@ The layers are those of the cache that transformers builds for the decoder's own
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import (
     DynamicIndexedLayer,
     DynamicLayer,
@@ -34,13 +35,15 @@ class Held:
 
     kinds: classes of the layers it may use, empty where nothing is known. window: tokens that they hold at most,
     the one under way included. depths: how many layers there are for it, in the mean of its kind. cut: whether the
-    decoder gives layers without a cache of their own only those rows of a prompt whose logits are asked for.
+    decoder gives layers without a cache of their own only those rows of a prompt whose logits are asked for. static:
+    classes of the layers in a static cache in their place.
     """
 
     kinds: tuple[type, ...] = ()
     window: int | None = None
     depths: float = 1
     cut: bool = False
+    static: tuple[type, ...] = ()
 
     @property
     def borrows(self) -> bool:
@@ -87,7 +90,7 @@ class Layers:
 
     def __init__(self, ancestors: Mapping[str, PreTrainedModel]):
         self.ancestors = ancestors
-        self.built: dict[int, list[Any]] = {}
+        self.built: dict[int, tuple[list[Any], list[Any]]] = {}
 
     def of(self, name: str, module: nn.Module) -> Held:
         around = [n for n in self.ancestors if n in ("", name) or name.startswith(f"{n}.")]
@@ -96,7 +99,7 @@ class Layers:
         owner = self.ancestors[max(around, key=len)]
         if id(owner) not in self.built:
             self.built[id(owner)] = _build(owner.config)
-        layers = self.built[id(owner)]
+        layers, static = self.built[id(owner)]
         parameters = inspect.signature(type(module).forward).parameters
         index, depths = getattr(module, "layer_idx", None), 1.0
         if "layer_idx" in parameters or not isinstance(index, int) or index < 0:
@@ -111,14 +114,20 @@ class Layers:
         windows = [w for layer in mine if isinstance(w := getattr(layer, "sliding_window", None), int)]
         kinds = tuple(dict.fromkeys(type(layer) for layer in mine))
         cut = callable(getattr(type(owner), CUTS, None))
-        return Held(kinds, min(windows) if windows else None, depths, cut)
+        theirs = (s for one, s in zip(layers, static, strict=False) if any(one is layer for layer in mine))
+        fixed = tuple(dict.fromkeys(type(layer) for layer in theirs))
+        return Held(kinds, min(windows) if windows else None, depths, cut, fixed)
 
 
-def _build(config: Any) -> list[Any]:
-    try:
-        return list(DynamicCache(config=config).layers)
-    except Exception:  # a config of no decoder: transformers builds no cache for it either
-        return []
+def _build(config: Any) -> tuple[list[Any], list[Any]]:
+    """The layers of a dynamic cache and of a static one; [] for a config of no decoder, which has none either."""
+    found: list[list[Any]] = []
+    for make in (DynamicCache, functools.partial(StaticCache, max_cache_len=1)):
+        try:
+            found.append(list(make(config=config).layers))
+        except Exception:  # whatever the config lacks
+            found.append([])
+    return found[0], found[1]
 
 
 def index_of(module: nn.Module, kwargs: Mapping[str, Any]) -> int | None:
