@@ -152,7 +152,7 @@ ASKED = (
     seams.Mass,
     seams.Gain,
 )
-BESIDE = (seams.Around, seams.Input, seams.Weights)
+BESIDE = (seams.Around, seams.Input, seams.Weights, seams.Logits)
 EVERY = (*ASKED, seams.Cache, *BESIDE)
 FIELDS = {
     "heads": (seams.Observe, seams.Mass, seams.Gain),

@@ -22,7 +22,7 @@ from ..seams import AttentionCall, Entry, Formed, Lease
 from .autocast import narrowed, under_autocast
 from .extra_keys import scaled
 from .packed import packed_softmax
-from .patterns import Pattern, visible_keys
+from .patterns import Pattern, fitted, visible_keys
 from .run import SAMPLED, Delegate, Run
 from .runtime import Runtime
 from .softmax import softmax
@@ -176,7 +176,7 @@ def _static_patterns(run: Run, extra: list[Any]) -> list[Pattern]:
             continue
         pattern = run.value(entry)
         if pattern is not None:
-            found.append(pattern)
+            found.append(fitted(entry.method, run.call, pattern))
             run.acted.add(entry.owner)
     if (found or extra) and any(e.contribution.constant is None for e in run.plan.of["scale"]):
         call = run.call

@@ -117,7 +117,9 @@ class Run:
         if padding is not None:
             visible = replace(visible, keys=padding[:, -lk:].bool())
         for pattern in patterns:
-            visible = visible.restrict(pattern.visible, getattr(pattern, "batch", 1))
+            visible = visible.restrict(
+                pattern.visible, getattr(pattern, "batch", 1), getattr(pattern, "heads", 1)
+            )
             self.edited = True
         return visible
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..cache import CompressingLayer
 from ..errors import Unsupported
+from ..kernels.block_sparse import Blocks, Spans
 from ..kernels.column_mass import (
     RowScale,
     attention_and_mass,
@@ -39,7 +40,7 @@ from ..kernels.window2d import choose as choose_window
 from ..seams import Contribution, Entry, MassMove, RowEdit, Statistics, Tokens
 from .chosen_rows import sampled_mass
 from .extra_keys import merge_extra
-from .patterns import Pattern, extra_of_image, window_of
+from .patterns import Listed, Pattern, extra_of_image, fitted, through_lists, window_of
 from .row_edits import apply, apply_to, edited_rows, mass_of_groups, move_edit, on_heads
 from .run import FEW_ROWS, SAMPLED, Run
 from .spread import note_spread, spread_of_rows, wanted_spread
@@ -90,6 +91,11 @@ def softmax(
             f"{run.runtime.site.name}: attention dropout is on (training mode) and a patch edits this "
             "attention; call model.eval() or remove the patch"
         )
+    if layer is not None and layer.evicted and any(isinstance(p, Listed) for p in patterns):
+        raise Unsupported(
+            f"{layer.lease.name}: {run.runtime.site.name} has a pattern of blocks or spans, which count keys by their "
+            "place, and its cache has dropped keys; give the two different layers"
+        )
     dynamic = [e for e in run.plan.of["pattern"] if e.contribution.dynamic and e in run.asking]
     asked = Asked(layer, extra, patterns, wanted, moves, dynamic)
     out = _without_statistics(run, asked)
@@ -123,7 +129,38 @@ def _without_statistics(run: Run, asked: Asked) -> Tensor | None:
         run.why_not = _why_no_window(run, layer, asked.wanted, asked.dynamic, asked.edits)
         if not run.why_not:
             return _windowed(run, window, asked.extra)
-    return None
+    return _listed(run, asked)
+
+
+def _listed(run: Run, asked: Asked) -> Tensor | None:
+    """The output over blocks or spans by the kernel that computes nothing else; None where it cannot be used."""
+    call, lists = run.call, [p for p in asked.patterns if isinstance(p, Listed)]
+    few = call.query.shape[2] <= FEW_ROWS  # whole rows of probabilities are the shorter way
+    if not lists or few or run.runtime.facts.get("attentions"):
+        return None
+    visible = run.visibility(asked.layer, [])
+    why = {
+        "another pattern": len(asked.patterns) > 1,
+        "extra keys": bool(asked.extra),
+        "statistics or an edit": bool(asked.wanted or asked.dynamic or asked.edits or run.groups),
+        "an observer": bool(run.plan.of["observe"]),
+        "a mask that is not causal": isinstance(lists[0].pattern, Spans) and not visible.causal,
+    }
+    run.why_not = (
+        *run.why_not,
+        *(f"block_sparse: the call has {what}" for what, there in why.items() if there),
+    )
+    if any(why.values()):
+        return None
+    run.kernel, run.reasons, out = through_lists(call, lists[0], visible, run.terms())
+    return out.transpose(1, 2).contiguous()
+
+
+def _lists_alone(run: Run, asked: Asked, visible: Visibility, chosen: Any) -> bool:
+    """Whether a pattern that was chosen from statistics is all that happens to this call from here on."""
+    alone = isinstance(chosen, Listed) and len(asked.dynamic) == 1 and not (asked.extra or asked.patterns)
+    alone = alone and not (asked.moves or run.groups or run.plan.of["observe"])
+    return alone and (isinstance(chosen.pattern, Blocks) or visible.causal)
 
 
 def _prepared_edits(run: Run, visible: Visibility, asked: Asked) -> Tensor | None:
@@ -157,8 +194,10 @@ def _measured(run: Run, visible: Visibility, asked: Asked) -> Tensor:
         if isinstance(chosen, Tokens):
             subset = chosen.keep if subset is None else subset & chosen.keep
             visible, out = only(visible, chosen.keep), None
+        elif _lists_alone(run, asked, visible, chosen):
+            run.kernel, run.reasons, out = through_lists(call, chosen, visible, run.terms())
         else:
-            visible = visible.restrict(chosen.visible, chosen.batch)
+            visible = _restricted(visible, chosen)
             out, lse = run.attention(visible, extra)
             run.stats = Statistics(lse=lse)
     _group_mass(run, visible, run.stats.lse)
@@ -183,7 +222,11 @@ def _chosen_patterns(run: Run, dynamic: list[Entry]) -> Iterator[tuple[Entry, An
     for entry in dynamic:
         chosen = run.value(entry)
         if chosen is not None:
-            yield entry, chosen
+            yield entry, fitted(entry.method, run.call, chosen)
+
+
+def _restricted(visible: Visibility, chosen: Any) -> Visibility:
+    return visible.restrict(chosen.visible, chosen.batch, getattr(chosen, "heads", 1))
 
 
 def _carried_out(
@@ -503,7 +546,7 @@ def _few_rows(run: Run, visible: Visibility, asked: Asked) -> Tensor:
             visible = only(visible, chosen.keep)
             probabilities = without(run.row_probabilities(visible, 0, lq), chosen.keep)
         else:
-            visible = visible.restrict(chosen.visible, chosen.batch)
+            visible = _restricted(visible, chosen)
             probabilities = run.row_probabilities(visible, 0, lq)
     for entry, named in run.groups.items():
         run.masses[entry] = mass_of_groups(probabilities, named)

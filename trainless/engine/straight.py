@@ -18,7 +18,7 @@ from ..kernels.window2d import choose, window2d
 from ..seams import AttentionCall, ExtraKeys, Formed, State, Statistics
 from .autocast import Delegate, narrowed, under_autocast
 from .extra_keys import merge_extra, scaled
-from .patterns import Pattern, extra_of_image, visible_keys, window_of
+from .patterns import Pattern, extra_of_image, fitted, visible_keys, window_of
 from .prepared import Step
 from .run import Run
 from .runtime import Runtime
@@ -40,7 +40,7 @@ def _through(runtime: Runtime, call: AttentionCall, delegate: Delegate) -> Tenso
         for step in ready.steps[kind]:
             value = _value(step, call)
             if value is not None:
-                found.append(value)
+                found.append(fitted(step.method, call, value) if kind == "pattern" else value)
                 acted.append(step.owner)
         return found
 

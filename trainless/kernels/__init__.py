@@ -7,7 +7,7 @@ arguments and chooses. Importing this package does not import Triton.
 
 from __future__ import annotations
 
-from .block_sparse import block_sparse
+from .block_sparse import Blocks, Spans, block_sparse
 from .column_mass import chosen_mass, column_mass
 from .dispatch import Choice, available
 from .group_mass import group_mass
@@ -20,7 +20,9 @@ from .visibility import Visibility, visibility
 from .window2d import Window2d, window2d
 
 __all__ = [
+    "Blocks",
     "Choice",
+    "Spans",
     "Visibility",
     "Window2d",
     "attention",

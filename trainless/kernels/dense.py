@@ -42,20 +42,27 @@ def hidden_apart(piece: Tensor) -> Tensor:
 class VisiblePairs:
     """A predicate over (query, key) numbers, on top of a mask without structure if there is one.
 
-    batch: 1, or the rows of the batch, where the predicate gives (batch, 1, rows, keys).
+    batch, heads: 1, or the rows of the batch and the query heads, where the predicate gives (batch, heads, rows, keys).
     """
 
     def __init__(
-        self, predicate: Callable[[Tensor, Tensor], Tensor], under: Any, offset: int, batch: int = 1
-    ):
-        self.predicate, self.under, self.offset, self.batch = predicate, under, offset, batch
+        self, predicate: Callable[[Tensor, Tensor], Tensor], under: Any, offset: int, batch: int = 1,
+        heads: int = 1,
+    ):  # fmt: skip
+        self.predicate, self.under, self.offset, self.batch, self.heads = (
+            predicate,
+            under,
+            offset,
+            batch,
+            heads,
+        )
         shape = getattr(under, "shape", (1, 1))
-        self.shape = (max(batch, shape[0]), *shape[1:])
+        self.shape = (max(batch, shape[0]), max(heads, shape[1]), *shape[2:])
 
     def at(self, rows: Tensor, lo: int, hi: int) -> Tensor:
         keys = torch.arange(lo, hi, device=rows.device)
         seen = self.predicate((rows + self.offset)[:, None], keys[None, :])
-        seen = seen.expand(self.batch, 1, len(rows), len(keys))
+        seen = seen.expand(self.batch, self.heads, len(rows), len(keys))
         return seen if self.under is None else seen & evaluate(self.under, rows, lo, hi, rows.device)
 
     def one_row(self, number: int) -> VisiblePairs:
@@ -66,7 +73,7 @@ class VisiblePairs:
             seen = predicate(q, k)
             return seen[number : number + 1] if own else seen
 
-        return VisiblePairs(row, one_row(self.under, number), self.offset)
+        return VisiblePairs(row, one_row(self.under, number), self.offset, heads=self.heads)
 
 
 class Picked:

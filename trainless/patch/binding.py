@@ -12,6 +12,7 @@ from ..patchers import Method
 from ..recipes import Recipe, Use
 from ..seams import Contribution, Entry, Lease, Site
 from .calibration import apply_calibration
+from .generating import check_logits
 
 
 @dataclass
@@ -126,6 +127,7 @@ def bind_one(model: Any, parts: list[Component], sites: list[Site], use: Use) ->
     if not contributions and len(skipped) > len(found.skipped):
         raise NoMatch(_all_refused(method, model, skipped))
     _check_by_host(parts, contributions)
+    check_logits(name, parts, contributions)
     if not contributions:
         raise NoMatch(
             f"{name}: contributes nothing at any of {len(narrowed)} sites; check its heads and layers"

@@ -7,7 +7,7 @@ KINDS = (
     "position",  # positions that keys carry: value -> rotation steps to add to each key (B, Hkv, Lk)
     "keys",  # extra keys and values: value -> ExtraKeys
     "scale",  # factor on the logits: value -> float or tensor broadcastable to (B, H, Lq, 1)
-    "pattern",  # which pairs exist: value -> Pairs, a predicate over indices; static: or Window2d; dynamic: or Tokens
+    "pattern",  # which pairs exist: value -> Pairs, Blocks or Spans; static: or Window2d; dynamic: or Tokens
     "observe",  # look at the statistics; value is ignored
     "form",  # another operator: value -> output (B, Lq, H, D), or Formed
     "mass",  # move probability between key groups: value -> MassMove
@@ -16,6 +16,7 @@ KINDS = (
     "around",  # wrap the call of a module: value(proceed, call, state) -> result
     "input",  # what a module inside the site is given: value(args, kwargs, tensors) -> (args, kwargs)
     "weights",  # replace tensors: tensors
+    "logits",  # the scores of the next token in generate: value(input_ids, scores) -> scores
 )
 STATISTICS = (
     "lse", "column_mass", "probe_mass", "group_mass", "row_entropy", "row_max", "column_max", "column_entropy",
@@ -36,4 +37,4 @@ FACTS = ("step", "images", "residual")
 # Kinds of which one site takes a single contribution (mass: one per head).
 EXCLUSIVE = {"position", "form"}
 # Kinds that act on modules and not on the attention itself.
-BESIDE = {"around", "input", "weights"}
+BESIDE = {"around", "input", "weights", "logits"}

@@ -25,9 +25,11 @@ class AttentionPlan:
 
     def __init__(self, entries: Sequence[Entry]):
         self.entries = tuple(entries)
-        self.active = tuple(e for e in entries if not e.contribution.inert)
+        acting = [e for e in entries if not e.contribution.inert]
+        # No call of the site has to do with the scores of the next token.
+        self.active = tuple(e for e in acting if e.contribution.kind != "logits")
         self.of: dict[str, tuple[Entry, ...]] = {
-            kind: tuple(e for e in self.active if e.contribution.kind == kind) for kind in KINDS
+            kind: tuple(e for e in acting if e.contribution.kind == kind) for kind in KINDS
         }
         self.inert = not self.active
         self.asks = frozenset().union(*(e.contribution.asks for e in self.active))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..engine.watching import Made
+from ..kernels import Blocks, Spans
 from ..seams import ExtraKeys, MassMove, Pairs, Tokens
 
 HIDDEN = -16000.0  # additive masks write "hidden" as a number below this
@@ -143,7 +144,7 @@ def attention(asked: AskedCall, published: Published) -> Found:
     rows = torch.arange(lk - lq, lk, device=z.device)[:, None]
     columns = torch.arange(lk, device=z.device)[None]
     for pattern in published.pairs:
-        seen = seen & pattern.visible(rows, columns)
+        seen = seen & _shown(pattern, rows, columns, b, h)
     taking = None
     for tokens in published.tokens:
         seen = seen & tokens.keep[:, None, None, :]
@@ -174,6 +175,19 @@ def attention(asked: AskedCall, published: Published) -> Found:
         out[:, :, index] = out[:, :, index] * (wide(gain) if isinstance(gain, Tensor) else gain)
         out = out.transpose(1, 2)
     return Found(out, p, lse, doubtful, largest)
+
+
+def _shown(pattern: Any, rows: Tensor, columns: Tensor, b: int, h: int) -> Tensor:
+    """Which pairs a pattern allows; rows (Lq, 1) are counted as keys are. Lists are read head by head."""
+    if not isinstance(pattern, Blocks | Spans):
+        found: Tensor = pattern.visible(rows, columns)
+        return found
+    offset, every = columns.shape[1] - rows.shape[0], torch.arange(h, device=rows.device)
+    own, keys = rows[:, 0] - offset, columns[0]
+    of_row = [
+        torch.cat([pattern.allows(n, head[None], own, keys, offset) for head in every]) for n in range(b)
+    ]
+    return torch.stack(of_row)
 
 
 def _of(heads: tuple[int, ...] | None, h: int) -> list[int]:

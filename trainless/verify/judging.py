@@ -11,7 +11,7 @@ from torch import Tensor
 from ..cache import CompressingLayer, PackedLayer
 from ..engine.runtime import Runtime
 from ..engine.watching import Made
-from ..kernels import Window2d
+from ..kernels import Blocks, Spans, Window2d
 from ..seams import (
     BESIDE,
     AttentionPlan,
@@ -197,7 +197,7 @@ class Judge:
             found.factors.append(given)
         elif own.kind == "pattern" and isinstance(given, Tokens):
             found.tokens.append(given)
-        elif own.kind == "pattern" and isinstance(given, Pairs | Window2d):
+        elif own.kind == "pattern" and isinstance(given, Pairs | Window2d | Blocks | Spans):
             found.pairs.append(given)
         elif own.kind == "keys":
             found.extra.append(given)

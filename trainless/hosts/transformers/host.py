@@ -37,6 +37,7 @@ from . import sequences, traced
 from .cache import before, cache_wrapper, continuous_wrapper, prefill_wrapper
 from .calls import PACKED, call_of, tell
 from .dispatch import unmatched
+from .logits import METHOD, logits_wrapper
 from .rotary import rotation
 from .sites import HARMLESS, find
 from .static import cache_notes
@@ -51,6 +52,7 @@ OTHER_KEYS = {"key_value_states", "encoder_hidden_states"}
 
 # Methods of a model that are wrapped while it is patched, where it has them.
 WRAPPERS = {
+    METHOD: logits_wrapper,
     "_prefill": prefill_wrapper,
     "_prepare_cache_for_generation": cache_wrapper,
     "generate_batch": continuous_wrapper("generate_batch"),
