@@ -26,12 +26,12 @@ import torch
 from record import Claim, about, write
 
 from trainless.batch.interrupt import Interrupt
-from trainless.batch.items import Faults, Item
+from trainless.batch.items import Item, ItemFaults
 from trainless.batch.keys import Settings, jobs
 from trainless.batch.launch import Launch
 from trainless.batch.progress import Progress
 from trainless.batch.runner import Runner, cut_batches
-from trainless.batch.store import Store
+from trainless.batch.store import ResultStore
 from trainless.batch.text import TextEngine
 from trainless.models import describe, load
 
@@ -68,7 +68,7 @@ def ours(engine: TextEngine, work, size: int, sort: bool) -> list[str]:
     if not sort:
         batches = [work[at : at + size] for at in range(0, len(work), size)]
     with tempfile.TemporaryDirectory() as folder:
-        store = Store(Path(folder), Launch())
+        store = ResultStore(Path(folder), Launch())
         Runner(engine, store, Progress(len(work), stream=io.StringIO()), dict).run(batches, Interrupt())
         store.close()
         lines = [json.loads(line) for line in next(Path(folder).glob("part-*")).open()]
@@ -99,7 +99,7 @@ def main() -> None:
     texts = prompts(given.prompts)
     engine = TextEngine(description, new, None, None)
     settings = Settings(description.fingerprint, None, "float32", 0, new, None, None)
-    work, faults = jobs([Item(f"{i}", prompt=text) for i, text in enumerate(texts)], settings), Faults()
+    work, faults = jobs([Item(f"{i}", prompt=text) for i, text in enumerate(texts)], settings), ItemFaults()
     engine.prepare(work, faults)
     loaded = load(description)
     engine.start(loaded)

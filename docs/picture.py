@@ -12,7 +12,7 @@ STOPS = (
     ("before the softmax", ("position", "keys", "scale", "pattern")),
     ("softmax, looked at", ("observe", "form", "mass")),
     ("after it", ("gain", "kv")),
-    ("beside attention", ("around", "input", "weights")),
+    ("beside attention", ("around", "input", "weights", "logits")),
 )
 WORDS = ("What", "Source", "Seams", "Exact", "Costs", "Differs")
 BOX, GAP, LEFT, TOP, HIGH = 150, 14, 24, 64, 62

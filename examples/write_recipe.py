@@ -46,24 +46,24 @@ with tempfile.TemporaryDirectory() as folder:
 
 # It prints:
 # examples/letters: Long letters on a small cache, with slightly sharper attention in the upper half.
-#   h2o.heavy = 0.1  [long-context.yaml:20] published: H2O code, ratio of the prompt
+#   h2o.heavy = 0.1  [h2o.yaml:21] published: H2O code, ratio of the prompt
 #   h2o.recent = 0.2  [write_recipe.yaml:10] ours: letters end with what matters
+#   h2o.scores = sampled  [default (ours)]
 #   h2o.gqa = sum  [default (ours)]
 #   h2o.normalise = False  [default (published)] H2O: Heavy-Hitter Oracle for Efficient Generative Inference
 #   h2o.positions = real  [default (published)] H2O: Heavy-Hitter Oracle for Efficient Generative Inference
 #   h2o.ratio = None  [default (ours)]
 #   h2o.protect = none  [default (ours)]
-#   h2o.where.layers = 2:  [long-context.yaml:23] ours: the first two layers attend broadly; they keep everything
 #   attn_temperature.temperature = 0.95  [write_recipe.yaml:13] ours: an example, not tuned
 #   attn_temperature.where.layers = 2:  [write_recipe.yaml:15] ours: the second half of this example's four layers
 #
 # examples/letters on LlamaForCausalLM: active
-# h2o(heavy=0.1, recent=0.2, gqa='sum', normalise=False, positions='real', ratio=None, protect='none')
-#   sites    2/4 attention layers
-#   calls    16 passed, 16 acted on
-#   kernels  lse/fused ×2, slots ×14
-#   cache    30 of 107 tokens kept per layer, 2 layers
-#            16.8 KiB held, unpatched 53.5 KiB (31%)
+# h2o(heavy=0.1, recent=0.2, scores='sampled', gqa='sum', normalise=False, positions='real', ratio=None, protect='none')
+#   sites    4/4 attention layers
+#   calls    32 passed, 32 acted on
+#   kernels  lse/fused ×4, slots ×28
+#   cache    30 of 107 tokens kept per layer, 4 layers
+#            33.6 KiB held, unpatched 107.0 KiB (31%)
 # attn_temperature(temperature=0.95)
 #   sites    2/4 attention layers
 #   calls    16 passed, 16 acted on

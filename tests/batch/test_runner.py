@@ -18,7 +18,7 @@ from trainless.batch.keys import Settings, jobs
 from trainless.batch.launch import Launch
 from trainless.batch.progress import Progress
 from trainless.batch.runner import Runner, cut_batches, deal
-from trainless.batch.store import Store
+from trainless.batch.store import ResultStore
 from trainless.errors import Unsupported
 
 SETTINGS = Settings("m", None, "float32", 0, 4, None, None)
@@ -60,7 +60,7 @@ def make(count):
 
 def execute(engine, batches, folder, interrupt=None):
     folder.mkdir(exist_ok=True)
-    store = Store(folder, Launch())
+    store = ResultStore(folder, Launch())
     progress = Progress(sum(map(len, batches)), stream=io.StringIO())
     Runner(engine, store, progress, dict).run(batches, interrupt or Interrupt())
     store.close()
@@ -184,4 +184,4 @@ def test_record_of_a_full_disk_is_an_error_that_loses_nothing(tmp_path):
     folder.mkdir()
     (folder / "part-0000-of-0001.jsonl").symlink_to("/dev/full")
     with pytest.raises(InputError, match="No space left"):
-        Store(folder, Launch()).append([json.loads("{}")])
+        ResultStore(folder, Launch()).append([json.loads("{}")])

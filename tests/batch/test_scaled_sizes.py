@@ -10,7 +10,7 @@ pytest.importorskip("diffusers")
 
 import trainless
 from trainless.batch.images import ImageEngine
-from trainless.batch.items import Faults, Item
+from trainless.batch.items import Item, ItemFaults
 from trainless.models import describe
 
 
@@ -37,7 +37,7 @@ def test_a_size_that_would_be_changed_is_refused_with_the_one_that_would_be_made
     engine = ImageEngine(description, None, kept, None)
     with pytest.raises(trainless.InputError, match=rf"--size: {name} .* would make {made}.*or no size"):
         ImageEngine(description, None, changed, None)
-    faults = Faults()
+    faults = ItemFaults()
     for params in ({"height": changed[0], "width": changed[1]}, {"height": kept[0], "width": kept[1]}, {}):
         engine._check(Item("p:1", prompt="a cat", params=params), faults)
     assert [f"would make {made}" in fault for fault in faults.found] == [True]

@@ -61,19 +61,19 @@ def test_a_folder_that_goes_before_the_first_result(go, monkeypatch, act):
 
 
 def test_results_that_go_after_the_last_of_them(go, monkeypatch):
-    from trainless.batch.store import Store
+    from trainless.batch.store import ResultStore
 
-    sound = Store.verify
+    sound = ResultStore.verify
 
     def verify(self):
         lines = PART.read_bytes().splitlines(keepends=True)
         PART.write_bytes(lines[0])
         sound(self)
 
-    monkeypatch.setattr(Store, "verify", verify)
+    monkeypatch.setattr(ResultStore, "verify", verify)
     code, _, err = go()
     assert code == 1 and "2 of the 3 results that this run has made are not in out" in err
-    monkeypatch.setattr(Store, "verify", sound)
+    monkeypatch.setattr(ResultStore, "verify", sound)
     code, _, err = go()
     assert code == 0 and "1 of 3 results are already" in err and len(records("out")) == 3
 

@@ -194,9 +194,11 @@ def test_nothing_helps(model, tokenizer, rows, tmp_path):
 
 
 def test_joint_effect_is_never_hidden(model, tokenizer, data, capsys):
-    from trainless.calibrators._outcome import Outcome
+    from trainless.calibrators._outcome import CalibrationOutcome
 
-    outcome = Outcome([(0, 0), (0, 1)], (1, 2), [1.0, -1.0, -1.0], [{(0, 0)}, {(0, 0), (0, 1)}, {(0, 1)}])
+    outcome = CalibrationOutcome(
+        [(0, 0), (0, 1)], (1, 2), [1.0, -1.0, -1.0], [{(0, 0)}, {(0, 0), (0, 1)}, {(0, 1)}]
+    )
     outcome.add((0, 0), [1.0, 1.0])
     outcome.add((0, 1), [-1.0, 1.0])
     assert outcome.kept == [(0, 0), (0, 1)]

@@ -9,7 +9,7 @@ import trainless
 from calibrators.conftest import OPTIONS, build
 from trainless import InputError
 from trainless.calibrators import _heads
-from trainless.calibrators._journal import Journal
+from trainless.calibrators._journal import ResumeJournal
 from trainless.calibrators.base import Session, Stopped, get
 
 
@@ -89,7 +89,7 @@ def test_two_writers_and_foreign_files(model, tokenizer, data, tmp_path):
     out = tmp_path / "act.safetensors"
     options = {"data": data, "tokenizer": tokenizer, "out": out, "progress": False, **OPTIONS}
     with (
-        Journal(tmp_path / "act.safetensors.progress", {}),
+        ResumeJournal(tmp_path / "act.safetensors.progress", {}),
         pytest.raises(InputError, match="another process"),
     ):
         trainless.calibrate(model, "act", **options)

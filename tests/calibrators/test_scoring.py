@@ -10,7 +10,7 @@ from tokenizers import models as tokenizer_models
 from transformers import PreTrainedTokenizerFast
 
 from calibrators.conftest import build
-from trainless.batch.items import Faults
+from trainless.batch.items import ItemFaults
 from trainless.calibrators._data import Example
 from trainless.calibrators._scoring import Encoded, Scorer, encode
 
@@ -24,7 +24,7 @@ def merging():
 
 
 def one(tokenizer, prompt, choices, label=0, rule="first", positions=None):
-    faults = Faults()
+    faults = ItemFaults()
     found = encode([Example("f:1", prompt, tuple(choices), label)], tokenizer, positions, rule, faults)
     return found[0] if found else faults.found[0]
 

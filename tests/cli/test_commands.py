@@ -246,7 +246,7 @@ def test_recipes(run):
     Path("r.yaml").write_text(out)
     code, out, _ = run("recipes", "check", "r.yaml")
     assert code == 0 and "nothing wrong" in out
-    code, out, _ = run("recipes", "show", "llama/long-context", "--origin")
+    code, out, _ = run("recipes", "show", "llama/h2o", "--origin")
     assert code == 0 and "h2o.heavy = 0.1" in out and "published" in out
     code, out, _ = run("recipes", "schema")
     assert code == 0 and "patches" in json.loads(out)["properties"]

@@ -152,7 +152,7 @@ ASKED = (
     seams.Mass,
     seams.Gain,
 )
-BESIDE = (seams.Around, seams.Input, seams.Weights)
+BESIDE = (seams.Around, seams.Input, seams.Weights, seams.Logits)
 EVERY = (*ASKED, seams.Cache, *BESIDE)
 FIELDS = {
     "heads": (seams.Observe, seams.Mass, seams.Gain),
@@ -223,7 +223,7 @@ MISUSES = {
     "no_heads": (lambda: seams.Gain(constant=2.0, heads=()), "give distinct query heads"),
     "same_heads": (lambda: seams.Mass(_value, heads=(1, 1)), "give distinct query heads"),
     "fact": (lambda: seams.Scale(_value, asks={"steps"}), "no host knows the fact 'steps'; known: step"),
-    "scope": (lambda: seams.Mass(_value, scope="layers"), "scope='layers': a State lasts for one of call"),
+    "scope": (lambda: seams.Mass(_value, scope="model"), "scope='model': a State lasts for one of call"),
     "policy": (lambda: seams.Cache(_value), "neither an Evict nor a Quantise"),
     "not_asked": (lambda: seams.Cache(EVICT, value=_value), "chosen=True takes a value that chooses"),
     "not_chosen": (lambda: seams.Cache(CHOSEN), "chosen=True takes a value that chooses"),

@@ -9,14 +9,23 @@ from typing import Any
 from unittest import mock
 
 import torch
-from hosts import tiny_frames, tiny_packed, tiny_transformers, tiny_unets  # noqa: F401 - they fill CASES
-from hosts.cases import CASES, Case, lively
+from hosts import (  # noqa: F401 - they fill CASES and OTHERS
+    tiny_controls,
+    tiny_frames,
+    tiny_omni,
+    tiny_packed,
+    tiny_sound,
+    tiny_transformers,
+    tiny_unets,
+    tiny_video,
+)
+from hosts.cases import CASES, OTHERS, Case, lively
 from hosts.dense_rule import Rule
 from methods.publications import made_for
 from oracle import LinFusion, install_linfusion
 
 import trainless
-from trainless.hosts.diffusers.denoisers.listing import Family, families
+from trainless.hosts.diffusers.denoisers.listing import DenoiserFamily, families
 from trainless.hosts.diffusers.sizes import Sizes
 from trainless.patchers import known
 
@@ -27,7 +36,13 @@ TRIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # parameters, and t
     "clear": ({"radius": 3, "force": True}, {"radius": 3}),
     "entropy": ({}, {"entropy": True}),
 }
-NO_MODEL = "not built: no tiny model of this class in tests/hosts"
+NO_MODEL = "no tiny model of this class in tests/hosts"
+NEVER_CALLED = "it is never called itself: its layers are put into "
+UNBUILT = {
+    "ControlNetXSAdapter": f"{NEVER_CALLED}a UNetControlNetXSModel",
+    "CosmosControlNetModel": "it resizes with torchvision, which is not installed here",
+    "MotionAdapter": f"{NEVER_CALLED}a UNetMotionModel",
+}
 WEIGHTS = "linfusion"
 
 
@@ -36,7 +51,7 @@ def names() -> list[str]:
 
 
 @functools.cache
-def _listed() -> dict[str, Family]:
+def _listed() -> dict[str, DenoiserFamily]:
     return {family.name: family for family in families()}
 
 
@@ -44,7 +59,7 @@ def _listed() -> dict[str, Family]:
 def _cases() -> dict[str, list[str]]:
     """Tiny models by their class."""
     found: dict[str, list[str]] = {}
-    for name, make in CASES.items():
+    for name, make in {**CASES, **OTHERS}.items():
         torch.manual_seed(0)
         found.setdefault(type(make().model).__name__, []).append(name)
     return found
@@ -60,7 +75,10 @@ def line(name: str) -> dict[str, Any]:
     if not cases:
         told = _listed()[name].methods
         outcomes = {
-            m: NO_MODEL if told[m].works else f"refused: {one_line(told[m].reason)}" for m in methods()
+            m: f"not built: {UNBUILT.get(name, NO_MODEL)}"
+            if told[m].works
+            else f"refused: {one_line(told[m].reason)}"
+            for m in methods()
         }
         return {"family": name, "class": name, "methods": outcomes}
     outcomes = {}
@@ -79,7 +97,7 @@ def _joined(found: list[str | None]) -> str:
 
 def _outcome(name: str, method: str) -> Any:
     torch.manual_seed(0)
-    case = CASES[name]()
+    case = {**CASES, **OTHERS}[name]()
     model = lively(case.model)
     if method == WEIGHTS:
         return _linear(case, model)

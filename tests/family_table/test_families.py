@@ -27,7 +27,8 @@ import families  # noqa: E402 - it lies in docs/, with what it writes
 # One for each kind of cache, and for each way in which a method leaves a family alone.
 SAMPLE = {
     "decoders": ("llama", "gpt_oss", "deepseek_v3", "qwen3_next", "doge", "bloom", "mamba"),
-    "denoisers": ("FluxTransformer2DModel", "SanaTransformer2DModel", "UNetMotionModel", "SD3ControlNetModel"),
+    "denoisers": ("FluxTransformer2DModel", "SanaTransformer2DModel", "UNetMotionModel", "SD3ControlNetModel",
+        "Cosmos3OmniTransformer"),
     "vision": ("gemma4", "git", "mistral3"),
 }  # fmt: skip
 FIX = "run: python docs/families.py"

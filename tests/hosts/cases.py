@@ -17,6 +17,8 @@ from .dense_rule import Place
 WORDS = 7  # tokens of a prompt
 Size = tuple[int, int]
 CASES: dict[str, Callable[[], Case]] = {}
+# Classes of which no image tokens are declared: temperatures act on their layers, what asks for tokens is refused.
+OTHERS: dict[str, Callable[[], Case]] = {}
 
 
 @dataclass
@@ -59,6 +61,11 @@ class Case:
 
 def case(make: Callable[[], Case]) -> Callable[[], Case]:
     CASES[make.__name__] = make
+    return make
+
+
+def other(make: Callable[[], Case]) -> Callable[[], Case]:
+    OTHERS[make.__name__] = make
     return make
 
 

@@ -97,6 +97,8 @@ class Rule(TorchFunctionMode):
             seen = seen & shown
             if mask.dtype != torch.bool:
                 logits = logits + torch.where(shown, mask.double(), 0.0)
+        if given.get("is_causal"):
+            seen = seen.tril()
         own = None if place is None else _own(place, batch, lk)
         unmasked = seen
         if place is not None and "radius" in self.rule:

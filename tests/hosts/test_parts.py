@@ -9,7 +9,7 @@ from oracle import vision_zoo
 
 from trainless.hosts.transformers.dispatch import dispatches
 from trainless.hosts.transformers.images import pretrained
-from trainless.hosts.transformers.parts import Parts
+from trainless.hosts.transformers.parts import ModelParts
 
 # Model type, class, part of the path of its modules, and the parts of each of them.
 KNOWN = [
@@ -43,7 +43,7 @@ def test_parts_are_what_the_models_declare(kind: str, cls: str, under: str, want
             model = made(vision_zoo.config_of(kind))
         except Exception:  # it cannot be made small field by field
             model = made(transformers.CONFIG_MAPPING[kind]())
-    parts = Parts(pretrained(model))
+    parts = ModelParts(pretrained(model))
     found = {
         frozenset(parts.of(name, module))
         for name, module in model.named_modules()

@@ -26,7 +26,7 @@ from transformers.models.llama import modeling_llama
 import trainless
 from trainless.hosts.transformers.dispatch import dispatches
 from trainless.hosts.transformers.images import pretrained
-from trainless.hosts.transformers.parts import Parts
+from trainless.hosts.transformers.parts import ModelParts
 
 NAME = "roles_under_test"
 LARGEST = 40_000_000  # parameters
@@ -197,7 +197,7 @@ def _walk(kind: str) -> tuple[list[str], dict[str, str]]:
         for more in ({}, {"is_decoder": True, "add_cross_attention": True}):
             for model in _models(kind, cls, more):
                 found = _run(model)
-                parts = Parts(pretrained(model))
+                parts = ModelParts(pretrained(model))
                 for name, seen in found.items():
                     told = parts.role(name, model.get_submodule(name))
                     roles[f"{cls.__name__}.{name}"] = told
@@ -277,10 +277,16 @@ def test_a_class_that_says_nothing_is_self_attention_and_it_is_said(method: str)
         "attn_temperature": {"temperature": 0.5},
         "act": {"skip_layers": 0, "min_rows": 3, "alpha": 1.0},
     }[method]
-    assert not trainless.explain(model, method, **given).notes
+
+    def notes() -> list[str]:
+        """What is said of the classes; that prompts stay eager under a compiler is said of the method."""
+        found = trainless.explain(model, method, **given).notes
+        return [note for note in found if "prompts stay eager" not in note]
+
+    assert not notes()
     layer = model.model.layers[1]
     layer.self_attn = Foreign(layer.self_attn)
-    (note,) = trainless.explain(model, method, **given).notes
+    (note,) = notes()
     assert note.startswith("Foreign (1 layer)") and "taken for self-attention" in note
     with torch.no_grad():
         stock = model(ids, use_cache=False).logits
@@ -297,4 +303,4 @@ def test_a_class_that_says_nothing_is_self_attention_and_it_is_said(method: str)
         with trainless.patched(model, method, **given) as patch:
             model(ids, use_cache=False)
             assert patch.report().methods[0].sites == 2
-    assert not trainless.explain(model, method, **given).notes
+    assert not notes()

@@ -8,6 +8,7 @@ from slot_cases import RULES, SHAPES, copied, make, token
 from trainless.cache import CompressingLayer
 from trainless.errors import InputError
 from trainless.kernels.common import Terms
+from trainless.kernels.dispatch import numba_missing
 from trainless.kernels.slots import SlotRule, choose, fixed_slots, reference, slot_decode
 from trainless.seams import Evict, Lease
 
@@ -42,6 +43,33 @@ def test_steps_are_what_the_reference_says(name, shape):
             kept = set(mine.positions[0, 0].tolist())
             assert {3, 4} <= kept
     assert {n: t.data_ptr() for n, t in mine.tensors().items()} == before
+
+
+@pytest.mark.skipif(numba_missing() is not None, reason=str(numba_missing()))
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_loops_do_what_the_operators_do(name, dtype, monkeypatch):
+    from trainless.kernels.slots import compiled, plain
+
+    monkeypatch.setattr(compiled, "ALONE", 0)
+    near = {torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
+    rule = RULES[name]
+    for shape in SHAPES:
+        never = torch.tensor([[[0, 5], [7, 7]]]).expand(shape[0], 2, 2) if shape[4] >= 9 else None
+        mine = make(shape, rule, dtype, never=never, short=True)
+        other = copied(mine)
+        assert choose(token(shape, dtype)[0], mine).name == "numba"
+        for step in range(STEPS):
+            given = token(shape, dtype)
+            terms = Terms(0.3, None, 2.0 if step % 2 else None, torch.randn(shape[1]) if step % 3 else None)
+            real = torch.tensor([True, step % 2 == 0])[: shape[0]] if step > 1 else None
+            want = plain.decode(*given, other, rule, terms, real)
+            got = slot_decode(
+                *given, mine, rule, scale=0.3, softcap=terms.softcap, sink_logits=terms.sink_logits, real=real
+            )
+            torch.testing.assert_close(got, want, rtol=near, atol=near)
+            for n, t in mine.tensors().items():
+                torch.testing.assert_close(t, other.tensors()[n], rtol=1e-5, atol=1e-6)
 
 
 LAYER_RULES = {

@@ -14,7 +14,7 @@ from trainless.errors import InputError
 from trainless.patchers import known
 from trainless.recipes import json_schema, packaged, resolve, show
 from trainless.recipes.packaged import read
-from trainless.recipes.text import Source, parse
+from trainless.recipes.text import RecipeSource, parse
 
 FAMILIES = {"llama", "mistral", "qwen2", "qwen3", "gemma", "phi", "bert", "t5", "vit"}
 FAMILIES |= {"sd15", "sd21", "sdxl", "sd3", "flux", "pixart", "llava", "qwen2_vl", "internvl"}
@@ -24,7 +24,7 @@ METHODS |= {"linfusion", "clear", "var", "kvquant", "zipcache", "tova", "snapkv"
 
 
 def data_of(name: str) -> dict:
-    return parse(show(name), Source(name), lambda *fault: pytest.fail(str(fault)))
+    return parse(show(name), RecipeSource(name), lambda *fault: pytest.fail(str(fault)))
 
 
 def test_families_and_methods_are_covered():
@@ -98,14 +98,14 @@ def test_show_and_unknown_names():
 
 def test_packaged_extends(write):
     path = write(
-        "schema: 1\nextends: llama/long-context\nfits: {model_type: [smollm3]}\n"
+        "schema: 1\nextends: llama/h2o\nfits: {model_type: [smollm3]}\n"
         "patches: [{use: h2o, with: {recent: 64}}]\n"
     )
     recipe = resolve(path)
     assert recipe.fits == {"model_type": ["smollm3"]}
     found = {o.path: o for o in recipe.origins()}
     assert found["h2o.recent"].source == f"{path}:4"
-    assert found["h2o.heavy"].source.startswith("llama/long-context.yaml:")
+    assert found["h2o.heavy"].source.startswith("llama/h2o.yaml:")
     assert found["h2o.heavy"].note.startswith("published: ")
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from trainless.errors import RecipeError
 from trainless.recipes import resolve
-from trainless.recipes.text import Source, parse, write
+from trainless.recipes.text import RecipeSource, parse, write
 
 HEAD = "schema: 1\npatches:\n- use: toy_shrink\n"
 
@@ -110,7 +110,7 @@ def test_bom_and_crlf(write):
     ],
 )
 def test_scalars(text, value):
-    got = parse(f"a: {text}", Source("t"), lambda *fault: pytest.fail(str(fault)))["a"]
+    got = parse(f"a: {text}", RecipeSource("t"), lambda *fault: pytest.fail(str(fault)))["a"]
     assert got == value and type(got) is type(value)
 
 
@@ -133,4 +133,4 @@ plain = st.recursive(
 def test_what_is_written_is_read_back(value):
     data = {"a": value}
     text = write(data)
-    assert parse(text, Source("t"), lambda *fault: pytest.fail(f"{fault} in {text}")) == data
+    assert parse(text, RecipeSource("t"), lambda *fault: pytest.fail(f"{fault} in {text}")) == data

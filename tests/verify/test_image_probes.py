@@ -50,7 +50,7 @@ def test_the_tower_is_reached():
 
 def test_image_tokens_that_are_not_told_are_missed(monkeypatch):
     """Were no image ever found, the method would do nothing, and that is seen."""
-    monkeypatch.setattr(transformers_images.Reader, "_in_step", lambda self, found, *rest: None)
+    monkeypatch.setattr(transformers_images.ImageReader, "_in_step", lambda self, found, *rest: None)
     model = vlms.build("qwen2_5_vl", dtype=torch.float32)
     with trainless.patched(model, "var", **VAR) as patch:
         assert "acted" in {c.name for c in _unlike_ok(patch.verify())}

@@ -263,32 +263,6 @@ def test_caches_of_the_user_keep_no_wrapper() -> None:
     assert caches and all("update" not in vars(cache) for cache in caches)
 
 
-def test_other_threads_are_not_watched() -> None:
-    import threading
-
-    model = llama(torch.float64)
-    made = trainless.patch(model, "h2o", heavy=4, recent=4)
-    ids = models.prompt(30)
-    with torch.no_grad():
-        want = model(input_ids=ids, use_cache=True).logits
-    got: list[Tensor] = []
-
-    def elsewhere() -> None:
-        with torch.no_grad():
-            got.append(model(input_ids=ids, use_cache=True).logits)
-
-    def probe(model: nn.Module) -> Tensor:
-        runtime = vars(model.model.layers[0].self_attn).get("_trainless")
-        if runtime is not None and runtime.watch is not None:
-            thread = threading.Thread(target=elsewhere)
-            thread.start()
-            thread.join()
-        return model(input_ids=ids, use_cache=True).logits
-
-    assert made.verify(probe) and len(got) == 1
-    assert torch.equal(got[0], want)
-
-
 # ---------------------------------------------------------------- offloaded models
 
 

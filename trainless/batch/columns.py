@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import InputError, did_you_mean
-from .items import FIELDS, Faults
+from .items import FIELDS, ItemFaults
 
 _HINT = "; --keep-columns keeps such columns in the records, as meta"
 
@@ -31,7 +31,7 @@ class Columns:
         """The fields that a line may have, by the names that they have there."""
         return tuple(self.prompt or name if name == "prompt" else name for name in FIELDS)
 
-    def check(self, names: Sequence[str], where: str, faults: Faults) -> bool:
+    def check(self, names: Sequence[str], where: str, faults: ItemFaults) -> bool:
         """Faults of the header of a table; False when there are some."""
         before = len(faults.found)
         if self.prompt is not None and self.prompt not in names and "messages" not in names:
@@ -43,7 +43,7 @@ class Columns:
             faults.add(where, f"column {name!r} stands twice")
         return len(faults.found) == before
 
-    def fields(self, row: Mapping[str, Any], where: str, faults: Faults) -> dict[str, Any] | None:
+    def fields(self, row: Mapping[str, Any], where: str, faults: ItemFaults) -> dict[str, Any] | None:
         """The row with the prompt under its name and all other columns in ``meta``; None after a fault."""
         before = len(faults.found)
         if self.prompt is not None and row.get(self.prompt) is None and row.get("messages") is None:
@@ -68,7 +68,7 @@ class Columns:
         return found if len(faults.found) == before else None
 
 
-def _plain(name: str, value: Any, where: str, faults: Faults) -> Any:
+def _plain(name: str, value: Any, where: str, faults: ItemFaults) -> Any:
     """A value of a table as plain JSON data: dates and decimals in words, what is no number as nothing."""
     if isinstance(value, (datetime.date, datetime.time)):
         return value.isoformat()

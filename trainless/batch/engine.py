@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..models import Description, Loaded
-from .items import Faults
+from .items import ItemFaults
 from .keys import Job
 
 
@@ -35,7 +35,7 @@ class Engine(Protocol):
         self, description: Description, max_new_tokens: int | None, size: Any, steps: int | None
     ): ...
 
-    def prepare(self, jobs: Sequence[Job], faults: Faults) -> None:
+    def prepare(self, jobs: Sequence[Job], faults: ItemFaults) -> None:
         """Check what the model can use, and measure each job; called before weights are loaded."""
 
     def order(self, job: Job) -> tuple[Any, ...]:

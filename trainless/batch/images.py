@@ -14,7 +14,7 @@ from ..errors import InputError, Unsupported
 from ..models import Description, Loaded
 from . import params as parameters
 from .engine import Output
-from .items import Faults, Item
+from .items import Item, ItemFaults
 from .keys import Job
 
 
@@ -50,7 +50,7 @@ class ImageEngine:
 
     # ------------------------------------------------------------ before weights
 
-    def prepare(self, jobs: Sequence[Job], faults: Faults) -> None:
+    def prepare(self, jobs: Sequence[Job], faults: ItemFaults) -> None:
         self.tokenizers = _tokenizers(self.description)
         measured: dict[int, tuple[int, tuple[str, str] | None]] = {}
         for job in jobs:
@@ -64,7 +64,7 @@ class ImageEngine:
             for (name, limit), count in self._partly.items()
         ]
 
-    def _check(self, item: Item, faults: Faults) -> None:
+    def _check(self, item: Item, faults: ItemFaults) -> None:
         name = f"{self.description.type} makes images from a prompt and"
         if item.messages is not None:
             faults.add(item.where, f"{name} takes no messages")

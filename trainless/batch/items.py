@@ -19,7 +19,7 @@ MAX_SAMPLES = 100_000
 
 
 @dataclass
-class Faults:
+class ItemFaults:
     """Everything that is wrong with the prompts, as ``file:line: what, and what to do``."""
 
     found: list[str] = field(default_factory=list)
@@ -52,7 +52,7 @@ class Item:
         return self.prompt if self.messages is None else self.messages
 
 
-def parse(row: Any, where: str, folder: Path, faults: Faults) -> Item | None:
+def parse(row: Any, where: str, folder: Path, faults: ItemFaults) -> Item | None:
     """An Item from one row; faults are added, and None is returned, when something is wrong with it.
 
     Paths of images are relative to ``folder``. Lines of an OpenAI batch file are translated first.
@@ -95,7 +95,7 @@ def parse(row: Any, where: str, folder: Path, faults: Faults) -> Item | None:
     )
 
 
-def _identity(row: Mapping[str, Any], where: str, faults: Faults) -> None:
+def _identity(row: Mapping[str, Any], where: str, faults: ItemFaults) -> None:
     name = row.get("id")
     if "id" in row and (isinstance(name, bool) or not isinstance(name, (str, int)) or name == ""):
         faults.add(where, f"id must be a string or an integer, not {kind(name)}")
@@ -105,7 +105,7 @@ def _identity(row: Mapping[str, Any], where: str, faults: Faults) -> None:
             faults.add(where, f"{what} must be an integer from {low} to {high}, not {value!r}")
 
 
-def _text(row: Mapping[str, Any], where: str, faults: Faults) -> None:
+def _text(row: Mapping[str, Any], where: str, faults: ItemFaults) -> None:
     if "prompt" in row and "messages" in row:
         faults.add(where, "prompt and messages are both given; keep one")
     elif "prompt" not in row and "messages" not in row:
@@ -115,7 +115,7 @@ def _text(row: Mapping[str, Any], where: str, faults: Faults) -> None:
             string(row[name], name, where, faults)
 
 
-def _images(row: Mapping[str, Any], where: str, folder: Path, faults: Faults) -> tuple[Picture, ...]:
+def _images(row: Mapping[str, Any], where: str, folder: Path, faults: ItemFaults) -> tuple[Picture, ...]:
     if "image" in row and "images" in row:
         faults.add(where, "image and images are both given; keep one")
         return ()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .pictures import Picture, picture
 
 if TYPE_CHECKING:
-    from .items import Faults
+    from .items import ItemFaults
 
 _FILE_WORDS = ("image", "path", "url")  # what different libraries call the file of an image part
 _TAKES = (
@@ -20,7 +20,7 @@ IMAGE_PART = {"type": "image"}
 
 
 def normalise(
-    messages: Any, given: Sequence[Picture] | None, folder: Path, where: str, faults: Faults
+    messages: Any, given: Sequence[Picture] | None, folder: Path, where: str, faults: ItemFaults
 ) -> tuple[list[dict[str, Any]], tuple[Picture, ...]]:
     """The messages with image parts as bare ``{"type": "image"}``, and all images in their order.
 
@@ -75,7 +75,7 @@ def normalise(
     return made, tuple(found)
 
 
-def string(value: Any, name: str, where: str, faults: Faults) -> None:
+def string(value: Any, name: str, where: str, faults: ItemFaults) -> None:
     """A fault unless ``value`` is text."""
     if not isinstance(value, str):
         faults.add(where, f"{name} must be a string, not {kind(value)}")

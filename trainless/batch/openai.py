@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .items import Faults
+    from .items import ItemFaults
 
 _URLS = {"/v1/chat/completions": "messages", "/v1/completions": "prompt"}
 _RENAMED = {
@@ -31,7 +31,7 @@ def is_openai(row: Mapping[str, Any]) -> bool:
     return "body" in row and ("custom_id" in row or "url" in row)
 
 
-def translate(row: Mapping[str, Any], where: str, faults: Faults) -> dict[str, Any]:
+def translate(row: Mapping[str, Any], where: str, faults: ItemFaults) -> dict[str, Any]:
     """The row as prompt fields; what cannot be said in them becomes a fault."""
     for name in set(row) - {"custom_id", "method", "url", "body"}:
         faults.add(where, f"unknown field {name!r} beside custom_id, method, url and body")

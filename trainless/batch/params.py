@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from ..errors import did_you_mean
-from .items import Faults
+from .items import ItemFaults
 
 
 class Param(NamedTuple):
@@ -60,7 +60,7 @@ IMAGE: dict[str, Param] = {
 
 
 def check_params(
-    params: Mapping[str, Any], known: Mapping[str, Param], model: str, where: str, faults: Faults
+    params: Mapping[str, Any], known: Mapping[str, Param], model: str, where: str, faults: ItemFaults
 ) -> None:
     """Add a fault for each parameter that ``model`` does not take, and for each value that it cannot be."""
     for name, value in params.items():

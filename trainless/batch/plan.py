@@ -20,7 +20,7 @@ from .keys import Job
 from .launch import Launch
 from .lock import is_live
 from .settings import Settings
-from .store import Store
+from .store import ResultStore
 
 DEFAULT_BATCH = {"text": 8, "vlm": 4, "image": 1}
 
@@ -204,7 +204,7 @@ def outline(
 def show_plan(
     request: Request,
     description: Description,
-    store: Store | None,
+    store: ResultStore | None,
     settings: Settings,
     recipe: Any,
     work: Sequence[Job],

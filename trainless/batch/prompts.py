@@ -18,7 +18,7 @@ from ..models.extras import require
 from ..models.hub import for_dataset
 from ..models.sources import beside
 from .columns import Columns
-from .items import Faults, Item, parse
+from .items import Item, ItemFaults, parse
 from .openai import is_openai
 
 SHOWN = 100  # faults printed at most; the rest is counted
@@ -27,22 +27,24 @@ _AS_INTEGER = ("seed", "n")
 _SUFFIXES = (".txt", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 
 
-def given_prompts(texts: Sequence[str]) -> tuple[list[Item], Faults]:
+def given_prompts(texts: Sequence[str]) -> tuple[list[Item], ItemFaults]:
     """Prompts of the command line, numbered from 1."""
-    faults, items = Faults(), []
+    faults, items = ItemFaults(), []
     for number, text in enumerate(texts, 1):
         item = parse({"id": number, "prompt": text}, f"--prompt {number}", Path.cwd(), faults)
         items += [item] if item is not None else []
     return items, faults
 
 
-def read_prompts(spec: str, stdin: Any = None, columns: Columns | None = None) -> tuple[list[Item], Faults]:
+def read_prompts(
+    spec: str, stdin: Any = None, columns: Columns | None = None
+) -> tuple[list[Item], ItemFaults]:
     """The prompts of ``spec`` in order, and every fault found in them.
 
     InputError when the whole of it cannot be read: no such file, or not UTF-8 at all.
     """
     columns = columns or Columns()
-    faults = Faults()
+    faults = ItemFaults()
     folder = Path.cwd()
     if spec == "-":
         data = (stdin or sys.stdin.buffer).read()
@@ -78,7 +80,7 @@ def read_prompts(spec: str, stdin: Any = None, columns: Columns | None = None) -
     return items, faults
 
 
-def refuse(faults: Faults) -> None:
+def refuse(faults: ItemFaults) -> None:
     """Raise one InputError with every fault, if there is one."""
     if faults:
         rest = len(faults.found) - SHOWN
@@ -88,7 +90,7 @@ def refuse(faults: Faults) -> None:
 Rows = Iterable[tuple[str, Any]]
 
 
-def _file(path: Path, name: str, faults: Faults, columns: Columns) -> Rows:
+def _file(path: Path, name: str, faults: ItemFaults, columns: Columns) -> Rows:
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         return _parquet(path, name, columns)
@@ -107,7 +109,7 @@ def _file(path: Path, name: str, faults: Faults, columns: Columns) -> Rows:
     return _sniffed(text, name, faults, columns)
 
 
-def _decode(data: bytes, name: str, faults: Faults) -> str:
+def _decode(data: bytes, name: str, faults: ItemFaults) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -123,7 +125,7 @@ def _split(text: str) -> Iterator[tuple[int, str]]:
             yield number, line
 
 
-def _sniffed(text: str, name: str, faults: Faults, columns: Columns) -> Rows:
+def _sniffed(text: str, name: str, faults: ItemFaults, columns: Columns) -> Rows:
     return _jsonl(text, name, faults) if text.lstrip()[:1] == "{" else _lines(text, name, columns)
 
 
@@ -134,7 +136,7 @@ def _lines(text: str, name: str, columns: Columns) -> Rows:
         yield f"{name}:{number}", {"id": number, "prompt": line}
 
 
-def _jsonl(text: str, name: str, faults: Faults) -> Rows:
+def _jsonl(text: str, name: str, faults: ItemFaults) -> Rows:
     for number, line in _split(text):
         where = f"{name}:{number}"
         try:
@@ -158,7 +160,7 @@ def _constant(name: str) -> Any:
     raise ValueError(f"{name} is no JSON number")
 
 
-def _csv(text: str, name: str, delimiter: str, faults: Faults, columns: Columns) -> Rows:
+def _csv(text: str, name: str, delimiter: str, faults: ItemFaults, columns: Columns) -> Rows:
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     header: list[str] | None = None
     line = 1
@@ -181,7 +183,7 @@ def _csv(text: str, name: str, delimiter: str, faults: Faults, columns: Columns)
         faults.add(f"{name}:{line}", f"this is not CSV ({error})")
 
 
-def _cells(cells: dict[str, str], where: str, faults: Faults) -> dict[str, Any] | None:
+def _cells(cells: dict[str, str], where: str, faults: ItemFaults) -> dict[str, Any] | None:
     """Strings of a table as the types of the fields; empty cells are absent."""
     row: dict[str, Any] = {name: cell for name, cell in cells.items() if cell != ""}
     for name in row:
@@ -244,7 +246,7 @@ def _near(path: Path) -> str:
 
 
 def _table(names: Sequence[str], rows: Iterable[Any], name: str, columns: Columns) -> Rows:
-    faults = Faults()
+    faults = ItemFaults()
     columns.check(list(names), name, faults)
     refuse(faults)
     for number, cells in enumerate(rows, 1):

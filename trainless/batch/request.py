@@ -18,7 +18,7 @@ from .counts import Counts, totals
 from .engine import Engine
 from .foreign import annotate
 from .interrupt import Interrupt
-from .items import Faults, Item
+from .items import Item, ItemFaults
 from .keys import UNKNOWN, Job, Settings, jobs, rename
 from .launch import Launch
 from .lock import Lock
@@ -40,7 +40,7 @@ from .prompts import given_prompts, read_prompts, refuse
 from .runner import Runner, cut_batches, deal
 from .scratch import Scratch
 from .sheet import MOST, contact_sheet
-from .store import Store
+from .store import ResultStore
 from .voice import Plain, Voice
 
 
@@ -67,7 +67,7 @@ def generate(request: Request, voice: Voice | None = None) -> int:
     voice = voice or Plain()
     launch = Launch.from_environment()
     check_request(request, launch)
-    store = Store(request.out.expanduser(), launch) if request.out is not None else Scratch()
+    store = ResultStore(request.out.expanduser(), launch) if request.out is not None else Scratch()
     voice.state(f"reading what {request.model} is")
     description = describe(request.model)
     check_options(request, description)
@@ -101,7 +101,7 @@ def generate(request: Request, voice: Voice | None = None) -> int:
     if request.dry_run:
         for line in notes:
             voice.say(line)
-        folder = store if isinstance(store, Store) else None
+        folder = store if isinstance(store, ResultStore) else None
         show_plan(request, description, folder, settings, recipe, work, cut_batches(work, engine, size))
         return 0
     if launch.rank == 0:
@@ -122,7 +122,12 @@ def _on_screen(run: _Run, store: Scratch, work: list[Job], notes: list[str]) -> 
 
 
 def _into_folder(
-    run: _Run, store: Store, work: list[Job], notes: list[str], settings: Settings, about: dict[str, Any]
+    run: _Run,
+    store: ResultStore,
+    work: list[Job],
+    notes: list[str],
+    settings: Settings,
+    about: dict[str, Any],
 ) -> int:
     """This rank's part of a run into a results folder; its exit code."""
     launch = run.launch
@@ -157,7 +162,9 @@ def _into_folder(
     return 3 if counted and not launch.several else 0
 
 
-def _work(run: _Run, store: Store | Scratch, work: list[Job], past: dict[str, int]) -> tuple[Interrupt, int]:
+def _work(
+    run: _Run, store: ResultStore | Scratch, work: list[Job], past: dict[str, int]
+) -> tuple[Interrupt, int]:
     """This rank's share; returns the interrupt, and how many errors there are so far."""
     engine, launch, voice = run.engine, run.launch, run.voice
     records = store.records(past)
@@ -207,16 +214,16 @@ def _load(run: _Run) -> tuple[Loaded, Callable[[], Counts]]:
     return loaded, lambda: totals(handle.report().to_dict()["methods"])
 
 
-def _close(run: _Run, store: Store | Scratch, work: list[Job], interrupt: Interrupt) -> dict[str, Any]:
+def _close(run: _Run, store: ResultStore | Scratch, work: list[Job], interrupt: Interrupt) -> dict[str, Any]:
     """Write the report and the sheet, and say how it ended; returns the report."""
     report = store.report([job.key for job in work], interrupt.signal is not None)
     records = store.records()
-    sheet = _sheet(store, records, work) if run.engine.media and isinstance(store, Store) else None
+    sheet = _sheet(store, records, work) if run.engine.media and isinstance(store, ResultStore) else None
     conclude(run.voice, report, records, work, store.folder, sheet, bool(run.request.given))
     return report
 
 
-def _sheet(store: Store, records: dict[str, dict[str, Any]], work: list[Job]) -> Path | None:
+def _sheet(store: ResultStore, records: dict[str, dict[str, Any]], work: list[Job]) -> Path | None:
     entries = [
         (f"{job.label}: {job.item.prompt}", store.folder / str(record["file"]))
         for job in work
@@ -228,7 +235,7 @@ def _sheet(store: Store, records: dict[str, dict[str, Any]], work: list[Job]) ->
 # ---------------------------------------------------------------- prompts
 
 
-def _items(request: Request) -> tuple[list[Item], Faults]:
+def _items(request: Request) -> tuple[list[Item], ItemFaults]:
     """The prompts that a request means, and what is wrong with them."""
     if request.given:
         return given_prompts(request.given)

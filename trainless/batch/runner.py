@@ -16,7 +16,7 @@ from .interrupt import Interrupt
 from .keys import Job
 from .progress import Progress
 from .scratch import Scratch
-from .store import Store
+from .store import ResultStore
 
 
 def cut_batches(jobs: Iterable[Job], engine: Engine, size: int) -> list[list[Job]]:
@@ -43,7 +43,7 @@ class Runner:
     """Runs batches and writes records. ``counts`` reads the patch's running totals by method (or {})."""
 
     def __init__(
-        self, engine: Engine, store: Store | Scratch, progress: Progress, counts: Callable[[], Counts]
+        self, engine: Engine, store: ResultStore | Scratch, progress: Progress, counts: Callable[[], Counts]
     ):
         self.engine, self.store, self.progress, self.counts = engine, store, progress, counts
         self.ceiling: int | None = None  # the least cost that has run out of memory

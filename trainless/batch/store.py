@@ -30,7 +30,7 @@ def part_name(rank: int, world: int) -> str:
     return f"part-{rank:04d}-of-{world:04d}.jsonl"
 
 
-class Store:
+class ResultStore:
     """Results in ``folder``. Rank 0 calls ``prepare``; every rank reads ``records`` and calls ``append``."""
 
     def __init__(self, folder: Path, launch: Launch):

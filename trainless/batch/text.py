@@ -12,7 +12,7 @@ from ..models import Description, Loaded
 from . import chat as chats
 from . import params as parameters
 from .engine import Output
-from .items import Faults, Item
+from .items import Item, ItemFaults
 from .keys import Job
 from .rows import RowChoice, RowEnd, cut
 
@@ -61,7 +61,7 @@ class TextEngine:
         """The chat template, or None."""
         return getattr(self.tokenizer, "chat_template", None)
 
-    def prepare(self, jobs: Sequence[Job], faults: Faults) -> None:
+    def prepare(self, jobs: Sequence[Job], faults: ItemFaults) -> None:
         if self.chat.plain and not self.template:
             raise InputError(
                 f"--chat: {self.description.spec} has no chat template; leave --chat and --system out, and prompts "
@@ -80,7 +80,7 @@ class TextEngine:
         items = {id(job.item): job.item for job in jobs}.values()
         self.notes += chats.note(items, self.description.spec, self.template, self.chat)
 
-    def _usable(self, item: Item, faults: Faults) -> bool:
+    def _usable(self, item: Item, faults: ItemFaults) -> bool:
         before = len(faults.found)
         name = f"{self.description.spec} writes text and"
         for field, used in (("images", item.images), ("negative_prompt", item.negative_prompt)):
@@ -96,7 +96,7 @@ class TextEngine:
             faults.add(item.where, f"{self.description.spec} has no chat template: give prompt, not messages")
         return len(faults.found) == before
 
-    def _tokens(self, item: Item, faults: Faults) -> list[int]:
+    def _tokens(self, item: Item, faults: ItemFaults) -> list[int]:
         tokenizer, messages = self.tokenizer, self.chat.messages(item)
         try:
             if messages is None:

@@ -19,7 +19,7 @@ from ..models.describe import first_line
 from ..models.extras import require
 from . import params as parameters
 from .chat import RAW, Chat
-from .items import Faults, Item
+from .items import Item, ItemFaults
 from .keys import Job
 from .pictures import Picture, TooLargeError
 from .text import TextEngine, flat
@@ -58,7 +58,7 @@ class ImagePrompts:
         own = getattr(self.processor, "chat_template", None)
         return own or getattr(self.tokenizer, "chat_template", None)
 
-    def check(self, item: Item, faults: Faults) -> None:
+    def check(self, item: Item, faults: ItemFaults) -> None:
         """Faults of what an item brings: images that are none, messages where there is no chat template."""
         if item.messages is not None and not self.template:
             faults.add(item.where, f"{self.spec} has no chat template: give prompt, not messages")
@@ -68,7 +68,7 @@ class ImagePrompts:
             if self._broken[picture]:
                 faults.add(item.where, f"image {picture.name!r} {self._broken[picture]}")
 
-    def tokens(self, item: Item, faults: Faults) -> list[int]:
+    def tokens(self, item: Item, faults: ItemFaults) -> list[int]:
         """The tokens of a checked item; empty when a fault was added."""
         try:
             text = self._sent[id(item)] = self._text(item)
@@ -179,7 +179,7 @@ class ImagePrompts:
 class VisionEngine(TextEngine):
     """Vision-language models that read images through placeholder tokens in their prompt."""
 
-    def prepare(self, jobs: Sequence[Job], faults: Faults) -> None:
+    def prepare(self, jobs: Sequence[Job], faults: ItemFaults) -> None:
         description = self.description
         placeholder = getattr(description.config, "image_token_id", None)
         self.prompts = ImagePrompts(description.processor, description.spec, placeholder, self.chat)
@@ -193,7 +193,7 @@ class VisionEngine(TextEngine):
     def template(self) -> Any:
         return self.prompts.template
 
-    def _usable(self, item: Item, faults: Faults) -> bool:
+    def _usable(self, item: Item, faults: ItemFaults) -> bool:
         before, name = len(faults.found), self.description.spec
         if item.negative_prompt is not None:
             faults.add(item.where, f"{name} writes text and takes no negative_prompt")
@@ -201,7 +201,7 @@ class VisionEngine(TextEngine):
         self.prompts.check(item, faults)
         return len(faults.found) == before
 
-    def _tokens(self, item: Item, faults: Faults) -> list[int]:
+    def _tokens(self, item: Item, faults: ItemFaults) -> list[int]:
         return self.prompts.tokens(item, faults)
 
     def order(self, job: Job) -> tuple[Any, ...]:

@@ -20,7 +20,7 @@ MADE_BY = "trainless bench"
 
 
 @dataclass(frozen=True)
-class Row:
+class ResultRow:
     """One measured quantity. unpatched is None where only the difference means something (KL, agreement).
 
     unit: "tokens/s", "s", "bytes", "nats", "share" or "". samples: what each repeat measured, in pairs.
@@ -44,7 +44,7 @@ class Row:
         return (min(ratios), max(ratios)) if ratios else None
 
     @classmethod
-    def of(cls, name: str, unit: str, unpatched: Sequence[float], patched: Sequence[float]) -> Row:
+    def of(cls, name: str, unit: str, unpatched: Sequence[float], patched: Sequence[float]) -> ResultRow:
         """Medians of repeats, pair by pair."""
         pairs = tuple(zip(unpatched, patched, strict=True))
         return cls(name, unit, median(unpatched), median(patched), pairs)
@@ -64,7 +64,7 @@ class BenchResult:
     recipe: str
     about: dict[str, Any]  # settings, machine, versions
     verification: Verification
-    rows: tuple[Row, ...] = ()
+    rows: tuple[ResultRow, ...] = ()
     notes: tuple[str, ...] = field(default=())
     counts: Counts = field(default_factory=dict)
 

@@ -24,7 +24,7 @@ from ..recipes import resolve
 from ..verify.probing import probes_for
 from ..verify.standing import quietly
 from .measure import Variant, alternate, memory_method, peak_of
-from .result import BenchResult, Row
+from .result import BenchResult, ResultRow
 from .subjects import Calls, Text, packaged_text, token_ids
 
 REPEATS = 5
@@ -127,7 +127,7 @@ def _writes(model: PreTrainedModel) -> bool:
     return decodes(model) and not encoder_decoder and model.get_output_embeddings() is not None
 
 
-def _memory(variants: Sequence[Variant], subject: Text | Calls) -> tuple[list[Row], str]:
+def _memory(variants: Sequence[Variant], subject: Text | Calls) -> tuple[list[ResultRow], str]:
     method = memory_method(subject.device)
     if method is None:
         return [], "peak memory: not measured, this system offers no way to reset the high-water mark"
@@ -136,7 +136,9 @@ def _memory(variants: Sequence[Variant], subject: Text | Calls) -> tuple[list[Ro
         for found, variant in zip(peaks, variants, strict=True):
             with variant():
                 found.append(float(peak_of(subject.run, subject.device)))
-    return [Row("peak memory of a run", "bytes", min(peaks[0]), min(peaks[1]))], f"peak memory: {method}"
+    return [
+        ResultRow("peak memory of a run", "bytes", min(peaks[0]), min(peaks[1]))
+    ], f"peak memory: {method}"
 
 
 def _machine(parts: Sequence[Component]) -> dict[str, Any]:

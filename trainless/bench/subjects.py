@@ -16,7 +16,7 @@ from ..hosts.probes import Probe
 from ..hosts.transformers.version import CACHE_NAME, cache_out
 from ..verify.probing import tensors_in
 from .measure import Clock
-from .result import Row
+from .result import ResultRow
 
 SCORED = 256  # positions at the end of the prefill whose predictions are compared
 
@@ -51,24 +51,26 @@ class Text:
         steps = self._steps(cache)
         return logits[0].float().cpu(), torch.cat(steps, 1)[0].float().cpu()
 
-    def rows(self, unpatched: Sequence[dict[str, float]], patched: Sequence[dict[str, float]]) -> list[Row]:
-        def column(name: str, unit: str, key: str) -> Row:
-            return Row.of(name, unit, [run[key] for run in unpatched], [run[key] for run in patched])
+    def rows(
+        self, unpatched: Sequence[dict[str, float]], patched: Sequence[dict[str, float]]
+    ) -> list[ResultRow]:
+        def column(name: str, unit: str, key: str) -> ResultRow:
+            return ResultRow.of(name, unit, [run[key] for run in unpatched], [run[key] for run in patched])
 
-        cache = Row("cache", "bytes", unpatched[-1]["cache"], patched[-1]["cache"])
+        cache = ResultRow("cache", "bytes", unpatched[-1]["cache"], patched[-1]["cache"])
         return [
             column("prefill tokens/s", "tokens/s", "prefill"),
             column("decode tokens/s", "tokens/s", "decode"),
             cache,
         ]
 
-    def compared(self, a: Any, b: Any) -> list[Row]:
+    def compared(self, a: Any, b: Any) -> list[ResultRow]:
         rows = []
         for name, p, q in zip(("prefill", "decode"), a, b, strict=True):
-            rows.append(Row(f"KL, {name}", "nats", None, kl(p, q)))
+            rows.append(ResultRow(f"KL, {name}", "nats", None, kl(p, q)))
         for name, p, q in zip(("prefill", "decode"), a, b, strict=True):
             agree = float((p.argmax(-1) == q.argmax(-1)).double().mean())
-            rows.append(Row(f"top-1 the same, {name}", "share", None, agree))
+            rows.append(ResultRow(f"top-1 the same, {name}", "share", None, agree))
         return rows
 
     def _prefill(self, keep: int) -> tuple[Tensor, Any]:
@@ -100,9 +102,11 @@ class Calls:
     def predictions(self) -> Any:
         return [[t.double().cpu() for t in tensors_in(probe.run())] for probe in self.probes]
 
-    def rows(self, unpatched: Sequence[dict[str, float]], patched: Sequence[dict[str, float]]) -> list[Row]:
+    def rows(
+        self, unpatched: Sequence[dict[str, float]], patched: Sequence[dict[str, float]]
+    ) -> list[ResultRow]:
         return [
-            Row.of(
+            ResultRow.of(
                 f"call, {p.short}",
                 "s",
                 [run[p.name] for run in unpatched],
@@ -111,12 +115,14 @@ class Calls:
             for p in self.probes
         ]
 
-    def compared(self, a: Any, b: Any) -> list[Row]:
+    def compared(self, a: Any, b: Any) -> list[ResultRow]:
         rows = []
         for probe, before, after in zip(self.probes, a, b, strict=True):
             moved = math.sqrt(sum(float((y - x).square().sum()) for x, y in zip(before, after, strict=True)))
             norm = math.sqrt(sum(float(x.square().sum()) for x in before))
-            rows.append(Row(f"outputs moved, {probe.short}", "share", None, moved / norm if norm else 0.0))
+            rows.append(
+                ResultRow(f"outputs moved, {probe.short}", "share", None, moved / norm if norm else 0.0)
+            )
         return rows
 
 

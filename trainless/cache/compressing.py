@@ -131,8 +131,9 @@ class CompressingLayer(Choosing):
             raise InputError(f"crop({tokens_to_remove}): the cache has seen {self.seen} tokens only")
         if count:
             if not ((self.record_past and self.active) or count <= self.idle):
+                names = " and ".join(sorted({lease.name for lease in self.leases}))
                 raise Unsupported(
-                    f"{self.lease.name}: this cache {self.does}, so tokens cannot be taken back unless it records its "
+                    f"{names}: this cache {self.does}, so tokens cannot be taken back unless it records its "
                     "past: call cache.activate_past_recording() before the forward whose tokens you may crop"
                 )
             tail = self.pending.shape[2] if self.pending is not None else 0

@@ -14,16 +14,20 @@ import torch
 from torch import Tensor
 
 from ..kernels.common import Terms
-from ..kernels.slots import EVERYTHING, FixedSlots, fixed_slots, plain, slot_decode
+from ..kernels.slots import EVERYTHING, FixedSlots, SlotRule, fixed_slots, plain, slot_decode
 from ..seams import Evict, Lease
 from .freezing import Freezing, statistics
+
+ROOM = 64  # tokens that there is room for beyond those held, where nothing goes, at least
 
 
 class FixedLayer(Freezing):
     """Evicts as its class does, on slots of a number that does not change from step to step.
 
     A layer in a static cache is frozen from its prompt on, one in a dynamic cache once something has gone: until then
-    its calls have the bits of stock ones.
+    its calls have the bits of stock ones. Where nothing goes after the prompt, a dynamic one is frozen after the first
+    step of one token, with ROOM more slots or an eighth of those held, and settles into larger buffers when these are
+    used up.
     """
 
     _layer_type = None
@@ -35,6 +39,8 @@ class FixedLayer(Freezing):
 
     def _clear(self) -> None:
         self.fixed: FixedSlots | None = None
+        self.until = 0  # how many tokens there is room for, in a dynamic cache from which nothing goes after the prompt
+        self.how = SlotRule()  # what is compared when a token has to go, while frozen
         super()._clear()
 
     @property
@@ -49,16 +55,16 @@ class FixedLayer(Freezing):
     @staticmethod
     def suits(policy: Evict, capacity: int | None) -> bool:
         """Whether what stays under this rule fits into slots whose number is known after the prompt."""
-        drawn = policy.chosen or policy.seed is not None
-        return not drawn and (capacity is not None or not policy.once)
+        return not (policy.chosen or policy.seed is not None)
 
     def freeze(self) -> None:
         """Settle into slots, now that a call is over and what stays is known; does nothing where that has to wait."""
         if self._unsettled() or not (self.lease.active and self.budgets):
             return
+        dynamic = self.capacity is None
+        if dynamic and (self.positions is None or (self.policy.once and self.seen - self.past > 1)):
+            return  # nothing has gone, or a prompt alone is to take no room for later tokens
         if self.positions is None:
-            if self.capacity is None:
-                return
             self._locate(self.real_seen())
         self._compact()
         assert self.positions is not None
@@ -66,10 +72,12 @@ class FixedLayer(Freezing):
         limits = [EVERYTHING] * self._batch() if policy.once else self._limits()
         room = max(limits)
         if policy.once:
-            assert self.capacity is not None
-            room = max(self.counts) + self.capacity - self.seen
+            # In a dynamic cache there is room for some tokens more; then the slots are made anew.
+            more = max(ROOM, max(self.counts) // 8) if self.capacity is None else self.capacity - self.seen
+            room = max(self.counts) + more
+            self.until = self.seen + more
         size = max(room, max(self.counts)) + 1
-        rule = self._rule()
+        rule = self.how = self._rule()
         scores = None
         if rule.score is not None:
             scores = self.scores
@@ -102,6 +110,10 @@ class FixedLayer(Freezing):
         assert self.fixed is not None
         return self.fixed.age
 
+    def steps(self, rows: int, evictor: Any, packer: Any) -> bool:
+        room = self.capacity is not None or not self.policy.once or self._seen < self.until
+        return room and super().steps(rows, evictor, packer)
+
     def untouched(self) -> Tensor:
         assert self.fixed is not None
         return (self.fixed.age == self.fixed.count).all()
@@ -122,7 +134,7 @@ class FixedLayer(Freezing):
         self.new = None
         if real is None:
             real = self._told(mask)
-        rule = self._rule()
+        rule = self.how
         if rotate is None or not self.policy.rolled:
             out = slot_decode(
                 query, *new, fixed, rule, scale=scale, softcap=softcap, sink_logits=sinks, real=real

@@ -20,7 +20,7 @@ from ..seams import Evict, Lease, Quantise, tokens_of
 from .fixed import FixedLayer
 from .fixed_packed import FixedPackedLayer
 from .freezing import statistics
-from .store import Run
+from .store import StoredRun
 
 
 class FixedEvictingLayer(FixedPackedLayer):
@@ -99,7 +99,7 @@ class FixedEvictingLayer(FixedPackedLayer):
         self._show()
         self._froze(self.marks.count)
 
-    def _marks(self, run: Run | None, order: Tensor, place: Tensor, slots: int) -> FixedSlots:
+    def _marks(self, run: StoredRun | None, order: Tensor, place: Tensor, slots: int) -> FixedSlots:
         """Positions and scores by slot; ``order`` of the tail goes to the slots ``place``, both (B, Hkv, waiting)."""
         assert self.tail is not None and self.capacity is not None
         b, hkv = self.tail.shape[:2]
@@ -154,7 +154,7 @@ class FixedEvictingLayer(FixedPackedLayer):
         positions = marks.positions
         if groups:
             segment = fixed.segments()[0].each(lambda t: t.view(b, hkv, *t.shape[2:])[:, :, :groups].clone())
-            self._store.runs = [Run(0, segment, positions[:, :, :codes].clone(), filled)]
+            self._store.runs = [StoredRun(0, segment, positions[:, :, :codes].clone(), filled)]
         # The newest stands last, whatever a lane lacks.
         age = fixed.age.view(b, hkv)
         width = int((age - packed).max())

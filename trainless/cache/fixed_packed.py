@@ -18,7 +18,7 @@ from ..kernels.quant_kv import FixedPacked, fixed_packed, pack_group, packed_dec
 from ..seams import Evict, Lease, Quantise, tokens_of
 from .freezing import Freezing, thawing
 from .packed import PackedLayer
-from .store import Run, Store
+from .store import Store, StoredRun
 
 ROOM = 2  # groups that there is room for beyond those of a prompt, in a dynamic cache, at least
 
@@ -111,7 +111,7 @@ class FixedPackedLayer(Freezing, PackedLayer):
         runs = self.store.runs
         return len(runs) < 2 and all(r.size == self.rule.group and r.segment.index is None for r in runs)
 
-    def _fill(self, fixed: FixedPacked, run: Run | None, filled: list[int]) -> None:
+    def _fill(self, fixed: FixedPacked, run: StoredRun | None, filled: list[int]) -> None:
         """Put what is held into empty buffers."""
         if run is not None:
             for name, tensor in run.segment.tensors().items():
@@ -150,7 +150,7 @@ class FixedPackedLayer(Freezing, PackedLayer):
             segment = fixed.segments()[0].each(lambda t: t[:, :, :groups].clone())
             number = torch.arange(groups * fixed.size, device=device)
             number = torch.where(number < fixed.packed[:, None], number, -1)
-            self.store.runs = [Run(0, segment, _per_head(number.to(torch.int32), hkv), filled)]
+            self.store.runs = [StoredRun(0, segment, _per_head(number.to(torch.int32), hkv), filled)]
         # The newest stands last, whatever a row lacks.
         width = max(a - p for a, p in zip(ages, packed, strict=True))
         token = fixed.age[:, None].long() - width + torch.arange(width, device=device)

@@ -17,7 +17,7 @@ from ..kernels.quant_kv import RAW, FixedPacked, channel_root, fixed_packed, pac
 from ..seams import Evict, Quantise, tokens_of
 from .fixed_packed import FixedPackedLayer
 from .freezing import statistics
-from .store import Run
+from .store import StoredRun
 
 CHUNKS = 2  # that there is room for beyond those of a prompt, in a dynamic cache, at least
 LAST = 1 << 30  # behind any run
@@ -30,7 +30,7 @@ class FixedTiersLayer(FixedPackedLayer):
 
     def _clear(self) -> None:
         self.low: FixedPacked | None = None
-        self.others: list[tuple[FixedPacked, Run]] = []  # chunks of other sizes, and their runs
+        self.others: list[tuple[FixedPacked, StoredRun]] = []  # chunks of other sizes, and their runs
         self.at = [LAST, LAST]  # which of the runs the high and the low tier were
         self.places: tuple[Tensor, Tensor] | None = (
             None  # (B, Hkv, slots) int32: positions of codes, per tier
@@ -105,7 +105,7 @@ class FixedTiersLayer(FixedPackedLayer):
         self.keys, self.values = self.fixed.tail_key, self.fixed.tail_value
         self._froze(self._aged)
 
-    def _apart(self, run: Run) -> FixedPacked:
+    def _apart(self, run: StoredRun) -> FixedPacked:
         """The codes of a run to which nothing is added; which slots hold a token its positions say."""
         segment = run.segment
         made = fixed_packed(
@@ -133,7 +133,9 @@ class FixedTiersLayer(FixedPackedLayer):
         self.others = []
         ages = aged.tolist()
         self._thaws(ages, list(ages))
-        self._store.runs = [Run(r.tier, held.segments()[0], r.positions, r.filled) for held, r in others]
+        self._store.runs = [
+            StoredRun(r.tier, held.segments()[0], r.positions, r.filled) for held, r in others
+        ]
         tiers = fixed, low
         for tier in sorted((0, 1), key=lambda tier: self.at[tier]):
             held, place = tiers[tier], places[tier]
@@ -141,7 +143,7 @@ class FixedTiersLayer(FixedPackedLayer):
             if groups := max(filled):
                 segment = held.segments()[0].each(lambda t, n=groups: t[:, :, :n].clone())  # type: ignore[misc]
                 positions = place[:, :, : groups * held.size].clone()
-                self._store.runs.insert(self.at[tier], Run(tier, segment, positions, filled))
+                self._store.runs.insert(self.at[tier], StoredRun(tier, segment, positions, filled))
         waits = (fixed.age - fixed.packed)[:, None].long()
         width = int(waits.max())
         # Which of those that wait, from the oldest.
@@ -260,7 +262,7 @@ class FixedTiersLayer(FixedPackedLayer):
         return super().width if self._aged is None else int(self._aged.max())
 
 
-def _full(run: Run) -> bool:
+def _full(run: StoredRun) -> bool:
     """Whether every slot of the groups in use holds a token."""
     held = torch.tensor(run.filled, device=run.positions.device)[:, None, None] * run.size
     unused = torch.arange(run.slots, device=run.positions.device) >= held

@@ -17,7 +17,7 @@ from ..kernels.quant_kv import Segment, quantise
 
 
 @dataclass
-class Run:
+class StoredRun:
     """positions (B, Hkv, slots): of the tokens, -1 in empty slots. filled: groups in use, per row."""
 
     tier: int
@@ -41,7 +41,7 @@ class Store:
     """The runs of a layer, in the order in which their slots are counted."""
 
     def __init__(self) -> None:
-        self.runs: list[Run] = []
+        self.runs: list[StoredRun] = []
 
     @property
     def slots(self) -> int:
@@ -126,7 +126,7 @@ class Store:
             None,
         )
         if number is None:
-            self.runs.append(Run(tier, segment, positions, used))
+            self.runs.append(StoredRun(tier, segment, positions, used))
             ids.append(new)
             return
         run = self.runs[number]

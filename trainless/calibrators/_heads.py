@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from ..batch.items import Faults
+from ..batch.items import ItemFaults
 from ..batch.prompts import refuse
 from ..errors import CalibrationError, InputError, Unsupported, did_you_mean
 from ..patch import calibration
@@ -31,9 +31,9 @@ from ..recipes import Recipe, Use, Where
 from ..recipes.typed import arms, hints_of
 from ..recipes.values import build, values_of
 from ._data import Data, DataOptions, read
-from ._journal import Journal
+from ._journal import ResumeJournal
 from ._meter import Meter
-from ._outcome import Outcome
+from ._outcome import CalibrationOutcome
 from ._scoring import Encoded, Scorer, encode
 from .base import Calibration, Measurement, Session, Stopped, provenance
 
@@ -41,7 +41,7 @@ Head = tuple[int, int]
 
 
 @dataclasses.dataclass(frozen=True)
-class Options(DataOptions):
+class HeadOptions(DataOptions):
     """How heads are chosen, beside the method's own parameters."""
 
     layers: str | int | list[int] | None = option(None, help="try only the heads of these layers")
@@ -58,24 +58,24 @@ class HeadSelection(Measurement):
 
     def __init__(self, options: Mapping[str, Any]):
         own = parameters_of(self.method_class)
-        rest = {f.name: f for f in dataclasses.fields(Options)}
+        rest = {f.name: f for f in dataclasses.fields(HeadOptions)}
         for name in options:
             if name not in own and name not in rest:
                 raise InputError(f"unknown option {name!r} of {self.name}{did_you_mean(name, [*own, *rest])}")
         self.method: Any = built(self.method_class, {k: v for k, v in options.items() if k in own})
-        self.options = built(Options, {k: v for k, v in options.items() if k in rest})
+        self.options = built(HeadOptions, {k: v for k, v in options.items() if k in rest})
         for name, value in (self.method.identity or {}).items():
             if getattr(self.method, name) == value:
                 raise InputError(f"{name}={value!r}: this changes no head, so there is nothing to measure")
 
     @classmethod
     def option_table(cls) -> list[tuple[str, str]]:
-        fields = [*parameters_of(cls.method_class).values(), *dataclasses.fields(Options)]
+        fields = [*parameters_of(cls.method_class).values(), *dataclasses.fields(HeadOptions)]
         return [(f"{f.name}={f.default!r}", str(f.metadata["help"])) for f in fields]
 
     @classmethod
     def is_text(cls, name: str) -> bool:
-        hint = {**hints_of(cls.method_class), **hints_of(Options)}.get(name)
+        hint = {**hints_of(cls.method_class), **hints_of(HeadOptions)}.get(name)
         return hint is Any or set(arms(hint)) <= {str, type(None)}
 
     @abstractmethod
@@ -102,7 +102,7 @@ class HeadSelection(Measurement):
         self.offered = self._offered(model)
 
     def encode(self, tokenizer: Any, positions: int | None, processor: Any = None) -> None:
-        faults = Faults()
+        faults = ItemFaults()
         self.pad = tokenizer.pad_token_id or 0
         rule = self.options.choice_token
         self.examples = encode(self.data.examples, tokenizer, positions, rule, faults)
@@ -134,10 +134,10 @@ class HeadSelection(Measurement):
         self.session = session
         self.scorer = Scorer(model, self.examples, self.options.batch_size, self.pad)
         progress = session.out.with_name(session.out.name + ".progress") if session.out is not None else None
-        with Journal(progress, self._settings(model)) as self.journal:
+        with ResumeJournal(progress, self._settings(model)) as self.journal:
             margins = self._baseline()
             changed = self._screen(model)
-            outcome = Outcome(self.offered, self.shape, margins, changed)
+            outcome = CalibrationOutcome(self.offered, self.shape, margins, changed)
             self._alone(model, outcome)
             if not outcome.kept:
                 kept_at = f" The measurements are in {progress}." if progress is not None else ""
@@ -181,7 +181,7 @@ class HeadSelection(Measurement):
             codes = self._per_example("screen", "changes", observe)
         return [{h for i, h in enumerate(self.offered) if int(code, 16) >> i & 1} for code in codes]
 
-    def _alone(self, model: nn.Module, outcome: Outcome) -> None:
+    def _alone(self, model: nn.Module, outcome: CalibrationOutcome) -> None:
         """Fill in the margins of every head that the screen left, with only that head changed."""
         todo = outcome.candidates
         done = sum(f"head {h}" in self.journal for h in todo)
@@ -263,7 +263,7 @@ class HeadSelection(Measurement):
             "tokens": _digest([*self.examples, *self.held_examples]),
         }
 
-    def _facts(self, model: nn.Module, outcome: Outcome) -> dict[str, Any]:
+    def _facts(self, model: nn.Module, outcome: CalibrationOutcome) -> dict[str, Any]:
         parameters = values_of(self.method)
         parameters.pop("heads")
         how = values_of(self.options)

@@ -19,7 +19,7 @@ FORMAT = "trainless calibration progress 1"
 _BEGINS = b'{"format": ' + json.dumps(FORMAT).encode()
 
 
-class Journal:
+class ResumeJournal:
     """Finished steps by key. Without a path they are kept in memory only.
 
     As a context it closes the file; ``finish`` deletes it, when the output holds everything.
@@ -57,7 +57,7 @@ class Journal:
         if self.path is not None:
             self.path.unlink(missing_ok=True)
 
-    def __enter__(self) -> Journal:
+    def __enter__(self) -> ResumeJournal:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -17,7 +17,7 @@ def accuracy(margins: Sequence[float]) -> float:
     return sum(m > 0 for m in margins) / len(margins)
 
 
-class Outcome:
+class CalibrationOutcome:
     """Filled head by head.
 
     offered: the heads that could be chosen. margins: of the model as it is, one per example. changed: for

@@ -28,7 +28,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..batch.items import Faults
+from ..batch.items import ItemFaults
 from ..errors import InputError, TrainlessError
 from ._data import Example
 
@@ -50,7 +50,7 @@ class Encoded:
 
 
 def encode(
-    examples: Sequence[Example], tokenizer: Any, positions: int | None, rule: ChoiceToken, faults: Faults
+    examples: Sequence[Example], tokenizer: Any, positions: int | None, rule: ChoiceToken, faults: ItemFaults
 ) -> list[Encoded]:
     """The examples in tokens; faults for those that are too long or whose choices no token tells apart."""
     found = []

@@ -14,7 +14,7 @@ from ..patchers import option
 
 
 @dataclass(frozen=True)
-class Options:
+class SinkOptions:
     """The rule. A dimension counts at a layer by magnitude or by energy."""
 
     magnitude: float = option(100.0, help="massive: larger than this", origin="published", low=0.0)
@@ -39,10 +39,10 @@ def threshold_of(width: int) -> float:
     return 20 * (width / 4096) ** 0.5
 
 
-class Seen:
+class SinksSeen:
     """Counts over texts and layers; memory is layers x dimensions, whatever is read."""
 
-    def __init__(self, options: Options, inner: Sequence[int]):
+    def __init__(self, options: SinkOptions, inner: Sequence[int]):
         self.options, self.inner = options, list(inner)
         self.width, self.texts, self.least = 0, 0, options.energy
         self.now: dict[int, Tensor] = {}  # by layer: which dimensions count on the present text

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..batch.items import Faults
+from ..batch.items import ItemFaults
 from ..batch.prompts import _decode, _jsonl, refuse
 from ..errors import InputError, did_you_mean
 from ..models.extras import require
@@ -17,7 +17,7 @@ Rows = Iterable[tuple[str, Any]]
 
 
 @dataclass
-class Grouped(Faults):
+class Grouped(ItemFaults):
     """Faults; the same one on many lines is said once."""
 
     places: dict[str, list[str]] = field(default_factory=dict)
@@ -31,7 +31,7 @@ class Grouped(Faults):
             f"{places[0]}: {what}" + (f" (and {len(places) - 1} more like it)" if len(places) > 1 else "")
             for what, places in self.places.items()
         ]
-        refuse(Faults(said))
+        refuse(ItemFaults(said))
 
 
 def rows_of(data: Any, split: str, subset: str | None, faults: Grouped) -> tuple[str, Rows]:

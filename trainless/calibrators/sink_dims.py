@@ -28,7 +28,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..batch.items import Faults, Item, parse
+from ..batch.items import Item, ItemFaults, parse
 from ..batch.prompts import read_prompts, refuse
 from ..batch.vision import ImagePrompts, moved
 from ..errors import CalibrationError, InputError, Unsupported, did_you_mean
@@ -40,7 +40,7 @@ from ..recipes.values import values_of
 from ..seams import AttentionCall, Contribution, Observe, Site, State, Statistics
 from ._heads import built
 from ._meter import Meter
-from ._sinks import Options, Seen, sinkness, threshold_of
+from ._sinks import SinkOptions, SinksSeen, sinkness, threshold_of
 from .base import Calibration, Measurement, Session, Stopped, provenance, register
 
 # What is at the first position is a sink whatever it says; the texts differ so that nothing else is common.
@@ -73,15 +73,15 @@ class SinkDims(Measurement):
     needs_data: ClassVar[bool] = False
 
     def __init__(self, options: Mapping[str, Any]):
-        known = [f.name for f in fields(Options)]
+        known = [f.name for f in fields(SinkOptions)]
         for name in options:
             if name not in known:
                 raise InputError(f"unknown option {name!r} of {self.name}{did_you_mean(name, known)}")
-        self.options: Options = built(Options, options)
+        self.options: SinkOptions = built(SinkOptions, options)
 
     @classmethod
     def option_table(cls) -> list[tuple[str, str]]:
-        return [(f"{f.name}={f.default!r}", str(f.metadata["help"])) for f in fields(Options)]
+        return [(f"{f.name}={f.default!r}", str(f.metadata["help"])) for f in fields(SinkOptions)]
 
     @classmethod
     def is_text(cls, name: str) -> bool:
@@ -97,7 +97,7 @@ class SinkDims(Measurement):
         limit = self.options.limit
         if limit is not None and len(texts) > limit:
             texts = [texts[int(i * len(texts) / limit)] for i in range(limit)]
-        faults = Faults()
+        faults = ItemFaults()
         for item in texts:
             if not item.prompt:
                 faults.add(item.where, "a text to read must be a prompt, not messages, and not empty")
@@ -141,7 +141,7 @@ class SinkDims(Measurement):
             )
 
     def encode(self, tokenizer: Any, positions: int | None, processor: Any = None) -> None:
-        faults = Faults()
+        faults = ItemFaults()
         self.tokens: list[list[int]] = []
         for where, text in self.texts:
             tokens = list(tokenizer(text, verbose=False)["input_ids"])
@@ -170,7 +170,7 @@ class SinkDims(Measurement):
         self.check(model)
         self.session = session
         self.device = next(model.parameters()).device
-        seen = Seen(self.options, self.inner)
+        seen = SinksSeen(self.options, self.inner)
         self._read_texts(model, "texts", seen.look, seen.next)
         kept = seen.kept()
         if not kept:
@@ -257,7 +257,7 @@ class SinkDims(Measurement):
         def look(layer: int, x: Tensor) -> None:
             flags[layer] = sinkness(x[0], dims) > threshold
 
-        watch = _Watch(found=attention)
+        watch = _DimsWatch(found=attention)
         recipe = Recipe(self.name, [Use(self.name, watch, Where())])
         meter = Meter("images", len(self.pictured), shown=self.session.shown)
         with torch.inference_mode(), self._watching(model, look), patched(model, recipe), meter:
@@ -292,7 +292,7 @@ class SinkDims(Measurement):
     # ------------------------------------------------------------------ what is said of it
 
     def _facts(
-        self, model: nn.Module, seen: Seen, kept: list[int], checked: dict[str, Any] | None
+        self, model: nn.Module, seen: SinksSeen, kept: list[int], checked: dict[str, Any] | None
     ) -> dict[str, Any]:
         content = json.dumps(self.tokens)
         return {
@@ -310,7 +310,7 @@ class SinkDims(Measurement):
             **provenance(model),
         }  # fmt: skip
 
-    def _summary(self, seen: Seen, kept: list[int], checked: dict[str, Any] | None) -> str:
+    def _summary(self, seen: SinksSeen, kept: list[int], checked: dict[str, Any] | None) -> str:
         rows = [
             f"  {d:<9} {share:.1%} of the first token's energy, |x| about {size:,.3g}; in {layers:.0%} of layers, "
             f"{texts:.0%} of texts"
@@ -342,7 +342,7 @@ class SinkDims(Measurement):
 
 
 @dataclass(frozen=True)
-class _Watch(Method):
+class _DimsWatch(Method):
     """Changes nothing; notes the attention that each key gets, per row that sees it, averaged over heads."""
 
     name: ClassVar[str] = "watch"
@@ -369,7 +369,7 @@ def _items(data: Any) -> tuple[str, list[Item]]:
         raise InputError(
             f"data: give a prompt file, or a list of texts and mappings; got {type(data).__name__}"
         )
-    faults = Faults()
+    faults = ItemFaults()
     rows = [{"prompt": row} if isinstance(row, str) else row for row in data]
     found = [parse(row, f"data[{i}]", Path.cwd(), faults) for i, row in enumerate(rows)]
     refuse(faults)

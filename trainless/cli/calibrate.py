@@ -78,7 +78,7 @@ def command(
 
 def _options(sets: list[str], names: set[str], is_text: Callable[[str], bool]) -> dict[str, Any]:
     """``name=value`` strings as options; values are YAML, as in recipes, or unquoted text where only text fits."""
-    from ..recipes.text import Source, parse
+    from ..recipes.text import RecipeSource, parse
 
     found: dict[str, Any] = {}
     for text in sets:
@@ -95,7 +95,7 @@ def _options(sets: list[str], names: set[str], is_text: Callable[[str], bool]) -
         def note(at: Any, line: int, reason: str, into: list[str] = faults) -> None:
             into.append(reason)
 
-        value = parse(right, Source("--set"), note)
+        value = parse(right, RecipeSource("--set"), note)
         if faults:
             raise typer.BadParameter(f"{text!r}: the value {faults[0]}", param_hint="--set")
         found[key] = value

@@ -20,8 +20,9 @@ from ..errors import Unsupported
 from ..kernels.visibility import adds_bias, bias_times
 from ..seams import AttentionCall, Entry, Formed, Lease
 from .autocast import narrowed, under_autocast
+from .extra_keys import scaled
 from .packed import packed_softmax
-from .patterns import Pattern, visible_keys
+from .patterns import Pattern, fitted, visible_keys
 from .run import SAMPLED, Delegate, Run
 from .runtime import Runtime
 from .softmax import softmax
@@ -68,7 +69,7 @@ def output(run: Run) -> Tensor:
     extra = _extra_keys(run)
     # Asked for before the scale, which may depend on how many keys a row is left with.
     patterns = _static_patterns(run, extra)
-    _scale(run)
+    extra = scaled(run.call, extra, _scale(run))
     call = run.call
     dynamic = [e for e in plan.of["pattern"] if e.contribution.dynamic]
     form = plan.of["form"]
@@ -175,7 +176,7 @@ def _static_patterns(run: Run, extra: list[Any]) -> list[Pattern]:
             continue
         pattern = run.value(entry)
         if pattern is not None:
-            found.append(pattern)
+            found.append(fitted(entry.method, run.call, pattern))
             run.acted.add(entry.owner)
     if (found or extra) and any(e.contribution.constant is None for e in run.plan.of["scale"]):
         call = run.call
@@ -192,7 +193,8 @@ def _static_patterns(run: Run, extra: list[Any]) -> list[Pattern]:
     return found
 
 
-def _scale(run: Run) -> None:
+def _scale(run: Run) -> Any:
+    """Scale the logits of the call; returns the factor, a number or a tensor for (B, H, Lq, 1)."""
     factor: Any = 1.0
     for entry in run.plan.of["scale"]:
         value = run.value(entry)
@@ -201,7 +203,7 @@ def _scale(run: Run) -> None:
         factor = factor * value
         run.acted.add(entry.owner)
     if isinstance(factor, float) and factor == 1.0:
-        return
+        return factor
     call = run.call
     bias = None if call.position_bias is None else call.position_bias * factor
     if isinstance(factor, Tensor):
@@ -213,7 +215,7 @@ def _scale(run: Run) -> None:
         query = (call.query.to(call.statistics_dtype) * factor).to(call.query.dtype)
         mask = bias_times(call.mask, factor, *call.shape[3:])
         run.call = replace(call, query=query, mask=mask, position_bias=bias)
-        return
+        return factor
     if call.sink_logits is not None:
         run.edited = True  # families read their sinks from the module, whatever they are passed
     # c·tanh(s·x/c) times f is (f·c)·tanh((f·s)·x/(f·c)): scaling all three scales the whole logit.
@@ -225,6 +227,7 @@ def _scale(run: Run) -> None:
         softcap=None if call.softcap is None else call.softcap * factor,
         sink_logits=None if call.sink_logits is None else call.sink_logits * factor,
     )
+    return factor
 
 
 def _chooses(layer: CompressingLayer | None) -> bool:
@@ -316,6 +319,9 @@ def _tiers(run: Run, layer: PackedLayer) -> Tensor | None:
             "probe_mass": layer.waiting_columns(mass),
             "probe_rows": layer.waiting_columns(rows)[:, 0],
         }
+    for name in ("column_mass", "column_max", "column_entropy"):
+        if (whole := getattr(run.stats, name)) is not None:
+            found[name] = layer.waiting_columns(whole)
     call = replace(call, key=call.key[:, :, -waiting:], value=call.value[:, :, -waiting:])
     value = entry.contribution.value
     assert value is not None

@@ -7,6 +7,7 @@ log-sum-exp. Statistics over keys count the packed slots first and the columns o
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from ..errors import Unsupported
 from ..kernels.column_mass import chosen_mass, column_mass
 from ..kernels.lse import attention as attention_lse
 from ..kernels.quant_kv import blocks, choose, merge, packed_attention, packed_rows, weigh
+from ..kernels.spread import Parts, spread
 from ..kernels.visibility import Visibility, visibility
 from ..seams import Entry, MassMove, RowEdit, Statistics
 from .chosen_rows import sampled_mass
@@ -25,6 +27,7 @@ from .extra_keys import merge_extra
 from .row_edits import move_edit, on_heads
 from .run import FEW_ROWS, Run
 from .softmax import probe
+from .spread import keep_spread, spread_of_rows, wanted_spread
 
 
 def packed_softmax(
@@ -76,6 +79,7 @@ def _packed_few(run: Run, layer: PackedLayer, wanted: set[str], moves: tuple[Ent
         run.stats.column_mass = rows.sum(2)
         if run.adds_up(layer):
             layer.score(run.stats.column_mass, rows if layer.rows_apart() else None)
+    spread_of_rows(run, p, wanted)
     if run.probed.index or run.times is not None:
         seen = None if lq == 1 else visibility(_seen(run, layer, 0, lq), causal=False, lq=lq, lk=p.shape[3])
         probe(run, layer, seen, None, p)
@@ -160,8 +164,30 @@ def _packed_many(run: Run, layer: PackedLayer, extra: list[Any], wanted: set[str
         run.stats.column_mass = torch.cat(parts, 2)
         if run.adds_up(layer):
             layer.score(run.stats.column_mass, _packed_last(run, layer))
+    _packed_spread(run, layer, lse, own, held, wanted)
     _packed_probe(run, layer, lse, own, held)
     return out
+
+
+def _packed_spread(
+    run: Run, layer: PackedLayer, lse: Tensor, own: Visibility, held: Tensor | None, wanted: set[str]
+) -> None:
+    """Largest entries and entropies of rows and keys, block by block."""
+    names = wanted_spread(wanted)
+    if not names:
+        return
+    call, whole = run.call, None
+    packed = ((key, seen) for key, _, seen, _ in blocks(call.query, layer.store.segments, held))
+    with torch.no_grad():
+        for key, seen in itertools.chain(packed, [(call.key, own)]):
+            part = spread(
+                call.query, key, lse, names, visibility=seen, rows=call.real, scale=call.scaling,
+                softcap=call.softcap, finish=False,
+            )  # fmt: skip
+            assert isinstance(part, Parts)
+            whole = part if whole is None else whole.beside(part)
+    assert whole is not None
+    keep_spread(run.stats, whole.finished())
 
 
 def _mass_of(run: Run, key: Tensor, lse: Tensor, seen: Visibility) -> Tensor:

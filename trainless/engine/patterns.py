@@ -9,16 +9,90 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, Unsupported
+from ..kernels.block_sparse import Blocks, Spans, block_sparse, choose
+from ..kernels.common import Terms
 from ..kernels.dispatch import constant
-from ..kernels.masks import STEP
+from ..kernels.masks import STEP, Visibility
 from ..kernels.window2d import Window2d
 from ..seams import AttentionCall, ExtraKeys, Pairs
 
-Pattern = Pairs | Window2d
 HIDDEN = (
     -1000.0
 )  # an additive mask at or below this hides its key; diffusers writes -10000 or the dtype's minimum
+
+
+class Listed:
+    """Blocks or spans for one call, also as a predicate like that of ``Pairs``; batch and heads are those it gives."""
+
+    def __init__(self, pattern: Blocks | Spans, heads: int, lq: int, lk: int):
+        self.pattern, self.offset, self.lk = pattern, lk - lq, lk
+        self.batch = pattern.index.shape[0] if isinstance(pattern, Blocks) else 1
+        self.heads = pattern.index.shape[1] if isinstance(pattern, Blocks) else heads
+        self._table: Tensor | None = None
+
+    def visible(self, q: Tensor, k: Tensor) -> Tensor:
+        """bool (batch, heads, rows, columns) for numbers counted as keys are."""
+        rows, keys = q[:, 0] - self.offset, k[0]
+        if isinstance(self.pattern, Spans):
+            every = torch.arange(self.heads, device=q.device)
+            return self.pattern.allows(0, every, rows, keys, self.offset)[None]
+        size = self.pattern.size
+        return self._blocks()[:, :, rows // size][..., keys // size]
+
+    def _blocks(self) -> Tensor:
+        """bool (batch, heads, blocks of rows, blocks of keys): the lists, one entry for size × size pairs."""
+        if self._table is None:
+            assert isinstance(self.pattern, Blocks)
+            index, count = self.pattern.index, -(-self.lk // self.pattern.size)
+            table = torch.zeros(*index.shape[:3], count + 1, dtype=torch.bool, device=index.device)
+            table.scatter_(
+                3, torch.where(index < 0, count, index), True
+            )  # what is none goes into one too many
+            self._table = table[..., :count]
+        return self._table
+
+
+Pattern = Pairs | Window2d | Listed
+
+
+def fitted(method: str, call: AttentionCall, given: Any) -> Any:
+    """What a pattern contribution returned, blocks and spans made ready for this call.
+
+    InputError, in the method's name, where they do not fit the call or are of another type.
+    """
+    if not isinstance(given, Blocks | Spans):
+        return given
+    b, h, _, lq, lk = call.shape
+    if torch.compiler.is_compiling():
+        raise Unsupported(
+            f"{method}: a pattern of {type(given).__name__} is checked by its values, so no compiler can trace it; leave "
+            "traceable=False"
+        )
+    index = given.index if isinstance(given, Blocks) else given.span
+    if index.device != call.query.device:
+        raise InputError(
+            f"{method}: its {type(given).__name__} lie on {index.device}, the call on {call.query.device}"
+        )
+    causal = call.causal or (call.site is not None and call.site.causal)
+    try:
+        given.check(b, h, lq, lk, causal)
+    except InputError as error:
+        raise InputError(f"{method}: {error}") from None
+    return Listed(given, h, lq, lk)
+
+
+def through_lists(
+    call: AttentionCall, listed: Listed, visible: Visibility, terms: Terms
+) -> tuple[str, str, Tensor]:
+    """Attention over blocks or spans on top of ``visible``: kernel, why not a faster one, output (B, H, Lq, D)."""
+    given = call.query, call.key, call.value
+    choice = choose(*given, visibility=visible, terms=terms)
+    out = block_sparse(
+        *given, listed.pattern, visibility=visible, scale=terms.scale, position_bias=terms.position_bias,
+        softcap=terms.softcap, sink_logits=terms.sink_logits,
+    )  # fmt: skip
+    return f"block_sparse/{choice.name}", "; ".join(choice.reasons), out
 
 
 def visible_keys(
@@ -95,7 +169,7 @@ def window_of(call: AttentionCall, patterns: Sequence[Pattern]) -> tuple[Window2
 
 def extra_of_image(window: Window2d, extra: Sequence[ExtraKeys]) -> tuple[Any, list[ExtraKeys]]:
     """(keys and values for the kernel or None, those that have to be merged afterwards)."""
-    mine = [e for e in extra if e.visible is None and e.rows == window.image]
+    mine = [e for e in extra if e.visible is None and e.bias is None and e.rows == window.image]
     if not mine:
         return None, list(extra)
     key, value = (torch.cat([getattr(e, name) for e in mine], 2) for name in ("key", "value"))

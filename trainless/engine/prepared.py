@@ -8,11 +8,13 @@ sees as a change.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..errors import InputError
 from ..seams import AttentionPlan, Contribution, Entry
 from .outcomes import SLOTS, Outcome, outcome_at, slot_of
 
@@ -42,7 +44,8 @@ class RowStep(NamedTuple):
 class Prepared:
     """The steps of one plan for calls that are traced.
 
-    factor: on the logits. gains: (heads or None, number) on the output, one after the other. refusal: why calls of this
+    factor: on the logits. gains: (heads or None, number) on the output, one after the other. numbers: whether those two
+    are the whole plan. refusal: why calls of this
     plan cannot be traced whole; None where they can. sized: whether something in it is a function of a call's sizes;
     steps: those contributions by kind. owners: of the patches that are active here. steady: numbers of those that act
     in every call, by what is known now.
@@ -58,6 +61,9 @@ class Prepared:
             for e in plan.of["gain"]
             if e.contribution.constant is not None
         )
+        # Whether factor and gains are all that there is.
+        self.numbers = not plan.inert and all(_is_number(e) for e in plan.active)
+        self._by_head: dict[tuple[Any, ...], Tensor] = {}
         self.evictor = plan.evictor.owner if plan.evictor is not None else None
         self.rolled = bool(plan.of["position"])
         self.packer = plan.quantiser.owner if plan.quantiser is not None else None
@@ -140,16 +146,40 @@ class Prepared:
             if heads is None:
                 out = out * gain
             else:
-                own = torch.ones(out.shape[2], dtype=out.dtype, device=out.device)
-                own[list(heads)] = gain
-                out = out * own[:, None]
+                out = out * self._gain_of(heads, gain, out)
         return out
+
+    def _gain_of(self, heads: Sequence[int], gain: float, out: Tensor) -> Tensor:
+        """(H, 1): ``gain`` for the heads that are named, 1 for the others. InputError for one that there is not."""
+        if max(heads) >= out.shape[2]:
+            raise InputError(
+                f"gain: head {max(heads)} does not exist; the attention has {out.shape[2]} heads"
+            )
+        if torch.compiler.is_compiling():
+            return _spread(heads, gain, out)
+        key = (heads, gain, out.shape[2], out.dtype, out.device)
+        found = self._by_head.get(key)
+        if found is None:
+            # Made outside inference mode, since later calls may be recorded for a gradient.
+            with torch.inference_mode(False):
+                found = self._by_head[key] = _spread(heads, gain, out)
+        return found
 
 
 def _chooses(entry: Entry) -> bool:
     """Whether the method looks at a call before it says how precisely its tokens are held."""
     policy: Any = entry.contribution.policy
     return bool(policy.chosen and not policy.newest)
+
+
+def _spread(heads: Sequence[int], gain: float, out: Tensor) -> Tensor:
+    own = torch.ones(out.shape[2], 1, dtype=out.dtype, device=out.device)
+    own[list(heads)] = gain
+    return own
+
+
+def _is_number(entry: Entry) -> bool:
+    return entry.contribution.kind in NUMBERS and entry.contribution.constant is not None
 
 
 def _number(entry: Entry) -> float:
@@ -165,7 +195,7 @@ def _frozen(given: Contribution) -> bool:
 def _refusal(plan: AttentionPlan, whole: bool) -> str | None:
     for entry in plan.active:
         given = entry.contribution
-        if given.kind in NUMBERS and given.constant is not None:
+        if _is_number(entry):
             continue
         if entry is plan.evictor or (given.kind == "position" and plan.evictor is not None):
             continue
@@ -183,6 +213,8 @@ def _refusal(plan: AttentionPlan, whole: bool) -> str | None:
             and plan.quantiser is None
         ):
             return f"{entry.method}: its {given.kind} depends on each call"
+        if given.scope != "call":
+            return f"{entry.method}: its {given.kind} keeps a State"
         if given.asks:
             return f"{entry.method}: its {given.kind} asks for the {sorted(given.asks)[0]} of each call"
     return None

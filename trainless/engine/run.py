@@ -21,7 +21,7 @@ from .chosen_rows import Probed
 from .extra_keys import merge_extra
 from .patterns import Pattern
 from .runtime import Runtime
-from .scopes import of_run
+from .scopes import of_layers, of_run
 
 SAMPLED = "column mass of sampled rows"  # asked for by a cache layer, in the place of "column_mass"
 FEW_ROWS = 16  # up to this many query rows the probabilities are computed outright
@@ -46,9 +46,16 @@ class Run:
         self.why_not: tuple[str, ...] = ()  # why a pattern's own kernel does not run
 
     def state(self, entry: Entry) -> State:
-        if entry.method not in self.states:
-            self.states[entry.method] = self._kept(entry)
-        return self.states[entry.method]
+        shared = entry.contribution.scope == "layers"
+        name = f"{entry.method}, all layers" if shared else entry.method
+        if name not in self.states:
+            self.states[name] = self._shared(entry) if shared else self._kept(entry)
+        return self.states[name]
+
+    def _shared(self, entry: Entry) -> State:
+        """The State of all layers of the method; the layer itself remembers that the patch was there."""
+        self._kept(entry)
+        return of_layers(self.call.facts.get("layers"), entry, self.runtime.site)
 
     def _kept(self, entry: Entry) -> State:
         """The State of a method at this site, as it was left or a new one."""
@@ -110,7 +117,9 @@ class Run:
         if padding is not None:
             visible = replace(visible, keys=padding[:, -lk:].bool())
         for pattern in patterns:
-            visible = visible.restrict(pattern.visible, getattr(pattern, "batch", 1))
+            visible = visible.restrict(
+                pattern.visible, getattr(pattern, "batch", 1), getattr(pattern, "heads", 1)
+            )
             self.edited = True
         return visible
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..cache import CompressingLayer
 from ..errors import Unsupported
+from ..kernels.block_sparse import Blocks, Spans
 from ..kernels.column_mass import (
     RowScale,
     attention_and_mass,
@@ -39,11 +40,14 @@ from ..kernels.window2d import choose as choose_window
 from ..seams import Contribution, Entry, MassMove, RowEdit, Statistics, Tokens
 from .chosen_rows import sampled_mass
 from .extra_keys import merge_extra
-from .patterns import Pattern, extra_of_image, window_of
+from .patterns import Listed, Pattern, extra_of_image, fitted, through_lists, window_of
 from .row_edits import apply, apply_to, edited_rows, mass_of_groups, move_edit, on_heads
 from .run import FEW_ROWS, SAMPLED, Run
+from .spread import note_spread, spread_of_rows, wanted_spread
 from .subset import only, over, without
 
+# Statistics that the shortest way of a decode step over kept tokens gives.
+KEPT = {"column_mass", "probe_mass"}
 ROW_BLOCK = 128  # rows at a time where an edit needs whole rows of probabilities
 
 
@@ -87,6 +91,11 @@ def softmax(
             f"{run.runtime.site.name}: attention dropout is on (training mode) and a patch edits this "
             "attention; call model.eval() or remove the patch"
         )
+    if layer is not None and layer.evicted and any(isinstance(p, Listed) for p in patterns):
+        raise Unsupported(
+            f"{layer.lease.name}: {run.runtime.site.name} has a pattern of blocks or spans, which count keys by their "
+            "place, and its cache has dropped keys; give the two different layers"
+        )
     dynamic = [e for e in run.plan.of["pattern"] if e.contribution.dynamic and e in run.asking]
     asked = Asked(layer, extra, patterns, wanted, moves, dynamic)
     out = _without_statistics(run, asked)
@@ -108,7 +117,7 @@ def _without_statistics(run: Run, asked: Asked) -> Tensor | None:
     call, layer = run.call, asked.layer
     alone = call.query.shape[2] == 1 and run.times is None
     if layer is not None and layer.evicted and alone and not (asked.extra or asked.moves):
-        if not (asked.patterns or asked.dynamic or run.plan.of["observe"] or "lse" in asked.wanted):
+        if not (asked.patterns or asked.dynamic or run.plan.of["observe"] or asked.wanted - KEPT):
             return _decode_kept(run, layer, asked.wanted)
     if not (asked.wanted or asked.dynamic or run.groups):
         # Frozen rules need no statistics: ask them first, they may have nothing to edit in this call.
@@ -120,7 +129,38 @@ def _without_statistics(run: Run, asked: Asked) -> Tensor | None:
         run.why_not = _why_no_window(run, layer, asked.wanted, asked.dynamic, asked.edits)
         if not run.why_not:
             return _windowed(run, window, asked.extra)
-    return None
+    return _listed(run, asked)
+
+
+def _listed(run: Run, asked: Asked) -> Tensor | None:
+    """The output over blocks or spans by the kernel that computes nothing else; None where it cannot be used."""
+    call, lists = run.call, [p for p in asked.patterns if isinstance(p, Listed)]
+    few = call.query.shape[2] <= FEW_ROWS  # whole rows of probabilities are the shorter way
+    if not lists or few or run.runtime.facts.get("attentions"):
+        return None
+    visible = run.visibility(asked.layer, [])
+    why = {
+        "another pattern": len(asked.patterns) > 1,
+        "extra keys": bool(asked.extra),
+        "statistics or an edit": bool(asked.wanted or asked.dynamic or asked.edits or run.groups),
+        "an observer": bool(run.plan.of["observe"]),
+        "a mask that is not causal": isinstance(lists[0].pattern, Spans) and not visible.causal,
+    }
+    run.why_not = (
+        *run.why_not,
+        *(f"block_sparse: the call has {what}" for what, there in why.items() if there),
+    )
+    if any(why.values()):
+        return None
+    run.kernel, run.reasons, out = through_lists(call, lists[0], visible, run.terms())
+    return out.transpose(1, 2).contiguous()
+
+
+def _lists_alone(run: Run, asked: Asked, visible: Visibility, chosen: Any) -> bool:
+    """Whether a pattern that was chosen from statistics is all that happens to this call from here on."""
+    alone = isinstance(chosen, Listed) and len(asked.dynamic) == 1 and not (asked.extra or asked.patterns)
+    alone = alone and not (asked.moves or run.groups or run.plan.of["observe"])
+    return alone and (isinstance(chosen.pattern, Blocks) or visible.causal)
 
 
 def _prepared_edits(run: Run, visible: Visibility, asked: Asked) -> Tensor | None:
@@ -145,6 +185,7 @@ def _measured(run: Run, visible: Visibility, asked: Asked) -> Tensor:
         run.stats.lse = lse
     if "column_mass" in asked.wanted:
         _column_mass(run, asked.layer, visible, lse, options)
+    note_spread(run, visible, lse, asked.wanted)
     probe(run, asked.layer, visible, lse)
     subset = None
     for entry, chosen in _chosen_patterns(run, asked.dynamic):
@@ -153,8 +194,10 @@ def _measured(run: Run, visible: Visibility, asked: Asked) -> Tensor:
         if isinstance(chosen, Tokens):
             subset = chosen.keep if subset is None else subset & chosen.keep
             visible, out = only(visible, chosen.keep), None
+        elif _lists_alone(run, asked, visible, chosen):
+            run.kernel, run.reasons, out = through_lists(call, chosen, visible, run.terms())
         else:
-            visible = visible.restrict(chosen.visible, chosen.batch)
+            visible = _restricted(visible, chosen)
             out, lse = run.attention(visible, extra)
             run.stats = Statistics(lse=lse)
     _group_mass(run, visible, run.stats.lse)
@@ -179,7 +222,11 @@ def _chosen_patterns(run: Run, dynamic: list[Entry]) -> Iterator[tuple[Entry, An
     for entry in dynamic:
         chosen = run.value(entry)
         if chosen is not None:
-            yield entry, chosen
+            yield entry, fitted(entry.method, run.call, chosen)
+
+
+def _restricted(visible: Visibility, chosen: Any) -> Visibility:
+    return visible.restrict(chosen.visible, chosen.batch, getattr(chosen, "heads", 1))
 
 
 def _carried_out(
@@ -229,7 +276,7 @@ def _windowed(run: Run, window: Window2d, extra: list[Any]) -> Tensor:
 def _together(run: Run, visible: Visibility, wanted: set[str], moves: tuple[Entry, ...]) -> bool:
     """Whether an edit that waits for the column mass is about to be asked for, and one sweep can prepare it."""
     # The sweep leaves out heads that nobody watches; a log-sum-exp is asked for whole.
-    if "column_mass" not in wanted or "lse" in wanted:
+    if "column_mass" not in wanted or "lse" in wanted or wanted_spread(wanted):
         return False
     waits = any("column_mass" in e.contribution.wanted(run.call, run.state(e)) for e in moves)
     return waits and not together_reasons(run.call.query, run.call.key, run.call.value, visible, run.terms())
@@ -487,6 +534,7 @@ def _few_rows(run: Run, visible: Visibility, asked: Asked) -> Tensor:
     run.kernel = "rows"
     if "column_mass" in asked.wanted:
         _mass_of_rows(run, layer, visible, probabilities)
+    spread_of_rows(run, probabilities, asked.wanted)
     probe(run, layer, visible, None, probabilities)
     if "lse" in asked.wanted:
         _, run.stats.lse = run.attention(visible)
@@ -498,7 +546,7 @@ def _few_rows(run: Run, visible: Visibility, asked: Asked) -> Tensor:
             visible = only(visible, chosen.keep)
             probabilities = without(run.row_probabilities(visible, 0, lq), chosen.keep)
         else:
-            visible = visible.restrict(chosen.visible, chosen.batch)
+            visible = _restricted(visible, chosen)
             probabilities = run.row_probabilities(visible, 0, lq)
     for entry, named in run.groups.items():
         run.masses[entry] = mass_of_groups(probabilities, named)

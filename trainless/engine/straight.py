@@ -17,8 +17,8 @@ from ..kernels.visibility import bias_times
 from ..kernels.window2d import choose, window2d
 from ..seams import AttentionCall, ExtraKeys, Formed, State, Statistics
 from .autocast import Delegate, narrowed, under_autocast
-from .extra_keys import merge_extra
-from .patterns import Pattern, extra_of_image, visible_keys, window_of
+from .extra_keys import merge_extra, scaled
+from .patterns import Pattern, extra_of_image, fitted, visible_keys, window_of
 from .prepared import Step
 from .run import Run
 from .runtime import Runtime
@@ -40,7 +40,7 @@ def _through(runtime: Runtime, call: AttentionCall, delegate: Delegate) -> Tenso
         for step in ready.steps[kind]:
             value = _value(step, call)
             if value is not None:
-                found.append(value)
+                found.append(fitted(step.method, call, value) if kind == "pattern" else value)
                 acted.append(step.owner)
         return found
 
@@ -51,7 +51,7 @@ def _through(runtime: Runtime, call: AttentionCall, delegate: Delegate) -> Tenso
     factor: Any = ready.factor
     for value in values("scale"):
         factor = factor * value
-    call = _scaled(call, factor)
+    call, extra = _scaled(call, factor), scaled(call, extra, factor)
     kernel, reasons = "stock", ""
     if ready.steps["form"]:
         (formed,) = values("form")

@@ -21,6 +21,7 @@ from ..edits.journal import HookEdit, Journal
 from ..errors import InputError, Unsupported
 
 _MODULE_FILE = nn.Module.__call__.__code__.co_filename
+SOLE = "_trainless_sole"  # where a module keeps who lets one thread alone call it
 RECHECK = 0.05  # seconds; a call that Ctrl-C has ended tells nobody
 
 
@@ -58,11 +59,28 @@ def on_stack(frame: FrameType, thread: int) -> bool:
     return any(at is frame for at in _stack(_current_frames().get(thread)))
 
 
+def catch_up(
+    module: nn.Module, before: set[int], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Run the hooks that came while a call waited. Torch has listed those of the call when it began."""
+    for number, hook in list(module._forward_pre_hooks.items()):
+        if number in before:
+            continue
+        if number in module._forward_pre_hooks_with_kwargs:
+            given = hook(module, args, kwargs)
+            args, kwargs = (args, kwargs) if given is None else given
+        else:
+            given = hook(module, args)
+            args = args if given is None else given if isinstance(given, tuple) else (given,)
+    return args, kwargs
+
+
 class Gate:
     """Stands at a patched model; ``watch`` puts its two hooks there."""
 
     def __init__(self, name: str):
         self.name = name
+        self.module: nn.Module | None = None
         self.changed = threading.Condition()
         self.calls: list[
             tuple[int, FrameType]
@@ -77,6 +95,7 @@ class Gate:
 
     def watch(self, module: nn.Module, journal: Journal) -> None:
         """Count the calls of ``module``, those under way included; the hooks go into ``journal``."""
+        self.module = module
         self.calls = [
             (thread, frame)
             for thread, top in _current_frames().items()
@@ -84,7 +103,7 @@ class Gate:
             if frame.f_code.co_filename == _MODULE_FILE and frame.f_locals.get("self") is module
         ]
         for register in (
-            lambda: module.register_forward_pre_hook(self._enter, prepend=True),
+            lambda: module.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True),
             lambda: module.register_forward_hook(self._leave, always_call=True),
         ):
             journal.add(HookEdit(module, register, f"hook on {self.name} that counts its calls"))
@@ -104,7 +123,7 @@ class Gate:
                         f"a patch on {self.name} cannot be put on, taken off, paused or resumed from inside a call of it "
                         "(a hook, or a callback that the model runs); do it between calls"
                     )
-                while self.changing is not None or self.calls:
+                while self.changing is not None or self._running():
                     self.changed.wait(RECHECK)
                     self._forget_ended()
                 self.changing = me
@@ -116,21 +135,35 @@ class Gate:
                     self.changing = None
                     self.changed.notify_all()
 
+    def _running(self) -> bool:
+        """Whether calls are under way that do not wait for one thread that has the model alone."""
+        sole = None if self.module is None else vars(self.module).get(SOLE)
+        return any(sole is None or thread not in sole.waiting for thread, _ in self.calls)
+
     def _forget_ended(self) -> None:
         """Ctrl-C skips the hook that ends a call; its frame has left the stack of its thread all the same."""
         self.calls = [(thread, frame) for thread, frame in self.calls if on_stack(frame, thread)]
 
-    def _enter(self, *unused: Any) -> None:
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if torch.compiler.is_compiling():
-            return  # compiled code is made anew after every change
+            return None  # compiled code is made anew after every change
         frame, me = module_frame(), threading.get_ident()
         if frame is None:
-            return
-        with self.changed:
-            inside = any(thread == me for thread, _ in self.calls)
-            while not inside and self.changing not in (None, me):
+            return None
+        before: set[int] | None = None
+        while True:
+            sole = vars(module).get(SOLE)
+            if sole is not None and sole.holds(me):
+                before = set(module._forward_pre_hooks) if before is None else before
+                sole.hold()
+            with self.changed:
+                inside = any(thread == me for thread, _ in self.calls)
+                if inside or (self.changing in (None, me) and vars(module).get(SOLE) is sole):
+                    self.calls.append((me, frame))
+                    break
+                before = set(module._forward_pre_hooks) if before is None else before
                 self.changed.wait(RECHECK)
-            self.calls.append((me, frame))
+        return None if before is None else catch_up(module, before, args, kwargs)
 
     def _leave(self, *unused: Any) -> None:
         if torch.compiler.is_compiling():

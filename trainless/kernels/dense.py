@@ -18,7 +18,7 @@ def evaluate(dense: Any, rows: Tensor, lo: int, hi: int, device: torch.device) -
     if isinstance(dense, Tensor):
         piece = dense[:, :, rows, lo:hi]
         return piece if piece.dtype == torch.bool else hidden_apart(piece)
-    if isinstance(dense, Pairs | Picked):
+    if isinstance(dense, VisiblePairs | Picked):
         return dense.at(rows, lo, hi)
     return _block_mask_rows(dense, rows, lo, hi, device)
 
@@ -29,7 +29,7 @@ def one_row(dense: Any, batch: int) -> Any:
         return dense
     if isinstance(dense, Tensor):
         return dense[batch : batch + 1]
-    if isinstance(dense, Pairs):
+    if isinstance(dense, VisiblePairs):
         return dense.one_row(batch)
     return BlockMaskRow(dense, batch)
 
@@ -39,26 +39,33 @@ def hidden_apart(piece: Tensor) -> Tensor:
     return piece > HIDDEN
 
 
-class Pairs:
+class VisiblePairs:
     """A predicate over (query, key) numbers, on top of a mask without structure if there is one.
 
-    batch: 1, or the rows of the batch, where the predicate gives (batch, 1, rows, keys).
+    batch, heads: 1, or the rows of the batch and the query heads, where the predicate gives (batch, heads, rows, keys).
     """
 
     def __init__(
-        self, predicate: Callable[[Tensor, Tensor], Tensor], under: Any, offset: int, batch: int = 1
-    ):
-        self.predicate, self.under, self.offset, self.batch = predicate, under, offset, batch
+        self, predicate: Callable[[Tensor, Tensor], Tensor], under: Any, offset: int, batch: int = 1,
+        heads: int = 1,
+    ):  # fmt: skip
+        self.predicate, self.under, self.offset, self.batch, self.heads = (
+            predicate,
+            under,
+            offset,
+            batch,
+            heads,
+        )
         shape = getattr(under, "shape", (1, 1))
-        self.shape = (max(batch, shape[0]), *shape[1:])
+        self.shape = (max(batch, shape[0]), max(heads, shape[1]), *shape[2:])
 
     def at(self, rows: Tensor, lo: int, hi: int) -> Tensor:
         keys = torch.arange(lo, hi, device=rows.device)
         seen = self.predicate((rows + self.offset)[:, None], keys[None, :])
-        seen = seen.expand(self.batch, 1, len(rows), len(keys))
+        seen = seen.expand(self.batch, self.heads, len(rows), len(keys))
         return seen if self.under is None else seen & evaluate(self.under, rows, lo, hi, rows.device)
 
-    def one_row(self, number: int) -> Pairs:
+    def one_row(self, number: int) -> VisiblePairs:
         """The part that belongs to one row of the batch."""
         predicate, own = self.predicate, self.batch > 1
 
@@ -66,7 +73,7 @@ class Pairs:
             seen = predicate(q, k)
             return seen[number : number + 1] if own else seen
 
-        return Pairs(row, one_row(self.under, number), self.offset)
+        return VisiblePairs(row, one_row(self.under, number), self.offset, heads=self.heads)
 
 
 class Picked:

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 # Why Triton kernels cannot run for a tensor, in one place for all operations.
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+PLAIN = (Tensor, torch.nn.Parameter)
 FUSED_CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -43,17 +44,34 @@ def triton_reasons(tensors: Iterable[Tensor | None]) -> tuple[str, ...]:
     """Why the Triton form cannot take these tensors; empty when it can."""
     given = [t for t in tensors if t is not None]
     reasons = []
-    if not all(t.is_cuda for t in given):
+    cuda, narrow, differentiated, negated = _looked_at(given)
+    if not cuda:
         reasons.append(f"triton: needs CUDA tensors, got {given[0].device.type}")
     elif (missing := _without_triton()) is not None:
         reasons.append(missing)
-    if any(t.is_floating_point() and t.dtype not in TRITON_DTYPES for t in given):
+    if not narrow:
         reasons.append("triton: float64 is not supported")
-    if any(t.requires_grad for t in given) and torch.is_grad_enabled():
+    if differentiated:
         reasons.append("triton: no gradient")
-    if not torch.compiler.is_compiling() and any(t.is_neg() for t in given):
+    if negated:
         reasons.append("triton: a tensor whose sign torch has yet to turn")
     return tuple(reasons)
+
+
+def _looked_at(given: list[Tensor]) -> tuple[bool, bool, bool, bool]:
+    """Whether all are on CUDA, all in dtypes of Triton, any is differentiated, any has its sign yet to be turned.
+
+    Asked at every decode step of every layer, so in one loop.
+    """
+    cuda = narrow = True
+    differentiated = negated = False
+    traced, graph = torch.compiler.is_compiling(), torch.is_grad_enabled()
+    for t in given:
+        cuda = cuda and t.is_cuda
+        narrow = narrow and (t.dtype in TRITON_DTYPES or not t.is_floating_point())
+        differentiated = differentiated or (graph and t.requires_grad)
+        negated = negated or (not traced and t.is_neg())
+    return cuda, narrow, differentiated, negated
 
 
 @functools.cache
@@ -77,18 +95,38 @@ def numba_reasons(tensors: Iterable[Tensor | None], traced: bool = False) -> tup
 
     traced: a compiler traces the call, in which it is one operator, so it does not have to see what is inside.
     """
-    given = [t for t in tensors if t is not None]
-    if not all(t.device.type == "cpu" for t in given):
+    recorded = not traced and _recorded()
+    graph = torch.is_grad_enabled()
+    # The first reason that holds for any tensor, in this order.
+    elsewhere = differentiated = strange = negated = False
+    for t in tensors:
+        if t is None:
+            continue
+        elsewhere = elsewhere or t.device.type != "cpu"
+        differentiated = differentiated or (graph and t.requires_grad)
+        if not traced:
+            strange = strange or type(t) not in PLAIN
+            # Its memory, which is all that a loop sees, holds the other sign.
+            negated = negated or (not recorded and t.is_neg())
+    if elsewhere:
         return ("numba: needs CPU tensors",)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in given):
+    if differentiated:
         return ("numba: no gradient",)
-    if not traced:
-        if _recorded() or any(type(t) not in (Tensor, torch.nn.Parameter) for t in given):
-            return ("numba: operations are being recorded or transformed",)
-        if any(t.is_neg() for t in given):  # its memory, which is all that a loop sees, holds the other sign
-            return ("numba: a tensor whose sign torch has yet to turn",)
+    if recorded or strange:
+        return ("numba: operations are being recorded or transformed",)
+    if negated:
+        return ("numba: a tensor whose sign torch has yet to turn",)
     missing = _without_numba()
     return () if missing is None else (missing,)
+
+
+def at_once(tensor: Tensor) -> bool:
+    """Whether a registered operator may be left out for what it calls: on the CPU, where nobody looks at operators."""
+    return (
+        tensor.device.type == "cpu"
+        and not _recorded()
+        and not (tensor.requires_grad and torch.is_grad_enabled())
+    )
 
 
 @functools.cache

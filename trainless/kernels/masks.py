@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .dense import Pairs, evaluate, hidden_apart, one_row
+from .dense import VisiblePairs, evaluate, hidden_apart, one_row
 
 # Rows looked at together when a whole mask has to be walked.
 STEP = 256
@@ -65,16 +65,18 @@ class Visibility:
         parts += ["padding"] if self.keys is not None else []
         return " + ".join(parts)
 
-    def restrict(self, predicate: Callable[[Tensor, Tensor], Tensor], batch: int = 1) -> Visibility:
+    def restrict(
+        self, predicate: Callable[[Tensor, Tensor], Tensor], batch: int = 1, heads: int = 1
+    ) -> Visibility:
         """This, and in addition only pairs with ``predicate(q (rows, 1), k (1, columns))``, bool.
 
-        Both are counted as keys are: query row i has the number i + lk - lq. batch: where it is not 1, the predicate
-        gives (batch, 1, rows, columns). InputError with a mask that adds to logits which it does not hide: that has no
-        place in a predicate.
+        Both are counted as keys are: query row i has the number i + lk - lq. batch, heads: where they are not 1, the
+        predicate gives (batch, heads, rows, columns). InputError with a mask that adds to logits which it does not
+        hide: that has no place in a predicate.
         """
         if self.additive and bool(((self.dense != 0) & hidden_apart(self.dense)).any()):
             raise InputError("a pattern cannot be combined with an additive mask that carries finite values")
-        return replace(self, dense=Pairs(predicate, self.dense, self.offset, batch), mask=None)
+        return replace(self, dense=VisiblePairs(predicate, self.dense, self.offset, batch, heads), mask=None)
 
     def row_of_batch(self, batch: int) -> Visibility:
         """The part that belongs to one batch row, with a batch of 1 and without ``real``."""

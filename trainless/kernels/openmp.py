@@ -106,11 +106,17 @@ def run(body: Any, data: Sequence[int], threads: int) -> None:
 
     The body is given an array of int64: a counter for ``take``, then the data.
     """
-    found = library()
-    assert found is not None
     packed = (ctypes.c_int64 * (len(data) + 1))(0, *data)
     # The body by itself too, where one thread is enough: other machine code might round in another order.
     if threads == 1:
-        ctypes.CFUNCTYPE(None, ctypes.c_void_p)(body.address)(packed)
-    else:
-        found.GOMP_parallel(ctypes.c_void_p(body.address), packed, ctypes.c_uint(threads), 0)
+        _alone(body)(packed)
+        return
+    found = library()
+    assert found is not None
+    found.GOMP_parallel(ctypes.c_void_p(body.address), packed, ctypes.c_uint(threads), 0)
+
+
+@functools.cache
+def _alone(body: Any) -> Any:
+    """A body as a function of this thread."""
+    return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(body.address)

@@ -2,14 +2,14 @@
 
 from .describe import Description, describe
 from .load import DTYPES, Loaded, device_named, dtype_named, load, run_dtype, skeleton
-from .sources import DEMOS, Source, locate
+from .sources import DEMOS, ModelSource, locate
 
 __all__ = [
     "DEMOS",
     "DTYPES",
     "Description",
     "Loaded",
-    "Source",
+    "ModelSource",
     "describe",
     "device_named",
     "dtype_named",

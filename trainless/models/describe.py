@@ -12,7 +12,7 @@ from ..errors import InputError, Unsupported
 from . import gguf
 from .extras import require
 from .fingerprint import fingerprint, weight_files
-from .sources import Source, locate
+from .sources import ModelSource, locate
 from .vocabulary import Vocabulary, vocabulary
 
 TEXT, ENCODER, VLM, IMAGE = "text", "encoder", "vlm", "image"
@@ -27,7 +27,7 @@ class Description:
     ``config``: the transformers config, or for a pipeline its model_index.json as a dict.
     """
 
-    source: Source
+    source: ModelSource
     kind: str
     type: str
     config: Any
@@ -132,7 +132,7 @@ def describe(spec: str) -> Description:
     return Description(source, _kind(config, bool(source.gguf)), config.model_type, config)
 
 
-def reading(source: Source) -> AbstractContextManager[None]:
+def reading(source: ModelSource) -> AbstractContextManager[None]:
     """The context in which files of ``source`` are read."""
     return gguf.remembered() if source.gguf else nullcontext()
 
@@ -164,7 +164,7 @@ def _kind(config: Any, from_gguf: bool) -> str:
     return TEXT if writes and not encoders else ENCODER
 
 
-def _json(source: Source, name: str) -> dict[str, Any]:
+def _json(source: ModelSource, name: str) -> dict[str, Any]:
     try:
         found = json.loads((source.folder / name).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

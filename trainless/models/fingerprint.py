@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
 from pathlib import Path
 
-from .sources import Source
+from .sources import ModelSource
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.ckpt")
 _CONFIGURATION = (
@@ -29,7 +29,7 @@ _CONFIGURATION = (
 _NOT_THE_MODEL = ("training_args.bin", "optimizer*", "scheduler.pt", "rng_state*", "scaler.pt")
 
 
-def fingerprint(source: Source) -> str:
+def fingerprint(source: ModelSource) -> str:
     """32 hex digits that change when, and only when, what the model computes may change."""
     digest = hashlib.sha256()
     if source.repo and source.commit:

@@ -49,7 +49,7 @@ _SAYS_WHAT_IT_IS = ("config.json", "model_index.json")
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelSource:
     """Where a model's files are. ``gguf``: a file name in ``folder``; ``commit``: set for a hub id; ``offline``:
     the hub could not be asked, and everything must come from its cache on this machine."""
 
@@ -69,7 +69,7 @@ class Source:
         return str(self.folder), {"gguf_file": self.gguf} if self.gguf else {}
 
 
-def locate(spec: str) -> Source:
+def locate(spec: str) -> ModelSource:
     """Find the files of ``spec``; InputError says what was looked for."""
     if spec.startswith("demo:"):
         return _demo(spec)
@@ -78,9 +78,9 @@ def locate(spec: str) -> Source:
         if path.suffix.lower() != ".gguf":
             raise InputError(f"model {spec!r} is a file; give a folder, a .gguf file, a hub id or demo:NAME")
         _readable(f"reading {path.name}")
-        return Source(spec, path.parent, gguf=path.name)
+        return ModelSource(spec, path.parent, gguf=path.name)
     if path.is_dir():
-        return Source(spec, path)
+        return ModelSource(spec, path)
     if _HUB_ID.fullmatch(spec) and not spec.lower().endswith(".gguf"):
         return _hub(spec)
     raise InputError(f"model {spec!r}: there is no such folder or file, and it is no hub id{_near(spec)}")
@@ -92,7 +92,7 @@ def _readable(purpose: str) -> None:
         require(package, purpose)
 
 
-def _demo(spec: str) -> Source:
+def _demo(spec: str) -> ModelSource:
     name = spec.removeprefix("demo:")
     if name not in DEMOS:
         raise InputError(f"unknown demo model {name!r}{did_you_mean(name, DEMOS)}")
@@ -101,10 +101,10 @@ def _demo(spec: str) -> Source:
         return _from_pypi(spec, demo)
     for package in demo.needs:
         require(package, spec)
-    return Source(spec, Path(__file__).with_name("demos") / name)
+    return ModelSource(spec, Path(__file__).with_name("demos") / name)
 
 
-def _from_pypi(spec: str, demo: FromPyPI) -> Source:
+def _from_pypi(spec: str, demo: FromPyPI) -> ModelSource:
     # find_spec, not importlib.resources: importing this package would need a runtime that we do not use.
     found = importlib.util.find_spec(demo.module)
     folder = Path(next(iter(found.submodule_search_locations or [""]))) if found else None
@@ -113,15 +113,15 @@ def _from_pypi(spec: str, demo: FromPyPI) -> Source:
             f"{spec} needs the package {demo.module.replace('_', '-')!r}, not installed here; run: {demo.how}"
         )
     _readable(spec)
-    return Source(spec, folder, gguf=demo.file)
+    return ModelSource(spec, folder, gguf=demo.file)
 
 
-def _hub(spec: str) -> Source:
+def _hub(spec: str) -> ModelSource:
     from .hub import small_files
 
     folder, online = small_files(spec, _near(spec))
     # A snapshot lies in a folder named after its commit.
-    return Source(spec, folder, repo=spec.partition("@")[0], commit=folder.name, offline=not online)
+    return ModelSource(spec, folder, repo=spec.partition("@")[0], commit=folder.name, offline=not online)
 
 
 def _near(spec: str) -> str:

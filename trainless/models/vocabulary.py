@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import InputError
-from .sources import Source
+from .sources import ModelSource
 
 FILE = "closed_vocabulary.json"  # not vocabulary.json, which other tools write with other contents
 # A word, or one sign: tokenizers of words make something unknown of signs too, and of "red_circle".
@@ -50,7 +50,7 @@ class Vocabulary:
         return f"the model does not know {', '.join(said)}{more}; it knows {self.knows}"
 
 
-def vocabulary(source: Source) -> Vocabulary | None:
+def vocabulary(source: ModelSource) -> Vocabulary | None:
     """The vocabulary beside a model, or None where it has none. Raises InputError for a file that is none."""
     file = source.folder / FILE
     if source.gguf or not file.is_file():

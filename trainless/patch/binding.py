@@ -12,6 +12,7 @@ from ..patchers import Method
 from ..recipes import Recipe, Use
 from ..seams import Contribution, Entry, Lease, Site
 from .calibration import apply_calibration
+from .generating import check_logits
 
 
 @dataclass
@@ -126,6 +127,7 @@ def bind_one(model: Any, parts: list[Component], sites: list[Site], use: Use) ->
     if not contributions and len(skipped) > len(found.skipped):
         raise NoMatch(_all_refused(method, model, skipped))
     _check_by_host(parts, contributions)
+    check_logits(name, parts, contributions)
     if not contributions:
         raise NoMatch(
             f"{name}: contributes nothing at any of {len(narrowed)} sites; check its heads and layers"
@@ -138,7 +140,8 @@ def _contribution_refusal(site: Site, given: Sequence[Contribution]) -> str | No
     active = [c for c in given if not c.inert]
     if site.facts.get("no_state") and any(c.stateful or c.statistics for c in active):
         return str(site.facts["no_state"])
-    lasts = next((c.scope for c in active if c.scope not in ("call", site.lasting)), None)
+    own = {"call", site.lasting, "layers" if site.lasting == "sequence" else "call"}
+    lasts = next((c.scope for c in active if c.scope not in own), None)
     if lasts is not None:
         return f"a State of scope {lasts!r} is asked for, and here it lasts for a {site.lasting}"
     if site.lasting != "run" and any("step" in c.asks for c in active):

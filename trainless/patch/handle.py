@@ -23,6 +23,7 @@ from ..recipes.values import values_of
 from ..seams import Site
 from .binding import Binding, entries_by_module
 from .compiling import cache_notes, compile_notes
+from .generating import logits_notes
 from .report import MethodReport, Report
 from .station import STATION, Station, _refuse_saving
 
@@ -279,6 +280,7 @@ class Patch:
         if self.applied:
             notes = self.exchanged() + self._size_notes() + compile_notes(self.bindings)
             notes += cache_notes(self._components(), self.bindings)
+            notes += logits_notes(self.bindings)
         name = type(unwrapped(self.model)).__name__
         return Report(name, self.recipe.name, state, methods, notes, unmatched(self._components()))
 

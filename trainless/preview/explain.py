@@ -13,6 +13,7 @@ from ..hosts.base import unwrapped
 from ..patch.binding import Binding, bind_one, check_fits
 from ..patch.compiling import cache_notes, compile_notes
 from ..patch.conflicts import find_conflicts
+from ..patch.generating import logits_notes
 from ..patch.report import size, unmatched_lines
 from ..recipes import Recipe, resolve
 from ..recipes.values import values_of
@@ -125,6 +126,7 @@ def explain(
     cache = estimate(parts, bindings) if bindings and not clashes else None
     notes = size_notes(parts) if any(b.method.by_size for b in bindings) else []
     notes += role_notes(bindings) + compile_notes(bindings) + cache_notes(parts, bindings)
+    notes += logits_notes(bindings)
     name = type(unwrapped(model)).__name__
     return Explanation(name, recipe.name, plans, problems + clashes, cache, notes, unmatched(parts))
 

@@ -13,18 +13,18 @@ from typing import Any
 from ..errors import nearest
 from ..patchers import Method, parameters_of
 from .faults import Faults, key_text
-from .text import At, Source
+from .text import At, RecipeSource
 from .typed import arms, hints_of, plain
 from .values import build, values_of
 from .where import Where
 
 
 @dataclass(frozen=True)
-class Given:
+class GivenPatches:
     """One value with where it stands; ``key`` is its name in messages."""
 
     value: Any
-    source: Source
+    source: RecipeSource
     at: At
     key: str
 
@@ -45,13 +45,13 @@ class Draft:
 
     id: str
     cls: type[Method]
-    source: Source
+    source: RecipeSource
     at: At
     key: str
     named: bool = False  # the id was written, not derived from the method
     partial: bool = False  # a base recipe could not be read, so nothing can be called missing
-    given: dict[str, Given] = field(default_factory=dict)
-    where: dict[str, Given] = field(default_factory=dict)
+    given: dict[str, GivenPatches] = field(default_factory=dict)
+    where: dict[str, GivenPatches] = field(default_factory=dict)
 
     def copy(self, **changes: Any) -> Draft:
         return dataclasses.replace(self, **{"given": dict(self.given), "where": dict(self.where), **changes})
@@ -90,7 +90,7 @@ class Draft:
                 given.fault(faults, (), f"there is no file or folder {str(value)!r}")
             values[name] = path
 
-    def _reporter(self, given: dict[str, Given], part: str, faults: Faults) -> Any:
+    def _reporter(self, given: dict[str, GivenPatches], part: str, faults: Faults) -> Any:
         def fault(path: At, reason: str) -> None:
             if path and path[0] in given:
                 given[path[0]].fault(faults, path[1:], reason)
@@ -125,7 +125,7 @@ class Draft:
         return path
 
 
-def resolve_file(given: Given, faults: Faults) -> Path | None:
+def resolve_file(given: GivenPatches, faults: Faults) -> Path | None:
     """The existing file that ``given`` names, relative to its recipe; None after a fault."""
     value = given.value
     if not isinstance(value, (str, Path)) or not str(value):

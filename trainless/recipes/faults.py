@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import CalibrationError, InputError, RecipeError, listed
-from .text import At, Source
+from .text import At, RecipeSource
 
 LONGEST = 200  # characters of a key that a message shows
 
@@ -38,7 +38,7 @@ class Faults:
 
     def add(
         self,
-        source: Source,
+        source: RecipeSource,
         at: At,
         reason: str,
         key: str | None = None,
@@ -57,7 +57,7 @@ class Faults:
             text = f"{key}: {reason}" if key else reason
         self.found.append(_Fault((source.order, line), text, source.is_file, calibration))
 
-    def reporter(self, source: Source) -> Any:
+    def reporter(self, source: RecipeSource) -> Any:
         """A ``report(at, line, reason)`` for the reader of ``source``."""
         return lambda at, line, reason: self.add(source, at, reason, line=line)
 

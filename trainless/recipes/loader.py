@@ -10,12 +10,12 @@ from typing import Any
 from ..errors import InputError, did_you_mean
 from ..patchers import broken, get, known
 from . import packaged
-from .draft import Draft, Given, find, separate
+from .draft import Draft, GivenPatches, find, separate
 from .faults import Faults
 from .folder import RECIPE_FILE
 from .recipe import Recipe
 from .structure import Fits, Parsed, Structure, intersect
-from .text import LIMIT_BYTES, Source, parse, read_source
+from .text import LIMIT_BYTES, RecipeSource, parse, read_source
 
 SUFFIXES = (".yaml", ".yml")
 WHERE = "where."  # begins the key of a --set that narrows a patch
@@ -75,13 +75,13 @@ def _common(parts: Sequence[Parsed], faults: Faults) -> Fits | None:
     common = intersect([part.fits for part in given if part.fits is not None])
     if not common:
         names = " and ".join(part.name for part in given)
-        faults.add(Source("argument"), (), f"{names} fit no model in common; use one of them")
+        faults.add(RecipeSource("argument"), (), f"{names} fit no model in common; use one of them")
     return common or None
 
 
 def _override(text: str, drafts: list[Draft], faults: Faults) -> tuple[str, str] | None:
     """Put one ``name.key=value`` into its draft; what it set, or None after a fault."""
-    source = Source("--set")
+    source = RecipeSource("--set")
     left, equals, right = text.partition("=")
     name, dot, key = left.strip().partition(".")
     if not (equals and dot and name and key):
@@ -94,13 +94,13 @@ def _override(text: str, drafts: list[Draft], faults: Faults) -> tuple[str, str]
         return None
     before = len(faults.found)
     if key.startswith(WHERE):
-        draft.where[key.removeprefix(WHERE)] = Given(_where_value(right), source, (), label)
+        draft.where[key.removeprefix(WHERE)] = GivenPatches(_where_value(right), source, (), label)
         return draft.id, key
     value = parse(
         right, source, lambda at, line, reason: faults.add(source, (), f"{right!r} {reason}", key=label)
     )
     if len(faults.found) == before:
-        draft.given[key] = Given(value, source, (), label)
+        draft.given[key] = GivenPatches(value, source, (), label)
     return draft.id, key
 
 
@@ -123,8 +123,10 @@ def _narrow(where: Mapping[str, Any], drafts: list[Draft]) -> None:
         raise InputError(
             f"where goes with a single method, and there are {len(drafts)} here ({ids}); write it in each patch"
         )
-    source = Source("argument")
-    drafts[0].where |= {k: Given(v, source, (k,), f"{drafts[0].id}.where.{k}") for k, v in where.items()}
+    source = RecipeSource("argument")
+    drafts[0].where |= {
+        k: GivenPatches(v, source, (k,), f"{drafts[0].id}.where.{k}") for k, v in where.items()
+    }
 
 
 class _Loader:
@@ -161,12 +163,12 @@ class _Loader:
         )
 
     def method(self, name: str, parameters: Mapping[str, Any]) -> Parsed:
-        cls, source = get(name), Source("argument")
-        given = {k: Given(v, source, (k,), f"{cls.name}.{k}") for k, v in parameters.items()}
+        cls, source = get(name), RecipeSource("argument")
+        given = {k: GivenPatches(v, source, (k,), f"{cls.name}.{k}") for k, v in parameters.items()}
         return Parsed(cls.name, drafts=[Draft(cls.name, cls, source, (), cls.name, given=given)])
 
     def mapping(self, data: Mapping[str, Any], key: str) -> Parsed:
-        source = Source("mapping")
+        source = RecipeSource("mapping")
         structure = Structure(source, self.faults, self.base)
         if "use" in data and "patches" not in data:
             draft = structure.patch(data, (), key)
@@ -175,7 +177,9 @@ class _Loader:
 
     def named(self, name: str) -> Parsed:
         if name in packaged.packaged():
-            return self.file(packaged.read(name), Source(f"{name}.yaml", is_file=True, packaged=True), name)
+            return self.file(
+                packaged.read(name), RecipeSource(f"{name}.yaml", is_file=True, packaged=True), name
+            )
         if "://" in name:
             raise InputError(f"{name!r} is a URL; download the recipe and name it by its path")
         path = Path(name)
@@ -194,10 +198,10 @@ class _Loader:
         if not path.is_file():
             raise InputError(f"no recipe file {str(path)!r}")
         return self.file(
-            _read(path), Source(str(path), is_file=True, folder=path.parent), str(path.resolve())
+            _read(path), RecipeSource(str(path), is_file=True, folder=path.parent), str(path.resolve())
         )
 
-    def file(self, raw: bytes, source: Source, identity: str) -> Parsed:
+    def file(self, raw: bytes, source: RecipeSource, identity: str) -> Parsed:
         before = len(self.faults.found)
         read_source(raw, source, self.faults.reporter(source))
         if source.data is None and len(self.faults.found) > before:
@@ -209,7 +213,7 @@ class _Loader:
         finally:
             self.chain.pop()
 
-    def base(self, target: str, given: Given) -> Parsed | None:
+    def base(self, target: str, given: GivenPatches) -> Parsed | None:
         """The recipe that an ``extends`` names, or None after a fault at ``given``."""
         if "://" in target:
             given.fault(
@@ -217,7 +221,7 @@ class _Loader:
             )
             return None
         if target in packaged.packaged():
-            source = Source(f"{target}.yaml", is_file=True, packaged=True)
+            source = RecipeSource(f"{target}.yaml", is_file=True, packaged=True)
             return self.guarded(target, packaged.read(target), source, given)
         path = Path(given.source.folder or Path.cwd()) / target
         if Path(target).is_absolute() or given.source.packaged or not path.is_file():
@@ -227,10 +231,10 @@ class _Loader:
             given.fault(self.faults, (), f"{target!r} {reason}{did_you_mean(target, packaged.packaged())}")
             return None
         # A base is named as its child names it, so that a message can be followed from file to file.
-        source = Source(str(path), is_file=True, folder=path.parent)
+        source = RecipeSource(str(path), is_file=True, folder=path.parent)
         return self.guarded(str(path.resolve()), _read(path), source, given)
 
-    def guarded(self, identity: str, raw: bytes, source: Source, given: Given) -> Parsed | None:
+    def guarded(self, identity: str, raw: bytes, source: RecipeSource, given: GivenPatches) -> Parsed | None:
         if identity in self.chain:
             cycle = [*self.chain[self.chain.index(identity) :], identity]
             given.fault(self.faults, (), f"cycle: {' → '.join(Path(c).name for c in cycle)}")

@@ -9,9 +9,9 @@ from typing import Any
 
 from ..errors import InputError, did_you_mean, nearest
 from ..patchers import Method, get, known, unknown
-from .draft import Draft, Given
+from .draft import Draft, GivenPatches
 from .faults import Faults
-from .text import At, Source
+from .text import At, RecipeSource
 from .typed import shown
 
 SCHEMA = 1
@@ -34,13 +34,13 @@ class Parsed:
 
 
 # extends: (target, its Given) -> what that recipe says, or None after a fault
-Opener = Callable[[str, Given], "Parsed | None"]
+Opener = Callable[[str, GivenPatches], "Parsed | None"]
 
 
 class Structure:
     """Reads one mapping; every fault goes to ``faults`` and reading goes on."""
 
-    def __init__(self, source: Source, faults: Faults, opener: Opener):
+    def __init__(self, source: RecipeSource, faults: Faults, opener: Opener):
         self.source, self.faults, self.opener = source, faults, opener
         self.broken = False  # whether a base recipe is missing
 
@@ -113,7 +113,9 @@ class Structure:
         found = []
         for i, target in enumerate(targets):
             at: At = ("extends", i) if isinstance(value, list) else ("extends",)
-            given = Given(target, self.source, at, "extends" + (f"[{i}]" if isinstance(value, list) else ""))
+            given = GivenPatches(
+                target, self.source, at, "extends" + (f"[{i}]" if isinstance(value, list) else "")
+            )
             if not isinstance(target, str) or not target.strip():
                 given.fault(self.faults, (), f"must name a recipe; got {shown(target)}")
                 self.broken = True
@@ -196,13 +198,13 @@ class Structure:
             where=given["where"],
         )
 
-    def given(self, data: Mapping[str, Any], part: str, at: At, key: str) -> dict[str, Given]:
+    def given(self, data: Mapping[str, Any], part: str, at: At, key: str) -> dict[str, GivenPatches]:
         if part not in data:
             return {}
         if not isinstance(data[part], Mapping):
             self.fault((*at, part), f"must be a mapping; got {shown(data[part])}", key)
             return {}
-        return {k: Given(v, self.source, (*at, part, k), f"{key}.{k}") for k, v in data[part].items()}
+        return {k: GivenPatches(v, self.source, (*at, part, k), f"{key}.{k}") for k, v in data[part].items()}
 
     def method(self, data: Mapping[str, Any], at: At, key: str) -> type[Method] | None:
         if "use" not in data:

@@ -117,7 +117,7 @@ _order = itertools.count()
 
 
 @dataclass
-class Source:
+class RecipeSource:
     """Where values come from: a file, ``--set``, or Python.
 
     label: how an origin names it when it has no lines. folder: what relative paths start from (None:
@@ -148,7 +148,7 @@ class Source:
         return self.notes.get(self.line(at), "")
 
 
-def read_source(raw: bytes, source: Source, report: Report) -> Source:
+def read_source(raw: bytes, source: RecipeSource, report: Report) -> RecipeSource:
     """Fill ``source`` with the data, lines and comments of a YAML text."""
     if len(raw) > LIMIT_BYTES:
         report((), 1, "is larger than 1 MB; that is no recipe")
@@ -162,7 +162,7 @@ def read_source(raw: bytes, source: Source, report: Report) -> Source:
     return source
 
 
-def parse(text: str, source: Source, report: Report) -> Any:
+def parse(text: str, source: RecipeSource, report: Report) -> Any:
     """The data in ``text``; the lines and comments of ``source`` are filled in."""
     reader: _Reader | None = None
     try:

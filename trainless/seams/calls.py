@@ -149,7 +149,12 @@ class Statistics:
     each key received, summed over the rows that are not padding. rows (B, Lk): how many of those rows
     can see each key. probe_mass, probe_rows: the same two over the rows that the contribution chose
     (``Contribution.probes``); zero where it chose none. group_mass (B, H, Lq, G): probability that each row
-    has on each of the groups that the contribution named, 0 in rows it did not ask about.
+    has on each of the groups that the contribution named, 0 in rows it did not ask about. row_max, row_entropy
+    (B, H, Lq): the largest probability of each row, and the sum over keys of -p·log p in nats; 0 in rows of padding.
+    column_max, column_entropy (B, H, Lk): the largest probability that each key receives from a row that is no padding,
+    and the entropy over those rows of their shares in the key's mass, in nats; 0 for keys that receive nothing.
+    Every query head has its own: nothing is reduced over the heads that share a key head. Learned sinks and extra keys
+    take probability and are no keys here.
     """
 
     lse: Tensor | None = None
@@ -158,6 +163,10 @@ class Statistics:
     probe_mass: Tensor | None = None
     probe_rows: Tensor | None = None
     group_mass: Tensor | None = None
+    row_entropy: Tensor | None = None
+    row_max: Tensor | None = None
+    column_max: Tensor | None = None
+    column_entropy: Tensor | None = None
 
 
 @dataclass

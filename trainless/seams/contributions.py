@@ -77,7 +77,7 @@ class Contribution:
     @property
     def stateful(self) -> bool:
         """Whether it keeps a State with the sequence, and so needs the cache layer of its calls."""
-        return self.scope == "sequence"
+        return self.scope in ("sequence", "layers")
 
     def wanted(self, call: AttentionCall, state: State) -> Collection[str]:
         """The statistics that ``value`` reads in this call."""
@@ -218,7 +218,10 @@ class Scale(_Attending):
 
 @dataclass(frozen=True, eq=False)
 class Pattern(_Measuring):
-    """Which pairs exist. value: a ``Pairs`` or a ``Window2d``.
+    """Which pairs exist. value: a ``Pairs``, a ``Window2d``, ``Blocks`` or ``Spans`` (those of ``trainless.kernels``).
+
+    Blocks and spans go to the kernel that computes nothing else, unless another pattern, extra keys, statistics or edits
+    need the pairs one by one; so do calls of few rows. They are made for one call: rows and keys are counted in it.
 
     One that needs statistics is *dynamic*: it is asked after them, in the calls in which it needs some, and may also
     return ``Tokens``. One that needs none is static and asked at every call, before the statistics, which are then
@@ -397,3 +400,18 @@ class Weights(Contribution):
     def _check(self, said: str) -> None:
         if not isinstance(self.tensors, Mapping) or not self.tensors:
             raise InputError(f"{said}: tensors: give at least one name and what is to stand there")
+
+
+@dataclass(frozen=True, eq=False)
+class Logits(Contribution):
+    """Changes the scores of the next token while ``generate`` of the patched model runs.
+
+    value: ``(input_ids (B, L), scores (B, V))`` -> scores (B, V) of the same shape, or None to leave them. It comes after
+    the user's own processors, in the order of the patches, and before what samples (temperature, top-k, …); B counts
+    beams. What it goes by must be in its arguments: beams are reordered between two calls. Nothing else than generate
+    asks it: not a forward of one's own. A method gives one to a model: at one site, or the same object at several.
+    """
+
+    kind: ClassVar[str] = "logits"
+    value: Callable[[Tensor, Tensor], Tensor | None] = field()
+    inert: bool = field(default=False, kw_only=True)

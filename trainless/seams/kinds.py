@@ -7,7 +7,7 @@ KINDS = (
     "position",  # positions that keys carry: value -> rotation steps to add to each key (B, Hkv, Lk)
     "keys",  # extra keys and values: value -> ExtraKeys
     "scale",  # factor on the logits: value -> float or tensor broadcastable to (B, H, Lq, 1)
-    "pattern",  # which pairs exist: value -> Pairs, a predicate over indices; static: or Window2d; dynamic: or Tokens
+    "pattern",  # which pairs exist: value -> Pairs, Blocks or Spans; static: or Window2d; dynamic: or Tokens
     "observe",  # look at the statistics; value is ignored
     "form",  # another operator: value -> output (B, Lq, H, D), or Formed
     "mass",  # move probability between key groups: value -> MassMove
@@ -16,13 +16,18 @@ KINDS = (
     "around",  # wrap the call of a module: value(proceed, call, state) -> result
     "input",  # what a module inside the site is given: value(args, kwargs, tensors) -> (args, kwargs)
     "weights",  # replace tensors: tensors
+    "logits",  # the scores of the next token in generate: value(input_ids, scores) -> scores
 )
-STATISTICS = ("lse", "column_mass", "probe_mass", "group_mass")
-# How long a State lasts. There is no scope for all layers of a sequence together: attention layers have a State each.
+STATISTICS = (
+    "lse", "column_mass", "probe_mass", "group_mass", "row_entropy", "row_max", "column_max", "column_entropy",
+)  # fmt: skip
+# How long a State lasts, and whose it is: of one site of one method, but for "layers".
 #   call: for one call, and what the contributions of a method hand each other in it.
 #   sequence: as long as there is a cache for it, with which it moves; without a cache a call is a whole sequence.
+#   layers: as long as a sequence, and one for all sites of the method in a part of the model (text, vision, …); without a
+#     cache a forward is a whole sequence. What vision towers and encoders keep in it ends with the forward.
 #   run: of a denoiser, from its first step to the next rise of the timestep; one for each thread and latent size.
-SCOPES = ("call", "sequence", "run")
+SCOPES = ("call", "sequence", "layers", "run")
 # Facts that a host finds out only for those who ask, in ``call.facts``:
 #   step: the number of the denoising step within its run, from 0; None where no timestep says it.
 #   images: bool (B, 1|Hkv, Lk), the keys that are image tokens, and image_rows: bool (B, Lq), the rows that are;
@@ -32,4 +37,4 @@ FACTS = ("step", "images", "residual")
 # Kinds of which one site takes a single contribution (mass: one per head).
 EXCLUSIVE = {"position", "form"}
 # Kinds that act on modules and not on the attention itself.
-BESIDE = {"around", "input", "weights"}
+BESIDE = {"around", "input", "weights", "logits"}

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from typing import Any
+
+_numbers = itertools.count()
 
 
 class Lease:
@@ -14,10 +17,11 @@ class Lease:
     its parameters, by which a cache that comes back from disk finds the patch that it belongs to.
     """
 
-    __slots__ = ("_local", "active", "applied", "name", "terms")
+    __slots__ = ("_local", "active", "applied", "name", "number", "terms")
 
     def __init__(self, name: str, terms: str = ""):
         self.name, self.terms = name, terms
+        self.number = next(_numbers)  # patches that come later have a larger one
         self.applied = False
         self.active = False
         self._local = threading.local()

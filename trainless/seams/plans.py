@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,9 +25,11 @@ class AttentionPlan:
 
     def __init__(self, entries: Sequence[Entry]):
         self.entries = tuple(entries)
-        self.active = tuple(e for e in entries if not e.contribution.inert)
+        acting = [e for e in entries if not e.contribution.inert]
+        # No call of the site has to do with the scores of the next token.
+        self.active = tuple(e for e in acting if e.contribution.kind != "logits")
         self.of: dict[str, tuple[Entry, ...]] = {
-            kind: tuple(e for e in self.active if e.contribution.kind == kind) for kind in KINDS
+            kind: tuple(e for e in acting if e.contribution.kind == kind) for kind in KINDS
         }
         self.inert = not self.active
         self.asks = frozenset().union(*(e.contribution.asks for e in self.active))
@@ -38,6 +39,7 @@ class AttentionPlan:
         self.keeping = frozenset(
             e.owner for e in self.active if e.contribution.stateful or e.contribution.kind == "kv"
         )
+        self.layered = any(e.contribution.scope == "layers" for e in self.active)
         self.running = frozenset(e.owner for e in self.active if e.contribution.scope == "run")
         # At most one of each: two would be a conflict.
         self.evictor = next((e for e in self.of["kv"] if isinstance(e.contribution.policy, Evict)), None)
@@ -46,10 +48,6 @@ class AttentionPlan:
         # Only scalings and gains: the user's own attention function can still do the work.
         editing = {"position", "keys", "pattern", "observe", "form", "mass", "kv"}
         self.delegable = not any(self.of[kind] for kind in editing)
-        # One number on the logits of every call: hosts may pass it to the user's own attention themselves.
-        scales = [e.contribution.constant for e in self.active if e.contribution.kind == "scale"]
-        known = [c for c in scales if c is not None]
-        self.constant: float | None = math.prod(known) if known and len(known) == len(self.active) else None
         # Nothing to ask for and nothing to remember either: such a call takes the short way.
         self.direct = self.delegable and not any(
             e.contribution.needs or e.contribution.statistics for e in self.active

@@ -37,12 +37,15 @@ class ExtraKeys:
 
     rows: (first, stop), the query rows that see them; None for all. visible: bool (1|B, 1|H, rows, E), which
     of those rows sees which key; None for all. A pattern restricts the sequence's own keys, never these.
+    bias: finite floats broadcastable to (B, H, rows, E), added to the scaled logits of these keys; scales multiply
+    the sum. None adds nothing. InputError at the call for another shape or dtype.
     """
 
     key: Tensor
     value: Tensor
     visible: Tensor | None = None
     rows: tuple[int, int] | None = None
+    bias: Tensor | None = None
 
 
 @dataclass

@@ -18,6 +18,8 @@ from .outcome import FAILED, OK, UNCHECKED, Answer
 from .probing import difference, same_bits
 from .trial import Trial, given_by, rules_of, told, uninformed
 
+IN_GENERATE = "its logits processor runs in generate, which the probe is not: give a function as probe="
+
 
 def fired(trial: Trial, binding: Binding) -> Answer:
     calls = trial.tallies(binding, trial.on)
@@ -29,6 +31,8 @@ def fired(trial: Trial, binding: Binding) -> Answer:
     unreached = frozenset[str]().union(*(p.misses for p in trial.probes))
     if all(site.parts & unreached for site in missed):
         return UNCHECKED, f"{said}; the default probe does not reach {'/'.join(unreached)}: give probe="
+    if _only_in_generate(binding):
+        return UNCHECKED, f"{said}; {IN_GENERATE}"
     more = f" and {len(missed) - 1} more" if len(missed) > 1 else ""
     return FAILED, f"{said}; never called: {missed[0].name}{more}"
 
@@ -61,10 +65,16 @@ def acted(trial: Trial, binding: Binding) -> Answer:
             "the default probe has no image; give probe=, what the processor makes of a prompt with one",
         )
     seen, kept = max(c.tokens_seen for c in calls), max(c.tokens_kept for c in calls)
-    reason = _had_room(binding, seen, kept) or _acts_elsewhere(trial, binding)
+    reason = IN_GENERATE if _only_in_generate(binding) else _had_room(binding, seen, kept)
+    reason = reason or _acts_elsewhere(trial, binding)
     if reason:
         return UNCHECKED, reason
     return FAILED, f"{sum(c.fired for c in calls)} calls passed, and it did nothing in any of them"
+
+
+def _only_in_generate(binding: Binding) -> bool:
+    """Whether all that a method brings is a processor of logits, which no forward asks."""
+    return all(c.inert or c.kind == "logits" for c in given_by(binding))
 
 
 def _had_room(binding: Binding, seen: int, held: int) -> str | None:

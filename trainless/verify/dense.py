@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..engine.watching import Made
+from ..kernels import Blocks, Spans
 from ..seams import ExtraKeys, MassMove, Pairs, Tokens
 
 HIDDEN = -16000.0  # additive masks write "hidden" as a number below this
@@ -30,7 +31,7 @@ def wide(tensor: Tensor) -> Tensor:
 
 
 @dataclass
-class Asked:
+class AskedCall:
     """A call as the model made it, read once: which pairs exist, and what is added to their logits."""
 
     query: Tensor
@@ -43,7 +44,7 @@ class Asked:
     sinks: Tensor | None = None  # (H,)
 
 
-def read(made: Made, key: Tensor, value: Tensor, causal: bool, from_start: bool = False) -> Asked:
+def read(made: Made, key: Tensor, value: Tensor, causal: bool, from_start: bool = False) -> AskedCall:
     """``made`` with ``key`` and ``value`` (B, H, Lk, D), which may be more than the call was handed.
 
     causal: what holds where the call did not say. from_start: rows are numbered from the first key, as in a
@@ -81,7 +82,7 @@ def read(made: Made, key: Tensor, value: Tensor, causal: bool, from_start: bool 
         added = bias if added is None else added + bias
     scaling = made.query.shape[-1] ** -0.5 if made.scaling is None else float(made.scaling)
     sinks = None if made.sink_logits is None else wide(made.sink_logits)
-    return Asked(wide(made.query), wide(key), wide(value), scaling, seen, added, made.softcap, sinks)
+    return AskedCall(wide(made.query), wide(key), wide(value), scaling, seen, added, made.softcap, sinks)
 
 
 def _of_block_mask(mask: Any, lq: int, lk: int, device: torch.device) -> Tensor:
@@ -122,7 +123,7 @@ class Found:
     largest: float
 
 
-def attention(asked: Asked, published: Published) -> Found:
+def attention(asked: AskedCall, published: Published) -> Found:
     """The whole call: logits → softcap → bias → factors → pairs → softmax → edits → values → gains."""
     b, h, lq, _ = asked.query.shape
     lk = asked.key.shape[2]
@@ -143,7 +144,7 @@ def attention(asked: Asked, published: Published) -> Found:
     rows = torch.arange(lk - lq, lk, device=z.device)[:, None]
     columns = torch.arange(lk, device=z.device)[None]
     for pattern in published.pairs:
-        seen = seen & pattern.visible(rows, columns)
+        seen = seen & _shown(pattern, rows, columns, b, h)
     taking = None
     for tokens in published.tokens:
         seen = seen & tokens.keep[:, None, None, :]
@@ -176,16 +177,36 @@ def attention(asked: Asked, published: Published) -> Found:
     return Found(out, p, lse, doubtful, largest)
 
 
+def _shown(pattern: Any, rows: Tensor, columns: Tensor, b: int, h: int) -> Tensor:
+    """Which pairs a pattern allows; rows (Lq, 1) are counted as keys are. Lists are read head by head."""
+    if not isinstance(pattern, Blocks | Spans):
+        found: Tensor = pattern.visible(rows, columns)
+        return found
+    offset, every = columns.shape[1] - rows.shape[0], torch.arange(h, device=rows.device)
+    own, keys = rows[:, 0] - offset, columns[0]
+    of_row = [
+        torch.cat([pattern.allows(n, head[None], own, keys, offset) for head in every]) for n in range(b)
+    ]
+    return torch.stack(of_row)
+
+
 def _of(heads: tuple[int, ...] | None, h: int) -> list[int]:
     return list(range(h)) if heads is None else list(heads)
 
 
-def _beside(z: Tensor, value: Tensor, asked: Asked, more: ExtraKeys, factor: Any) -> tuple[Tensor, Tensor]:
+def _beside(
+    z: Tensor, value: Tensor, asked: AskedCall, more: ExtraKeys, factor: Any
+) -> tuple[Tensor, Tensor]:
     """Logits and values with keys beside the sequence, which the rows that they are for see."""
     h, lq = z.shape[1:3]
     key, its = (wide(t).repeat_interleave(h // t.shape[1], 1) for t in (more.key, more.value))
-    beside = asked.query @ key.mT * asked.scaling * factor
+    beside = asked.query @ key.mT * asked.scaling
+    if asked.softcap is not None:
+        beside = asked.softcap * torch.tanh(beside / asked.softcap)
     first, stop = more.rows or (0, lq)
+    if more.bias is not None:
+        beside[:, :, first:stop] += wide(more.bias)
+    beside = beside * factor
     seen = torch.zeros(1, 1, lq, key.shape[2], dtype=torch.bool, device=z.device)
     seen = seen.expand(z.shape[0], h, -1, -1).clone()
     seen[:, :, first:stop] = True if more.visible is None else more.visible

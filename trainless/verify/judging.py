@@ -11,7 +11,7 @@ from torch import Tensor
 from ..cache import CompressingLayer, PackedLayer
 from ..engine.runtime import Runtime
 from ..engine.watching import Made
-from ..kernels import Window2d
+from ..kernels import Blocks, Spans, Window2d
 from ..seams import (
     BESIDE,
     AttentionPlan,
@@ -24,11 +24,17 @@ from ..seams import (
     Tokens,
 )
 from .caches import History, Lost
-from .dense import Asked, Found, Published, apart, attention, read, tolerance, wide
+from .dense import AskedCall, Found, Published, apart, attention, read, tolerance, wide
 from .heard import Heard, Record, Value, in_columns, in_columns_of
 
 MOST_PAIRS = 1 << 25  # (batch, head, row, key) in one call: what fits into memory in full
 HALF = (torch.float16, torch.bfloat16)
+
+
+def entropy_over_rows(p: Tensor) -> Tensor:
+    """(B, H, Lk): entropy of each key's shares over the rows of probabilities (B, H, Lq, Lk)."""
+    share = p / p.sum(2, keepdim=True).clamp_min(torch.finfo(p.dtype).tiny)
+    return -torch.xlogy(share, share).sum(2)
 
 
 class Judge:
@@ -52,7 +58,7 @@ class Judge:
         plan, record, made = self.runtime.plan, self.record, self.made
         if plan.inert:
             return
-        if self.call is None and plan.constant is None:
+        if self.call is None and not self.runtime.prepared.numbers:
             record.passed_over += 1
             if stock is not None and not torch.equal(stock, out):
                 record.fail("result", "a call that is left alone differs from the model's own attention")
@@ -123,7 +129,7 @@ class Judge:
             record.held["result"] += 1
         return found
 
-    def _read(self, made: Made, history: History | None, stock: Tensor | None) -> Asked | None:
+    def _read(self, made: Made, history: History | None, stock: Tensor | None) -> AskedCall | None:
         """The call in plain terms. A reading is trusted once it gives the model's own attention."""
         key, value = made.key, made.value
         if history is not None and history.key is not None and history.value is not None:
@@ -191,7 +197,7 @@ class Judge:
             found.factors.append(given)
         elif own.kind == "pattern" and isinstance(given, Tokens):
             found.tokens.append(given)
-        elif own.kind == "pattern" and isinstance(given, Pairs | Window2d):
+        elif own.kind == "pattern" and isinstance(given, Pairs | Window2d | Blocks | Spans):
             found.pairs.append(given)
         elif own.kind == "keys":
             found.extra.append(given)
@@ -245,6 +251,7 @@ class Judge:
             ):
                 want = (found.probabilities * rows[:, None, :, None]).sum(2)[:, heads]
                 self._agrees("column mass", stats.column_mass[:, heads], want, slack, value)
+            self._spread(value, found.probabilities * rows[:, None, :, None], heads, slack)
             named = self.groups.get(id(value.entry))
             if stats.group_mass is not None and named is not None and named.of.shape[-1] == lk:
                 of = named.of.repeat_interleave(h // named.of.shape[1], 1)[:, :, None]
@@ -259,6 +266,20 @@ class Judge:
                 got = in_columns(before, value, history, own.heads, lk)
                 keep = rows[:, None, start : start + before.shape[2], None]
                 self._agrees("probabilities", got * keep, want * keep, slack, value)
+
+    def _spread(self, value: Value, p: Tensor, heads: list[int], slack: float) -> None:
+        """Largest entries and entropies; p: probabilities (B, H, Lq, Lk), 0 in rows of padding."""
+        known = {
+            "row_max": lambda: p.amax(3),
+            "row_entropy": lambda: -torch.xlogy(p, p).sum(3),
+            "column_max": lambda: p.amax(2),
+            "column_entropy": lambda: entropy_over_rows(p),
+        }
+        for name, of in known.items():
+            got, columns = getattr(value.stats, name), name.startswith("column")
+            placed = value.positions is None and got is not None and got.shape[-1] == p.shape[-1]
+            if got is not None and (placed or not columns):
+                self._agrees(name.replace("_", " "), got[:, heads], of()[:, heads], slack, value)
 
     def _agrees(self, what: str, got: Tensor, want: Tensor, slack: float, value: Value) -> None:
         gap = float((wide(got) - want).abs().max()) if want.numel() else 0.0

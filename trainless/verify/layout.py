@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..engine.patterns import fitted
 from ..engine.runtime import Runtime, runtime_of
 from ..engine.watching import Made
 from ..errors import TrainlessError, Unsupported
@@ -315,7 +316,7 @@ def _image_pairs(site: Site, shown: Shown) -> list[Tensor]:
     own = torch.arange(first, first + image.tokens, device=shown.call.key.device)
     found = []
     for value in _patterns(site):
-        pattern = value(shown.call, Statistics(), State())
+        pattern = fitted(site.name, shown.call, value(shown.call, Statistics(), State()))
         seen = torch.ones(1, len(own), len(own), dtype=torch.bool, device=own.device)
         if pattern is not None:
             seen = seen & pattern.visible(own[:, None], own[None]).reshape(-1, len(own), len(own))[:1]

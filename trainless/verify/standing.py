@@ -69,6 +69,8 @@ class Standing:
         for runtime in runtimes(parts):
             runtime.fold()  # what stands on the device only belongs to the calls before
         self.tallies = {r.site.module: r.tallies for r in runtimes(parts)}
+        keep = [(getattr(part.host, "keep_runs", None), part.module) for part in parts]
+        self.runs = [kept(module) for kept, module in keep if kept is not None]
         self.modules = list({m: None for part in parts for m in part.module.modules()})
         self.hooks = [
             (hooks, list(hooks))
@@ -109,7 +111,9 @@ class Standing:
     # ------------------------------------------------------------------ afterwards
 
     def restore(self) -> None:
-        """Counters and what models remember, as they were."""
+        """Counters and what models remember, as they were; runs of other threads go on."""
+        for give_back in self.runs:
+            give_back()
         self._forget_runs()
         for runtime in runtimes(self.parts):
             tallies = self.tallies[runtime.site.module]

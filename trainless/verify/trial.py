@@ -14,6 +14,7 @@ from ..patch.handle import Patch
 from ..seams import Contribution, Evict, Lease, Quantise
 from .outcome import FAILED, UNCHECKED, WHOLE, Answer, Check, Verification
 from .probing import Make, Ran, probes_for, run, same_bits, tokens_for, user_probe
+from .sole import sole
 from .standing import Standing, quietly
 
 UNSTEADY = "the model itself does not give the same bits twice"
@@ -26,7 +27,7 @@ def verify(patch: Patch, probe: Any = None) -> Verification:
     returns outputs, or None for inputs made from the model's config (random tokens with a prefill and
     cached steps, long enough for evictors to act; random images; random latents at the trained and at
     another size). The model runs about ten times on it, in evaluation mode. The patch is paused by turns, so
-    other threads must not call the model meanwhile: some of their calls would be unpatched.
+    calls of other threads wait until all is over; a probe calls the model in the thread of ``verify``.
 
     Raises InputError when the patch is off or paused, the model has no weights, or the given probe does not
     run on the unpatched model.
@@ -38,13 +39,14 @@ def verify(patch: Patch, probe: Any = None) -> Verification:
         )
     if any(_weightless(module) for part in patch.parts for module in part.module.modules()):
         raise InputError("the model is on the meta device and has no weights to run; load them, then verify")
-    standing = Standing(patch.parts)
-    trial = Trial(patch, probe, standing)
-    with quietly([part.module for part in patch.parts]):
-        try:
-            checks = trial.checks()
-        finally:
-            standing.restore()
+    with sole(patch.parts):
+        standing = Standing(patch.parts)
+        trial = Trial(patch, probe, standing)
+        with quietly([part.module for part in patch.parts]):
+            try:
+                checks = trial.checks()
+            finally:
+                standing.restore()
     named = "; ".join(p.name for p in trial.probes) or "none"
     return Verification(type(patch.model).__name__, patch.recipe.name, named, tuple(checks))
 

@@ -170,12 +170,23 @@ class Catching(TorchFunctionMode):
             )
 
     def is_beside(self, key: Tensor) -> bool:
-        """True for attention over other keys, an image prompt's; a second pass over the same is refused."""
-        kind = processor_name(self.module)
-        if key.shape[-2] == self.keys and not kind.startswith(("IPAdapter", "FluxIPAdapter", "SD3IPAdapter")):
+        """True for attention over other keys, an image prompt's; a second pass over the same is refused.
+
+        So is one over others where nothing says what the layer's calls are: a part of it would go without the patch.
+        """
+        kind, site = processor_name(self.module), self.runtime.site
+        if kind.startswith(("IPAdapter", "FluxIPAdapter", "SD3IPAdapter")):
+            return True
+        if key.shape[-2] == self.keys:
             raise Unsupported(
-                f"{self.runtime.site.name}: {kind} calls attention more than once over its {self.keys} keys, "
+                f"{site.name}: {kind} calls attention more than once over its {self.keys} keys, "
                 "so a patch would change only a part of it; remove the patch or use another processor"
+            )
+        if site.facts.get("layout") is None and site.role != "cross":
+            raise Unsupported(
+                f"{site.name}: {kind} calls attention over {self.keys} keys and again over {key.shape[-2]}, and "
+                f"which of them is the layer's own is not declared for a {site.facts['family']}; leave it out with "
+                "`where: {modules}`"
             )
         return True
 

@@ -30,7 +30,7 @@ from .denoisers.words import ROLES, holds_no_image, undeclared
 from .geometry import CONTEXT, Context
 from .hooks import AttentionHooks
 from .pipelines import denoiser_of, denoisers_of, text_encoders_of
-from .rescaling import ASKED, Asked, declared
+from .rescaling import ASKED, AskedSize, declared
 from .sizes import size_facts
 
 __all__ = ["DiffusersHost", "denoiser_of", "denoisers_of", "text_encoders_of"]
@@ -134,7 +134,7 @@ class DiffusersHost:
                 self._watch_sizes(owner, journal, where)
 
     def _watch_sizes(self, owner: nn.Module, journal: Journal, where: str) -> None:
-        asked = Asked(self.pipeline, self._model_facts(owner)["sizes"])
+        asked = AskedSize(self.pipeline, self._model_facts(owner)["sizes"])
         journal.add(AttributeEdit(owner, ASKED, asked, f"{where}.{ASKED}"))
         register = functools.partial(owner.register_forward_pre_hook, asked.before, with_kwargs=True)
         journal.add(HookEdit(owner, register, f"pre-hook on {where}"))
@@ -165,6 +165,17 @@ class DiffusersHost:
         for owner in _denoisers(model).values():
             if CONTEXT in vars(owner):
                 vars(owner)[CONTEXT].forget()
+
+    def keep_runs(self, model: nn.Module) -> Callable[[], None]:
+        """A function that gives the runs under way now, of any thread, back to denoisers patched anew since."""
+        kept = {o: vars(o)[CONTEXT].local for o in _denoisers(model).values() if CONTEXT in vars(o)}
+
+        def give_back() -> None:
+            for owner, local in kept.items():
+                if CONTEXT in vars(owner):
+                    vars(owner)[CONTEXT].local = local
+
+        return give_back
 
 
 def _hook(journal: Journal, module: nn.Module, hooks: AttentionHooks | Context, where: str) -> None:

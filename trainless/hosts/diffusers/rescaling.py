@@ -106,7 +106,7 @@ def _fix(found: Rescaling | None) -> str:
     return "no argument of its call switches that off, so give it a size that it leaves as it is"
 
 
-class Asked:
+class AskedSize:
     """Stands at a denoiser of a patched pipeline: sizes that the pipeline was asked for, beside what it painted."""
 
     def __init__(self, pipeline: Any, sizes: Sizes):
@@ -117,7 +117,7 @@ class Asked:
         self.expected: dict[Size, Size | None] = {}
         self.leases: list[Lease] = []  # of patches that go by the size
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Asked:
+    def __deepcopy__(self, memo: dict[int, Any]) -> AskedSize:
         return self
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -183,7 +183,7 @@ class Asked:
 
 
 _uncompiled = torch.compiler.disable(
-    Asked._see, reason="trainless notes the size of the call outside compiled regions"
+    AskedSize._see, reason="trainless notes the size of the call outside compiled regions"
 )
 
 

@@ -23,7 +23,7 @@ Size = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Row:
+class SizeRow:
     """One way of counting.
 
     default: (height, width) in pixels that the pipeline makes when it is not told; None where the size is that of
@@ -190,14 +190,14 @@ _IN_LATENTS = frozenset({_latents, _pixels, _movq, _movq3, _cascade_prior, _casc
 # ---------------------------------------------------------------- the rows
 
 
-def _of(row: Row, *names: str) -> dict[str, Row]:
+def _of(row: SizeRow, *names: str) -> dict[str, SizeRow]:
     return dict.fromkeys(names, row)
 
 
-PIPELINES: Mapping[str, Row] = {
+PIPELINES: Mapping[str, SizeRow] = {
     # UNets on the latents of an autoencoder
     **_of(
-        Row(_configured, _latents, "StableDiffusionPipeline"),
+        SizeRow(_configured, _latents, "StableDiffusionPipeline"),
         "StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline",
         "StableDiffusionControlNetPipeline", "StableDiffusionControlNetImg2ImgPipeline",
         "StableDiffusionControlNetInpaintPipeline", "StableDiffusionAdapterPipeline",
@@ -210,13 +210,13 @@ PIPELINES: Mapping[str, Row] = {
         "StableDiffusionControlNetXSPipeline", "SemanticStableDiffusionPipeline",
     ),
     **_of(
-        Row(_own, _latents, "StableDiffusionXLPipeline"),
+        SizeRow(_own, _latents, "StableDiffusionXLPipeline"),
         "StableDiffusionXLPipeline", "StableDiffusionXLAdapterPipeline", "StableDiffusionXLPAGPipeline",
         "StableDiffusionXLInstructPix2PixPipeline", "KolorsPipeline",
         "KolorsPAGPipeline",
     ),
     **_of(
-        Row(_configured, _latents, "StableDiffusionXLPipeline"),
+        SizeRow(_configured, _latents, "StableDiffusionXLPipeline"),
         "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline", "KolorsImg2ImgPipeline",
         "StableDiffusionXLControlNetImg2ImgPipeline", "StableDiffusionXLControlNetInpaintPipeline",
         "StableDiffusionXLControlNetUnionPipeline", "StableDiffusionXLControlNetUnionImg2ImgPipeline",
@@ -225,105 +225,105 @@ PIPELINES: Mapping[str, Row] = {
         "StableDiffusionXLPAGInpaintPipeline", "StableDiffusionXLControlNetXSPipeline",
         "StableDiffusionXLControlNetPipeline",
     ),
-    **_of(Row(_configured, _latents), "LDMTextToImagePipeline"),
-    **_of(Row(_own, _latents, "DreamLitePipeline"), "DreamLitePipeline", "DreamLiteMobilePipeline"),
+    **_of(SizeRow(_configured, _latents), "LDMTextToImagePipeline"),
+    **_of(SizeRow(_own, _latents, "DreamLitePipeline"), "DreamLitePipeline", "DreamLiteMobilePipeline"),
     **_of(
-        Row(_signature, _movq, "downscale_height_and_width"),
+        SizeRow(_signature, _movq, "downscale_height_and_width"),
         "KandinskyPipeline", "KandinskyImg2ImgPipeline", "KandinskyInpaintPipeline", "KandinskyV22Pipeline",
         "KandinskyV22Img2ImgPipeline", "KandinskyV22InpaintPipeline", "KandinskyV22ControlnetPipeline",
         "KandinskyV22ControlnetImg2ImgPipeline",
     ),
     **_of(
-        Row(_signature, _movq), "KandinskyCombinedPipeline", "KandinskyImg2ImgCombinedPipeline",
+        SizeRow(_signature, _movq), "KandinskyCombinedPipeline", "KandinskyImg2ImgCombinedPipeline",
         "KandinskyInpaintCombinedPipeline", "KandinskyV22CombinedPipeline", "KandinskyV22Img2ImgCombinedPipeline",
         "KandinskyV22InpaintCombinedPipeline",
     ),
-    **_of(Row(_signature, _movq3, "downscale_height_and_width"), "Kandinsky3Pipeline"),
-    **_of(Row(_signature, _cascade_prior, "StableCascadePriorPipeline"), "StableCascadePriorPipeline"),
-    **_of(Row(None, _cascade_decoder), "StableCascadeDecoderPipeline"),
+    **_of(SizeRow(_signature, _movq3, "downscale_height_and_width"), "Kandinsky3Pipeline"),
+    **_of(SizeRow(_signature, _cascade_prior, "StableCascadePriorPipeline"), "StableCascadePriorPipeline"),
+    **_of(SizeRow(None, _cascade_decoder), "StableCascadeDecoderPipeline"),
     # UNets on pixels
-    **_of(Row(_configured_pixels, _pixels, "IFPipeline"), "IFPipeline", "IFImg2ImgPipeline", "IFInpaintingPipeline"),
-    **_of(Row(_configured_pixels, _pixels), "DDPMPipeline", "DDIMPipeline", "ConsistencyModelPipeline"),
+    **_of(SizeRow(_configured_pixels, _pixels, "IFPipeline"), "IFPipeline", "IFImg2ImgPipeline", "IFInpaintingPipeline"),
+    **_of(SizeRow(_configured_pixels, _pixels), "DDPMPipeline", "DDIMPipeline", "ConsistencyModelPipeline"),
     # Transformers that are given latents
     **_of(
-        Row(_own, _patches, "StableDiffusion3Pipeline"),
+        SizeRow(_own, _patches, "StableDiffusion3Pipeline"),
         "StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline",
         "StableDiffusion3ControlNetPipeline", "StableDiffusion3ControlNetInpaintingPipeline",
         "StableDiffusion3PAGPipeline", "StableDiffusion3PAGImg2ImgPipeline",
     ),
-    **_of(Row(_configured, _patches, "PixArtAlphaPipeline"), "PixArtAlphaPipeline"),
-    **_of(Row(_configured, _patches, "PixArtSigmaPipeline"), "PixArtSigmaPipeline", "PixArtSigmaPAGPipeline"),
+    **_of(SizeRow(_configured, _patches, "PixArtAlphaPipeline"), "PixArtAlphaPipeline"),
+    **_of(SizeRow(_configured, _patches, "PixArtSigmaPipeline"), "PixArtSigmaPipeline", "PixArtSigmaPAGPipeline"),
     **_of(
-        Row(_own, _patches, "HunyuanDiTPipeline"),
+        SizeRow(_own, _patches, "HunyuanDiTPipeline"),
         "HunyuanDiTPipeline", "HunyuanDiTPAGPipeline", "HunyuanDiTControlNetPipeline",
     ),
-    **_of(Row(_own, _patches, "LuminaPipeline"), "LuminaPipeline"),
-    **_of(Row(_own, _pairs, "Lumina2Pipeline"), "Lumina2Pipeline"),
-    **_of(Row(_configured, _patches, "CogView3PlusPipeline"), "CogView3PlusPipeline"),
-    **_of(Row(_configured, _patches, "CogView4Pipeline"), "CogView4Pipeline", "CogView4ControlPipeline"),
-    **_of(Row(None, _patches, "GlmImagePipeline"), "GlmImagePipeline"),
-    **_of(Row(_signature, _patches, "AuraFlowPipeline"), "AuraFlowPipeline"),
-    **_of(Row(_own, _patches, "HunyuanImagePipeline"), "HunyuanImagePipeline"),
-    **_of(Row(_own, _pairs, "HiDreamImagePipeline"), "HiDreamImagePipeline"),
-    **_of(Row(_own, _patches, "OmniGenPipeline"), "OmniGenPipeline"),
-    **_of(Row(_own, _patches, "BriaFibo2Pipeline"), "BriaFibo2Pipeline"),
-    **_of(Row(_prx, _patches, "PRXPipeline"), "PRXPipeline"),
-    **_of(Row(_prx, _patches, "PRXPixelPipeline"), "PRXPixelPipeline"),
-    **_of(Row(_1024, _pairs, "ZImagePipeline"), "ZImagePipeline", "ZImageImg2ImgPipeline",
+    **_of(SizeRow(_own, _patches, "LuminaPipeline"), "LuminaPipeline"),
+    **_of(SizeRow(_own, _pairs, "Lumina2Pipeline"), "Lumina2Pipeline"),
+    **_of(SizeRow(_configured, _patches, "CogView3PlusPipeline"), "CogView3PlusPipeline"),
+    **_of(SizeRow(_configured, _patches, "CogView4Pipeline"), "CogView4Pipeline", "CogView4ControlPipeline"),
+    **_of(SizeRow(None, _patches, "GlmImagePipeline"), "GlmImagePipeline"),
+    **_of(SizeRow(_signature, _patches, "AuraFlowPipeline"), "AuraFlowPipeline"),
+    **_of(SizeRow(_own, _patches, "HunyuanImagePipeline"), "HunyuanImagePipeline"),
+    **_of(SizeRow(_own, _pairs, "HiDreamImagePipeline"), "HiDreamImagePipeline"),
+    **_of(SizeRow(_own, _patches, "OmniGenPipeline"), "OmniGenPipeline"),
+    **_of(SizeRow(_own, _patches, "BriaFibo2Pipeline"), "BriaFibo2Pipeline"),
+    **_of(SizeRow(_prx, _patches, "PRXPipeline"), "PRXPipeline"),
+    **_of(SizeRow(_prx, _patches, "PRXPixelPipeline"), "PRXPixelPipeline"),
+    **_of(SizeRow(_1024, _pairs, "ZImagePipeline"), "ZImagePipeline", "ZImageImg2ImgPipeline",
           "ZImageInpaintPipeline", "ZImageControlNetPipeline", "ZImageControlNetInpaintPipeline",
           "ZImageOmniPipeline"),
-    **_of(Row(_configured_autoencoder, _of_autoencoder), "DiTPipeline"),
-    **_of(Row(_configured, _uvit), "AmusedPipeline", "AmusedImg2ImgPipeline", "AmusedInpaintPipeline"),
-    **_of(Row(_signature, _frame, "Kandinsky5T2IPipeline", (2, 3)), "Kandinsky5T2IPipeline"),
-    **_of(Row(_signature, _frame, "Cosmos2TextToImagePipeline"), "Cosmos2TextToImagePipeline"),
+    **_of(SizeRow(_configured_autoencoder, _of_autoencoder), "DiTPipeline"),
+    **_of(SizeRow(_configured, _uvit), "AmusedPipeline", "AmusedImg2ImgPipeline", "AmusedInpaintPipeline"),
+    **_of(SizeRow(_signature, _frame, "Kandinsky5T2IPipeline", (2, 3)), "Kandinsky5T2IPipeline"),
+    **_of(SizeRow(_signature, _frame, "Cosmos2TextToImagePipeline"), "Cosmos2TextToImagePipeline"),
     # Video pipelines: with one frame they paint an image, and none says at what size images were trained
-    **_of(Row(None, _frame, "WanPipeline"), "WanPipeline"),
-    **_of(Row(None, _frame, "HunyuanVideoPipeline"), "HunyuanVideoPipeline"),
-    **_of(Row(None, _frame, "HunyuanVideo15Pipeline"), "HunyuanVideo15Pipeline"),
-    **_of(Row(None, _frame, "CogVideoXPipeline"), "CogVideoXPipeline"),
-    **_of(Row(None, _frame, "AllegroPipeline"), "AllegroPipeline"),
-    **_of(Row(None, _frame, "JoyImageEditPipeline"), "JoyImageEditPipeline"),
+    **_of(SizeRow(None, _frame, "WanPipeline"), "WanPipeline"),
+    **_of(SizeRow(None, _frame, "HunyuanVideoPipeline"), "HunyuanVideoPipeline"),
+    **_of(SizeRow(None, _frame, "HunyuanVideo15Pipeline"), "HunyuanVideo15Pipeline"),
+    **_of(SizeRow(None, _frame, "CogVideoXPipeline"), "CogVideoXPipeline"),
+    **_of(SizeRow(None, _frame, "AllegroPipeline"), "AllegroPipeline"),
+    **_of(SizeRow(None, _frame, "JoyImageEditPipeline"), "JoyImageEditPipeline"),
     # Video pipelines whose layers take every frame for an image
     **_of(
-        Row(_configured, _latents, "AnimateDiffPipeline"),
+        SizeRow(_configured, _latents, "AnimateDiffPipeline"),
         "AnimateDiffPipeline", "AnimateDiffPAGPipeline", "AnimateDiffControlNetPipeline",
         "AnimateDiffVideoToVideoPipeline",
     ),
-    **_of(Row(_configured, _latents, "AnimateDiffSDXLPipeline"), "AnimateDiffSparseControlNetPipeline"),
-    **_of(Row(_own, _latents, "AnimateDiffSDXLPipeline"), "AnimateDiffSDXLPipeline"),
-    **_of(Row(_signature, _latents, "StableVideoDiffusionPipeline"), "StableVideoDiffusionPipeline"),
-    **_of(Row(_configured, _latents, "TextToVideoSDPipeline"), "TextToVideoSDPipeline"),
-    **_of(Row(_signature, _patches, "LattePipeline"), "LattePipeline"),
+    **_of(SizeRow(_configured, _latents, "AnimateDiffSDXLPipeline"), "AnimateDiffSparseControlNetPipeline"),
+    **_of(SizeRow(_own, _latents, "AnimateDiffSDXLPipeline"), "AnimateDiffSDXLPipeline"),
+    **_of(SizeRow(_signature, _latents, "StableVideoDiffusionPipeline"), "StableVideoDiffusionPipeline"),
+    **_of(SizeRow(_configured, _latents, "TextToVideoSDPipeline"), "TextToVideoSDPipeline"),
+    **_of(SizeRow(_signature, _patches, "LattePipeline"), "LattePipeline"),
     # Transformers that are given tokens
     **_of(
-        Row(_own, _pairs, "FluxPipeline"),
+        SizeRow(_own, _pairs, "FluxPipeline"),
         "FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline", "FluxControlPipeline",
         "FluxControlImg2ImgPipeline", "FluxControlInpaintPipeline", "FluxControlNetPipeline",
         "FluxControlNetImg2ImgPipeline", "FluxControlNetInpaintPipeline", "FluxFillPipeline",
         "FluxKontextPipeline", "FluxKontextInpaintPipeline",
     ),
     **_of(
-        Row(_own, _pairs, "Flux2Pipeline"),
+        SizeRow(_own, _pairs, "Flux2Pipeline"),
         "Flux2Pipeline", "Flux2KleinPipeline", "Flux2KleinKVPipeline", "Flux2KleinInpaintPipeline",
     ),
-    **_of(Row(_own, _pairs, "ChromaPipeline"), "ChromaPipeline", "ChromaInpaintPipeline"),
-    **_of(Row(_own, _pairs), "ChromaImg2ImgPipeline"),
+    **_of(SizeRow(_own, _pairs, "ChromaPipeline"), "ChromaPipeline", "ChromaInpaintPipeline"),
+    **_of(SizeRow(_own, _pairs), "ChromaImg2ImgPipeline"),
     **_of(
-        Row(_own, _pairs, "QwenImagePipeline"),
+        SizeRow(_own, _pairs, "QwenImagePipeline"),
         "QwenImagePipeline", "QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline", "QwenImageControlNetPipeline",
         "QwenImageControlNetInpaintPipeline", "QwenImageEditPipeline", "QwenImageEditInpaintPipeline",
         "QwenImageEditPlusPipeline",
     ),
-    **_of(Row(_resolution, _even, "QwenImage21Pipeline"), "QwenImage21Pipeline"),
-    **_of(Row(_own, _pairs, "OvisImagePipeline"), "OvisImagePipeline"),
-    **_of(Row(_own, _pairs, "LongCatImagePipeline"), "LongCatImagePipeline", "LongCatImageEditPipeline"),
-    **_of(Row(_own, _moe, "NucleusMoEImagePipeline"), "NucleusMoEImagePipeline"),
-    **_of(Row(_signature, _laid, "Krea2Pipeline"), "Krea2Pipeline"),
-    **_of(Row(_signature, _laid), "Ideogram4Pipeline"),
-    **_of(Row(_own, _counted_in, "BriaPipeline"), "BriaPipeline"),
-    **_of(Row(_own, _counted_in, "BriaFiboPipeline"), "BriaFiboPipeline"),
-    **_of(Row(_1024, _counted_in, "BriaFiboEditPipeline"), "BriaFiboEditPipeline"),
-    **_of(Row(_signature, _counted_in), "ErnieImagePipeline"),
+    **_of(SizeRow(_resolution, _even, "QwenImage21Pipeline"), "QwenImage21Pipeline"),
+    **_of(SizeRow(_own, _pairs, "OvisImagePipeline"), "OvisImagePipeline"),
+    **_of(SizeRow(_own, _pairs, "LongCatImagePipeline"), "LongCatImagePipeline", "LongCatImageEditPipeline"),
+    **_of(SizeRow(_own, _moe, "NucleusMoEImagePipeline"), "NucleusMoEImagePipeline"),
+    **_of(SizeRow(_signature, _laid, "Krea2Pipeline"), "Krea2Pipeline"),
+    **_of(SizeRow(_signature, _laid), "Ideogram4Pipeline"),
+    **_of(SizeRow(_own, _counted_in, "BriaPipeline"), "BriaPipeline"),
+    **_of(SizeRow(_own, _counted_in, "BriaFiboPipeline"), "BriaFiboPipeline"),
+    **_of(SizeRow(_1024, _counted_in, "BriaFiboEditPipeline"), "BriaFiboEditPipeline"),
+    **_of(SizeRow(_signature, _counted_in), "ErnieImagePipeline"),
 }  # fmt: skip
 
 # Denoisers on their own, without the pipeline that has their autoencoder. Listed are classes of which every model
@@ -362,7 +362,7 @@ STATE_THEIR_SIZE = frozenset(
 )  # fmt: skip
 
 
-def row_of(pipeline: Any) -> Row | None:
+def row_of(pipeline: Any) -> SizeRow | None:
     """The row of a pipeline's class, or of the class that it extends without making images in another way."""
     for kind in type(pipeline).__mro__:
         if kind.__name__ in PIPELINES and getattr(diffusers, kind.__name__, None) is kind:

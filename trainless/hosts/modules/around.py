@@ -11,7 +11,7 @@ import torch
 
 from ...edits.journal import AttributeEdit, mark
 from ...engine.runtime import Runtime
-from ...engine.scopes import held_in, of_call, of_run
+from ...engine.scopes import held_in, of_call, of_layers, of_run
 from ...seams import Entry, ModuleCall, State
 
 
@@ -68,6 +68,8 @@ def _through(
         state = of_call(entry)
     elif given.scope == "run":
         state = of_run(known.states, entry, runtime.site)
+    elif given.scope == "layers":
+        state = of_layers(known.states, entry, runtime.site)
     else:
         state = held_in({} if known.states is None else known.states, entry, runtime.site)
     tally = runtime.tallies.get(entry.owner)  # type: ignore[call-overload]

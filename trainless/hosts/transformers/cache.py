@@ -296,7 +296,8 @@ def continuous_wrapper(method: str) -> Callable[[nn.Module, Sequence[Runtime]], 
 
         @functools.wraps(original)
         def start(*args: Any, **kwargs: Any) -> Any:
-            acting = next((r.plan.active[0].method for r in runtimes if r.plan.active), None)
+            plans = [(*r.plan.active, *r.plan.of["logits"]) for r in runtimes]
+            acting = next((entries[0].method for entries in plans if entries), None)
             if acting is not None:
                 raise Unsupported(
                     f"{acting}: continuous batching ({method}) keeps its keys in pages of its own, which no patch can "

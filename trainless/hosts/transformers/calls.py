@@ -16,6 +16,7 @@ from ...errors import InputError, Unsupported
 from ...kernels.visibility import visibility
 from ...seams import AttentionCall
 from .inputs import Noted, noted
+from .sequences import surroundings
 from .sites import HARMLESS, UNDERSTOOD
 from .version import DummyLayer
 
@@ -112,6 +113,8 @@ def tell(runtime: Runtime, call: AttentionCall, entering: Tensor | None) -> None
                 "not known; call the model"
             )
         facts["residual"] = entering
+    if runtime.plan.layered:
+        facts["layers"] = surroundings(runtime).states
 
 
 # ---------------------------------------------------------------- the cache layer of the call

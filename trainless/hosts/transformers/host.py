@@ -23,6 +23,7 @@ from ...cache import CompressingLayer, Freezing, StaticStatefulMixin
 from ...edits.journal import MARKER, AttributeEdit, HookEdit, Journal
 from ...engine.attention import attend
 from ...engine.autocast import as_computed
+from ...engine.prepared import NUMBERS
 from ...engine.runtime import ATTRIBUTE, Runtime, runtime_of
 from ...engine.watching import Made
 from ...errors import Unsupported
@@ -36,12 +37,14 @@ from . import sequences, traced
 from .cache import before, cache_wrapper, continuous_wrapper, prefill_wrapper
 from .calls import PACKED, call_of, tell
 from .dispatch import unmatched
+from .logits import METHOD, logits_wrapper
 from .rotary import rotation
 from .sites import HARMLESS, find
 from .static import cache_notes
 from .uncompiled import uncompiled
 
 NAME = "trainless"
+LASTING = {"sequence", "layers"}  # scopes of what is kept with a sequence
 # What the user's own function may be handed as it came when all that changes is the factor on the logits.
 PASSED_ON = (HARMLESS - PACKED) | {"is_causal", "sliding_window"}
 # A forward that names one of these may be asked for cross-attention in one call and not in the next.
@@ -49,6 +52,7 @@ OTHER_KEYS = {"key_value_states", "encoder_hidden_states"}
 
 # Methods of a model that are wrapped while it is patched, where it has them.
 WRAPPERS = {
+    METHOD: logits_wrapper,
     "_prefill": prefill_wrapper,
     "_prepare_cache_for_generation": cache_wrapper,
     "generate_batch": continuous_wrapper("generate_batch"),
@@ -142,19 +146,20 @@ def _routed(
         return _user_function(module)(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
-    constant = runtime.plan.constant
-    known = "undeclared" not in runtime.site.facts
-    if constant is not None and not held and known and _only_scaled(kwargs):
+    ready = runtime.prepared
+    if ready.numbers and not held and "undeclared" not in runtime.site.facts and _only_scaled(kwargs):
         # Decoding makes thousands of these calls a second, so nothing is built for them.
         runtime.passed()
         runtime.acted("stock")
-        scaling = (query.shape[-1] ** -0.5 if scaling is None else scaling) * constant
-        attention_mask = bias_times(attention_mask, constant, query.shape[2], key.shape[2])
-        return _user_function(module)(
+        if ready.factor != 1.0:
+            scaling = (query.shape[-1] ** -0.5 if scaling is None else scaling) * ready.factor
+            attention_mask = bias_times(attention_mask, ready.factor, query.shape[2], key.shape[2])
+        out, weights = _user_function(module)(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
+        return ready.gained(out), weights
     call = call_of(module, runtime, query, key, value, attention_mask, scaling, dropout, kwargs)
-    if runtime.plan.asks:
+    if runtime.plan.asks or runtime.plan.layered:
         tell(runtime, call, entering)
     if runtime.watch is not None:
         runtime.watch.told(call)
@@ -165,6 +170,7 @@ def _routed(
         _settle(runtime, call.layer)
     if isinstance(call.layer, StaticStatefulMixin):
         call.layer.settle()
+    facts.pop("layers", None)
     facts.pop("residual", None)  # as large as the layer's activations: not to be kept until the next call
     weights = facts.pop("weights", None)
     if weights is None and facts.pop("attentions", False):
@@ -414,9 +420,7 @@ class TransformersHost:
 
     def around(self, runtime: Runtime, model: nn.Module, station: Journal) -> Tell:
         """Who tells what is known of the calls of a module that somebody stands around."""
-        if any(
-            e.contribution.scope == "sequence" for e in runtime.entries if e.contribution.kind == "around"
-        ):
+        if any(e.contribution.scope in LASTING for e in runtime.entries if e.contribution.kind == "around"):
             return sequences.watch(runtime, model, station)
         return nothing
 
@@ -424,7 +428,7 @@ class TransformersHost:
     def _calls_differ(runtime: Runtime) -> bool:
         """Whether what is contributed here depends on the call: on its cache layer, or on whose keys it brings."""
         changing = [e.contribution for e in runtime.entries if not e.contribution.inert]
-        if all(c.constant is not None and c.kind == "scale" for c in changing):
+        if all(c.constant is not None and c.kind in NUMBERS for c in changing):
             named = inspect.signature(type(runtime.site.module).forward).parameters
             return bool(changing) and bool(OTHER_KEYS & set(named))
         return True
@@ -439,6 +443,8 @@ class TransformersHost:
         if "residual" in asks and "residual" not in runtime.asked:
             residual.watch(runtime, model)
             runtime.asked["residual"] = True
+        if any(e.contribution.scope == "layers" for e in runtime.entries if not e.contribution.inert):
+            sequences.watch(runtime, model, station)
 
     def install_model(self, model: nn.Module, journal: Journal, runtimes: Sequence[Runtime]) -> None:
         for name, module in model.named_modules():

@@ -90,7 +90,7 @@ def _ids(config: Any) -> list[int]:
 # ---------------------------------------------------------------- during a call
 
 
-class Reader(threading.local):
+class ImageReader(threading.local):
     """Stands at a multimodal model and reads, at each of its calls, which tokens are image tokens.
 
     One for the model and all threads: what it reads of a call is seen by the thread of that call only.
@@ -107,7 +107,7 @@ class Reader(threading.local):
         self.given: Tensor | None = None  # by the user, (B, L), in the order of the sequence
         self.rows: Tensor | None = None  # (B, Lq) for the call under way; None: no image token in it
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Reader:
+    def __deepcopy__(self, memo: dict[int, Any]) -> ImageReader:
         raise Unsupported("a patched model cannot be copied: remove the patch first, then patch each copy")
 
     def __reduce__(self) -> Any:
@@ -257,18 +257,18 @@ def _some(value: Any) -> bool:
     return value is not None and (isinstance(value, Tensor) or bool(value))
 
 
-def _read(reader: Reader, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _read(reader: ImageReader, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     reader.read(owner, args, kwargs)
 
 
-def _left(reader: Reader) -> None:
+def _left(reader: ImageReader) -> None:
     reader.under_way, reader.rows = False, None
 
 
 _uncompiled, _left_uncompiled = uncompiled(_read), uncompiled(_left)
 
 
-def watch(runtime: Runtime, model: nn.Module, name: str, journal: Journal) -> Reader:
+def watch(runtime: Runtime, model: nn.Module, name: str, journal: Journal) -> ImageReader:
     """The reader of the multimodal model around the site ``name``; put there, into ``journal``, if it is the first.
 
     Raises Unsupported, by name, when image tokens cannot be known there.
@@ -277,9 +277,9 @@ def watch(runtime: Runtime, model: nn.Module, name: str, journal: Journal) -> Re
     owner = owner_of(models, name)
     if owner is None:
         raise Unsupported(f"{runtime.site.name}: {missing_images(models, name, runtime.site.parts)}")
-    reader: Reader | None = vars(owner).get(READER)
+    reader: ImageReader | None = vars(owner).get(READER)
     if reader is None:
-        reader = Reader(owner, [])
+        reader = ImageReader(owner, [])
         where = f"{type(owner).__name__}"
         journal.add(AttributeEdit(owner, READER, reader, f"{where}.{READER}"))
         journal.add(

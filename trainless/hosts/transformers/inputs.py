@@ -285,7 +285,8 @@ def watch(runtime: Runtime, model: nn.Module, station: Journal) -> None:
 def noted(runtime: Runtime) -> Noted | None:
     """What the forward around the call under way was given; None outside any."""
     given: Given | None = runtime.asked.get("inputs")
-    return given.noted[-1] if given is not None and given.noted else None
+    under = None if given is None else given.under.noted
+    return under[-1] if under else None
 
 
 def outermost(runtime: Runtime) -> Noted | None:

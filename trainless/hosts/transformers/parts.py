@@ -22,7 +22,7 @@ PICTURES = frozenset({"pixel_values", "pixel_values_videos", "vision_config"})
 SOUND = frozenset({"input_features", "input_values", "audio_values", "audio_config"})
 
 
-class Parts:
+class ModelParts:
     """The decoders, encoders and towers of one model; ``ancestors`` are its pretrained models by name."""
 
     def __init__(self, ancestors: Mapping[str, PreTrainedModel]):

@@ -1,4 +1,6 @@
-"""The States of modules around which somebody stands: of the sequence that the forward under way goes on with.
+"""The States of modules around which somebody stands, and those that all layers share.
+
+They are of the sequence that the forward under way goes on with.
 
 During a forward they lie with what is noted of it (``inputs``); between two they lie on a layer of the user's cache,
 which carries them along when beams are reordered, rows repeated or the cache is copied or reset.
@@ -51,8 +53,10 @@ def _carrier(cache: Cache) -> Any:
 
 def store(around: Noted, output: Any) -> None:
     """Put what the forward's modules remember on a layer of its cache, when it is over."""
-    states, cache = around.states, around.cache
-    if not states or not any(state.tensors for state in states.values()):
+    # What is kept "in" something ends with the forward.
+    states = {name: state for name, state in (around.states or {}).items() if " at " in name}
+    cache = around.cache
+    if not any(state.tensors for state in states.values()):
         return
     if cache is None:
         values = output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else ()
@@ -69,4 +73,4 @@ def store(around: Noted, output: Any) -> None:
                 "dynamic cache (drop cache_implementation)"
             )
         carrier = cache.layers[number] = stateful(cache.layers[number])
-    carrier.states.update({name: state for name, state in states.items() if " at " in name})
+    carrier.states.update(states)

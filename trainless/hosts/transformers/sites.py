@@ -16,7 +16,7 @@ from .dispatch import compares, dispatches, passes, unmatched
 from .families import Family, family_of
 from .images import missing_images, pretrained
 from .layers import Held, Layers
-from .parts import Parts, keeps
+from .parts import ModelParts, keeps
 
 Found = tuple[str, nn.Module, frozenset[str], str]  # name, module, parts, role
 # Arguments of the interface that do not change the logits. Anything else that is set is refused by name.
@@ -38,7 +38,7 @@ def find(model: nn.Module, family: str, prefix: str = "", parts: frozenset[str] 
     Raises Unsupported, naming the family, when the model has attention and none of it dispatches.
     """
     ancestors = pretrained(model)
-    known = Parts(ancestors)
+    known = ModelParts(ancestors)
     found: list[Found] = [
         (name, module, known.of(name, module) | parts, known.role(name, module))
         for name, module in model.named_modules()

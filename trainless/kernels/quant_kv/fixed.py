@@ -14,7 +14,7 @@ together, as ``valid`` and ``scores`` count them, are the G · S of the codes fi
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -62,8 +62,7 @@ class FixedPacked:
         return self.key.shape[3]
 
     def tensors(self) -> dict[str, Tensor]:
-        found = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {name: t for name, t in found.items() if isinstance(t, Tensor)}
+        return {name: t for name, t in vars(self).items() if isinstance(t, Tensor)}
 
     def segments(self, used: int | None = None) -> list[Segment]:
         """The codes and the ring as segments that share their memory; ``used``: see ``Segment``."""

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from ...errors import InputError
 from ..common import Terms
-from ..dispatch import Choice, triton_missing, triton_reasons
+from ..dispatch import Choice, at_once, triton_missing, triton_reasons
+from . import fixed_plain
 from .fixed import FixedPacked
 from .fixed_operator import pack_group_op, packed_decode_op
 from .fixed_plain import probabilities_dtype
@@ -44,11 +45,15 @@ def packed_decode(
 
     Returns (B, H, 1, Dv) in the dtype of the query and the log-sum-exp (B, H), by which a result over other buffers
     can be merged (``merge``). Writes the token into the ring and counts it in ``age``; the caller sees to it that the
-    ring has room (``pack_group``). One registered operator, ``trainless::packed_decode``: no shape depends on data and
-    nothing waits for the device. Raises InputError when shapes do not fit.
+    ring has room (``pack_group``). One registered operator, ``trainless::packed_decode``, except on the CPU where nobody
+    looks: no shape depends on data and nothing waits for the device. Raises InputError when shapes do not fit.
     """
     _check(query, key, value, buffers, valid, scores)
     b = buffers
+    if at_once(query):
+        return fixed_plain.decode(
+            query, key, value, b, Terms(scale, None, softcap, sink_logits), valid, real, scores
+        )
     out, lse = packed_decode_op(
         query, key, value, b.key, b.value, b.key_step, b.key_min, b.value_step, b.value_min, b.value_root, b.tail_key,
         b.tail_value, b.packed, b.age, b.tickets, valid, real, sink_logits, scores, scale, softcap, b.k_bits, b.v_bits,
@@ -64,6 +69,9 @@ def pack_group(buffers: FixedPacked, residual: Tensor) -> None:
     to hold residual + S and the tokens between two calls. One registered operator, ``trainless::pack_group``.
     """
     b = buffers
+    if at_once(b.tail_key):
+        fixed_plain.pack_group(b, residual)
+        return
     pack_group_op(
         b.key, b.value, b.key_step, b.key_min, b.value_step, b.value_min, b.value_root, b.tail_key, b.tail_value,
         b.packed, b.age, b.tickets, residual, b.k_bits, b.v_bits,

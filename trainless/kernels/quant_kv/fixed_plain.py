@@ -1,7 +1,7 @@
 """A decode step on packed buffers of fixed size, and packing one more group, in torch.
 
-No shape depends on data. On the CPU the counters are read to leave out groups that no row has yet; elsewhere nothing
-is read, and nothing waits for the device.
+No shape depends on data. On the CPU the counters are read to leave out groups that no row has yet, and steps in which
+none is packed; elsewhere nothing is read, and nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -61,6 +61,8 @@ def pack_group(buffers: FixedPacked, residual: Tensor) -> None:
     """See ``fixed_api.pack_group``."""
     size, groups, ring = buffers.size, buffers.key.shape[2], buffers.tail_key.shape[2]
     due = (buffers.age - buffers.packed >= residual + size) & (buffers.packed < groups * size)
+    if due.device.type == "cpu" and not bool(due.any()):
+        return  # as in all steps but one of a group
     place = (buffers.packed[:, None] + torch.arange(size, device=due.device)) % ring
     index = place[:, None, :, None].long()
     oldest = [

@@ -10,7 +10,7 @@ Shapes: B batch, Hkv key/value heads, G groups of S tokens, D channels, W = D ·
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -55,8 +55,7 @@ class Segment:
         return self.key.shape[4] * per_byte(self.k_bits), self.value.shape[4] * per_byte(self.v_bits)
 
     def tensors(self) -> dict[str, Tensor]:
-        found = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {name: t for name, t in found.items() if isinstance(t, Tensor)}
+        return {name: t for name, t in vars(self).items() if isinstance(t, Tensor)}
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Segment:
         """The same segment with every tensor changed."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ...errors import InputError
 from ..common import Terms
-from ..dispatch import Choice, triton_missing, triton_reasons
+from ..dispatch import Choice, compiled_form, numba_reasons, triton_missing, triton_reasons
 from . import plain
 from .operator import slot_decode_op
 from .state import FixedSlots, SlotRule
@@ -15,11 +16,36 @@ from .state import FixedSlots, SlotRule
 def choose(query: Tensor, slots: FixedSlots) -> Choice:
     """Which form ``slot_decode`` runs for this call."""
     why = triton_reasons((query, slots.keys))
+    if not query.is_cuda:
+        unlooped = _unlooped(query, query, query, slots)
+        return Choice("torch", (*why, *unlooped)) if unlooped else Choice("numba", why)
     if triton_missing() is None:
         from .triton import refuses
 
         why += refuses(query, slots)
     return Choice("torch", why) if why else Choice("triton")
+
+
+LOOPED = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _unlooped(query: Tensor, key: Tensor, value: Tensor, slots: FixedSlots) -> tuple[str, ...]:
+    """Why the loops that Numba compiles cannot do the bookkeeping of a step; empty when they can."""
+    if torch.compiler.is_compiling():
+        return ("numba: the call is traced",)
+    dtype = query.dtype
+    if dtype not in LOOPED or not (
+        dtype == key.dtype == value.dtype == slots.keys.dtype == slots.values.dtype
+    ):
+        return (f"numba: one dtype of at most 32 bits is needed, got {dtype} and {slots.keys.dtype}",)
+    if why := numba_reasons((query, key, value)):
+        return why
+    s = slots
+    held = [s.keys, s.values, s.positions, s.free, s.age, s.count, s.limit, s.recent]
+    held += [t for t in (s.scores, s.never) if t is not None]
+    if not all(map(Tensor.is_contiguous, held)):
+        return ("numba: buffers have gaps",)
+    return compiled_form(__package__)[1]
 
 
 def slot_decode(
@@ -42,13 +68,19 @@ def slot_decode(
     addresses: the token, its position, the scores by ``rule``, the next free slot and the counters.
 
     The order of a step is: write, attend (the new token included), score, evict. On a CUDA device with Triton this is
-    one registered operator, ``trainless::slot_decode``; elsewhere torch operators that a compiler can see through,
-    whose parts are ``plain.write``, ``plain.attend`` and ``plain.settle``. Neither waits for the device. Raises
-    InputError when shapes do not fit.
+    one registered operator, ``trainless::slot_decode``; on the CPU products of torch between two loops that Numba
+    compiles, or where those cannot run, as under a compiler, torch operators that it can see through, whose parts are
+    ``plain.write``, ``plain.attend`` and ``plain.settle``. Neither waits for the device. Raises InputError when shapes
+    do not fit.
     """
     _check(query, key, value, slots, rule)
     terms = Terms(scale, None, softcap, sink_logits)
     if not query.is_cuda:
+        if not _unlooped(query, key, value, slots):
+            form = compiled_form(__package__)[0]
+            assert form is not None
+            looped: Tensor = form.decode(query, key, value, slots, rule, terms, real)
+            return looped
         return plain.decode(query, key, value, slots, rule, terms, real)
     s = slots
     out: Tensor = slot_decode_op(

@@ -6,7 +6,7 @@ know stands in tensors, so that a step can be traced whole and replayed from a C
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -77,8 +77,7 @@ class FixedSlots:
         return self.keys.shape[2]
 
     def tensors(self) -> dict[str, Tensor]:
-        found = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {name: t for name, t in found.items() if t is not None}
+        return {name: t for name, t in vars(self).items() if t is not None}
 
 
 def fixed_slots(

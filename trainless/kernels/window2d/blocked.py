@@ -31,7 +31,7 @@ STRIP = 8 << 20  # bytes of keys and values that are gathered at a time; the hea
 
 
 @dataclass(frozen=True)
-class Run:
+class TileRun:
     """``count`` tiles along one axis: tile i has the queries [q0, q1) and the keys [k0, k1), both plus i * step."""
 
     q0: int
@@ -42,7 +42,7 @@ class Run:
     step: int = 0
 
 
-def runs(size: int, tile: int, reach: int) -> list[Run]:
+def runs(size: int, tile: int, reach: int) -> list[TileRun]:
     """Tiles that cover an axis of ``size`` tokens: those with a whole halo as one run, wider ones beside it."""
     inside = max(0, (size - 2 * reach) // tile)
     if inside <= 1:
@@ -50,19 +50,19 @@ def runs(size: int, tile: int, reach: int) -> list[Run]:
     # What is left over is shared between both ends: every tile of its own is a call of its own.
     first = (size - inside * tile) // 2
     last = first + inside * tile
-    run = Run(first, first + tile, first - reach, first + tile + reach, inside, tile)
+    run = TileRun(first, first + tile, first - reach, first + tile + reach, inside, tile)
     return [*_even(0, first, 2 * tile, size, reach), run, *_even(last, size, 2 * tile, size, reach)]
 
 
-def _even(start: int, stop: int, widest: int, size: int, reach: int) -> list[Run]:
+def _even(start: int, stop: int, widest: int, size: int, reach: int) -> list[TileRun]:
     """As few tiles as it takes, of nearly the same width."""
     count = -(-(stop - start) // widest)
     cuts = [start + (stop - start) * n // count for n in range(count + 1)] if count else []
     return [_cut(a, b, size, reach) for a, b in pairwise(cuts)]
 
 
-def _cut(q0: int, q1: int, size: int, reach: int) -> Run:
-    return Run(q0, q1, max(0, q0 - reach), min(size, q1 + reach))
+def _cut(q0: int, q1: int, size: int, reach: int) -> TileRun:
+    return TileRun(q0, q1, max(0, q0 - reach), min(size, q1 + reach))
 
 
 def window2d(
@@ -119,7 +119,7 @@ def _image(
     across = runs(columns, TILE[1], reach)
     tall = min(rows, TILE[0] + 2 * reach)
     group = max(1, STRIP // (2 * b * tall * columns * key.shape[4] * key.element_size()))
-    hidden: dict[Run, Tensor] = {}
+    hidden: dict[TileRun, Tensor] = {}
     known: tuple[int, ...] = ()
     for top in range(0, rows, TILE[0]):
         down = _cut(top, min(top + TILE[0], rows), rows, reach)
@@ -150,8 +150,8 @@ def _row(
     out: Tensor,
     lse: Tensor,
     beside: tuple[Tensor, Tensor] | None,
-    across: list[Run],
-    hidden: dict[Run, Tensor],
+    across: list[TileRun],
+    hidden: dict[TileRun, Tensor],
     scale: float,
 ) -> None:
     """One row of tiles. query, key, value: strips; out, lse: (B, H, rows, columns, ·), written."""
@@ -171,7 +171,7 @@ def _row(
             target[:, :, :, run.q0 : stop] = made.transpose(1, 2).unflatten(0, (b, -1))
 
 
-def _tiles(strip: Tensor, run: Run, keys: bool) -> Tensor:
+def _tiles(strip: Tensor, run: TileRun, keys: bool) -> Tensor:
     """The tiles of a run as (tiles, heads, tokens of a tile, D): a view of the strip, in which tiles overlap."""
     heads, _, rows, d = strip.shape
     start, stop = (run.k0, run.k1) if keys else (run.q0, run.q1)
@@ -197,7 +197,7 @@ def _merge(one: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[
     return torch.lerp(other.to(wide), one.to(wide), share), torch.logaddexp(lse, other_lse)
 
 
-def _mask(window: Window2d, down: Run, across: Run, query: Tensor) -> Tensor:
+def _mask(window: Window2d, down: TileRun, across: TileRun, query: Tensor) -> Tensor:
     """(1, 1, tokens of a tile, keys): 0 where a tile shows a key and -inf where it does not; column by column."""
     spans = [(r.q0, r.q1) for r in (across, down)] + [(r.k0, r.k1) for r in (across, down)]
     qx, qy, kx, ky = (torch.arange(a, b, device=query.device) for a, b in spans)

@@ -31,7 +31,7 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class Family:
+class DenoiserFamily:
     """One denoiser class. declared: whether the table has it. methods: by name."""
 
     name: str
@@ -40,14 +40,14 @@ class Family:
     methods: dict[str, Verdict] = field(default_factory=dict)
 
 
-def families() -> list[Family]:
+def families() -> list[DenoiserFamily]:
     """Every model class with attention in diffusers' transformers, UNets and ControlNets, by name."""
     methods = [_plain(cls) for cls in known().values() if "diffusers" in cls.hosts]
     found = []
     for kind in _classes():
         layout = TABLE.get(qualified(kind))
         verdicts = {method.name: _verdict(method, layout, kind.__name__) for method in methods}
-        found.append(Family(kind.__name__, kind.__module__, layout is not None, verdicts))
+        found.append(DenoiserFamily(kind.__name__, kind.__module__, layout is not None, verdicts))
     return sorted(found, key=lambda family: family.name)
 
 

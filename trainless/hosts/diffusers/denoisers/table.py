@@ -10,7 +10,7 @@ from typing import Any
 
 from . import latents, packed, sequences, unets
 from .latents import four, framed, one, patched, side, text_of
-from .words import CROSS, IMAGE, JOINT, REFERENCE, TEXT, Layout
+from .words import CROSS, IMAGE, JOINT, OWN, REFERENCE, TEXT, Layout, undeclared
 
 ENCODED = text_of("encoder_hidden_states")
 SELF_AND_CROSS = {"*.attn1": IMAGE, "*.attn2": CROSS}
@@ -224,12 +224,18 @@ NO_IMAGE = "its tokens are embeddings or sound, not an image"
 NOTHING = [
     _in("transformers.prior_transformer", "PriorTransformer", why=NO_IMAGE),
     _in("transformers.stable_audio_transformer", "StableAudioDiTModel", why=NO_IMAGE),
-    _in("transformers.transformer_stable_audio3", "StableAudio3DiTModel", why=NO_IMAGE),
+    # Its attention is a difference of two, each of which is scaled.
+    _in("transformers.transformer_stable_audio3", "StableAudio3DiTModel", several=True, why=NO_IMAGE),
     _in("transformers.ace_step_transformer", "AceStepTransformer1DModel", why=NO_IMAGE),
     _in("transformers.transformer_longcat_audio_dit", "LongCatAudioDiTTransformer", why=NO_IMAGE),
     _in("transformers.transformer_minimax_music3", "MiniMaxMusic3Transformer1DModel", why=NO_IMAGE),
     _in("transformers.minimax_music3_rvq_depth_decoder", "MiniMaxMusic3RVQDepthDecoder", why=NO_IMAGE),
-    _in("transformers.t5_film_transformer", "T5FilmDecoder", why=NO_IMAGE),
+    _in(
+        "transformers.t5_film_transformer",
+        "T5FilmDecoder",
+        sites={"*.layer.0.attention": OWN, "*.layer.1.attention": CROSS},
+        why=NO_IMAGE,
+    ),
     _in("transformers.transformer_rfd4_proteina", "RFD4ProteinaTransformer", why=NO_IMAGE),
 ]
 # Video classes of which only this is declared: which layers attend to themselves, and which to something else.
@@ -254,11 +260,33 @@ ROLES_ONLY = [
         ),
     )
 ]  # fmt: skip
-TABLE = {layout.name: layout for layout in (*IMAGES, *ONE_FRAME, *NOTHING, *ROLES_ONLY)}
+# Classes of several kinds of tokens, of which too only that is declared.
+MIXED = [
+    # A layer's text attends to itself, then its frames to text and frames: two calls, each of which goes through a plan.
+    _in(
+        "transformers.transformer_cosmos3", "Cosmos3OmniTransformer", sites={"layers.*": JOINT}, several=True,
+        why=undeclared("Cosmos3OmniTransformer"),
+    ),
+    _in(
+        "transformers.transformer_kandinsky6", "Kandinsky6Transformer3DModel",
+        sites={"*_text_transformer_blocks.*": TEXT, "*.self_attention": OWN, "*cross_attention": CROSS},
+        why=undeclared("Kandinsky6Transformer3DModel"),
+    ),
+]  # fmt: skip
+TABLE = {layout.name: layout for layout in (*IMAGES, *ONE_FRAME, *NOTHING, *ROLES_ONLY, *MIXED)}
 # Processors whose attention never gets to torch's operator, by qualified name -> what to use instead.
 ELSEWHERE = {
     "diffusers.models.transformers.transformer_qwenimage21.QwenImage21FlexAttnProcessor": (
         "runs flex attention, which no patch can reach; call set_attn_processor(QwenImage21AttnProcessor()) first"
+    ),
+    "diffusers.models.transformers.transformer_anyflow_far.AnyFlowCausalAttnProcessor": (
+        "runs flex attention, which no patch can reach; this class has no other"
+    ),
+    "diffusers.models.transformers.transformer_kandinsky6_sr.Kandinsky6SRAttnProcessor": (
+        "runs flex attention over blocks that each call chooses, which no patch can reach; this class has no other"
+    ),
+    "diffusers.models.transformers.transformer_wan_animate_2.WanAnimate2AttnProcessor": (
+        "runs flex attention in the calls that paint, which no patch can reach; this class has no other"
     ),
 }
 

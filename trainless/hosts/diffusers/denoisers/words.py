@@ -22,8 +22,10 @@ CROSS = "cross"  # the image's as queries, others as keys
 TEXT = "text"
 REFERENCE = "reference"
 FRAMES = "frames"
+OWN = "own"  # what the class works on, where that is no image: sound, embeddings, residues
 ROLES = {
     IMAGE: "self", JOINT: "joint", OBJECTS: "self", CROSS: "cross", TEXT: "self", REFERENCE: "self", FRAMES: "self",
+    OWN: "self",
 }  # fmt: skip
 WITHOUT_IMAGE = {
     TEXT: "its tokens are text only, before text meets the image",

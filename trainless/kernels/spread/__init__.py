@@ -1,0 +1,5 @@
+"""Largest entries and entropies of the rows and columns of an attention that is never stored."""
+
+from .api import NAMES, Parts, spread, spread_of
+
+__all__ = ["NAMES", "Parts", "spread", "spread_of"]

@@ -1,0 +1,38 @@
+"""The meaning of ``spread``: dense, readable, in the dtype of its inputs (use float64)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from torch import Tensor, xlogy
+
+from ..common import Terms
+from ..lse.reference import logits, probabilities
+from ..visibility import Visibility
+
+
+def spread(
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    wanted: Collection[str],
+    *,
+    visibility: Visibility,
+    terms: Terms,
+    rows: Tensor | None = None,
+    heads: list[int] | None = None,
+) -> dict[str, Tensor]:
+    """See ``api.spread``; the sink of ``terms`` is inside lse already."""
+    p = probabilities(logits(query, key, visibility, terms), lse.to(query.dtype))
+    if rows is not None:
+        p = p * rows[:, None, :, None]
+    p = p if heads is None else p[:, heads]
+    mass = p.sum(2)
+    share = p / mass.masked_fill(mass == 0, 1)[:, :, None]
+    found = {
+        "row_entropy": -xlogy(p, p).sum(3),
+        "row_max": p.amax(3),
+        "column_max": p.amax(2),
+        "column_entropy": -xlogy(share, share).sum(2),
+    }
+    return {name: found[name] for name in wanted}
