@@ -27,7 +27,7 @@ from .extra_keys import merge_extra
 from .row_edits import move_edit, on_heads
 from .run import FEW_ROWS, Run
 from .softmax import probe
-from .spread import keep_spread, spread_of_rows, wanted_spread
+from .spread import SPREAD, keep_spread, spread_of_rows, wanted_spread
 
 
 def packed_softmax(
@@ -79,7 +79,8 @@ def _packed_few(run: Run, layer: PackedLayer, wanted: set[str], moves: tuple[Ent
         run.stats.column_mass = rows.sum(2)
         if run.adds_up(layer):
             layer.score(run.stats.column_mass, rows if layer.rows_apart() else None)
-    spread_of_rows(run, p, wanted)
+    if SPREAD & wanted:
+        spread_of_rows(run, p, wanted)
     if run.probed.index or run.times is not None:
         seen = None if lq == 1 else visibility(_seen(run, layer, 0, lq), causal=False, lq=lq, lk=p.shape[3])
         probe(run, layer, seen, None, p)

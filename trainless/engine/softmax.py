@@ -43,7 +43,7 @@ from .extra_keys import merge_extra
 from .patterns import Listed, Pattern, extra_of_image, fitted, through_lists, window_of
 from .row_edits import apply, apply_to, edited_rows, mass_of_groups, move_edit, on_heads
 from .run import FEW_ROWS, SAMPLED, Run
-from .spread import note_spread, spread_of_rows, wanted_spread
+from .spread import SPREAD, note_spread, spread_of_rows
 from .subset import only, over, without
 
 # Statistics that the shortest way of a decode step over kept tokens gives.
@@ -129,7 +129,7 @@ def _without_statistics(run: Run, asked: Asked) -> Tensor | None:
         run.why_not = _why_no_window(run, layer, asked.wanted, asked.dynamic, asked.edits)
         if not run.why_not:
             return _windowed(run, window, asked.extra)
-    return _listed(run, asked)
+    return _listed(run, asked) if asked.patterns else None
 
 
 def _listed(run: Run, asked: Asked) -> Tensor | None:
@@ -185,7 +185,8 @@ def _measured(run: Run, visible: Visibility, asked: Asked) -> Tensor:
         run.stats.lse = lse
     if "column_mass" in asked.wanted:
         _column_mass(run, asked.layer, visible, lse, options)
-    note_spread(run, visible, lse, asked.wanted)
+    if SPREAD & asked.wanted:
+        note_spread(run, visible, lse, asked.wanted)
     probe(run, asked.layer, visible, lse)
     subset = None
     for entry, chosen in _chosen_patterns(run, asked.dynamic):
@@ -276,7 +277,7 @@ def _windowed(run: Run, window: Window2d, extra: list[Any]) -> Tensor:
 def _together(run: Run, visible: Visibility, wanted: set[str], moves: tuple[Entry, ...]) -> bool:
     """Whether an edit that waits for the column mass is about to be asked for, and one sweep can prepare it."""
     # The sweep leaves out heads that nobody watches; a log-sum-exp is asked for whole.
-    if "column_mass" not in wanted or "lse" in wanted or wanted_spread(wanted):
+    if "column_mass" not in wanted or "lse" in wanted or SPREAD & wanted:
         return False
     waits = any("column_mass" in e.contribution.wanted(run.call, run.state(e)) for e in moves)
     return waits and not together_reasons(run.call.query, run.call.key, run.call.value, visible, run.terms())
@@ -534,7 +535,8 @@ def _few_rows(run: Run, visible: Visibility, asked: Asked) -> Tensor:
     run.kernel = "rows"
     if "column_mass" in asked.wanted:
         _mass_of_rows(run, layer, visible, probabilities)
-    spread_of_rows(run, probabilities, asked.wanted)
+    if SPREAD & asked.wanted:
+        spread_of_rows(run, probabilities, asked.wanted)
     probe(run, layer, visible, None, probabilities)
     if "lse" in asked.wanted:
         _, run.stats.lse = run.attention(visible)

@@ -10,6 +10,8 @@ from ..kernels.visibility import Visibility
 from ..seams import Statistics
 from .run import Run
 
+SPREAD = frozenset(NAMES)
+
 
 def wanted_spread(wanted: set[str]) -> tuple[str, ...]:
     """Those among ``wanted``, in a fixed order."""
