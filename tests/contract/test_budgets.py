@@ -41,20 +41,20 @@ METHODS: dict[str, tuple[dict[str, Any], Budget]] = {
         {"use": "head_gain", "with": {"gain": 0.9, "heads": [[0, 1]]}},
         Budget(1, 0, 19, 3.01),
     ),
-    "streaming": ({"use": "streaming", "with": {"recent": QUARTER}}, Budget(2, 0, 52, 1.45)),
+    "streaming": ({"use": "streaming", "with": {"recent": QUARTER}}, Budget(2, 0, 54, 1.45)),
     "streaming, rolled": (
         {"use": "streaming", "with": {"recent": QUARTER, "positions": "rolled"}},
         Budget(63, 0, 51, 12.5),
     ),
-    "h2o": ({"use": "h2o", "with": {"heavy": QUARTER / 2, "recent": QUARTER / 2}}, Budget(2, 0, 52, 1.5)),
-    "tova": ({"use": "tova", "with": {"capacity": QUARTER}}, Budget(2, 0, 52, 1.5)),
-    "snapkv": ({"use": "snapkv", "with": {"capacity": QUARTER}}, Budget(2, 0, 52, 1.45)),
+    "h2o": ({"use": "h2o", "with": {"heavy": QUARTER / 2, "recent": QUARTER / 2}}, Budget(2, 0, 54, 1.5)),
+    "tova": ({"use": "tova", "with": {"capacity": QUARTER}}, Budget(2, 0, 54, 1.5)),
+    "snapkv": ({"use": "snapkv", "with": {"capacity": QUARTER}}, Budget(2, 0, 54, 1.45)),
     "act": (
         {"use": "act", "with": {"skip_layers": 0, "heads": "all", "theta": 1e-3}},
-        Budget(22, 0, 131, 10.5),
+        Budget(22, 0, 134, 10.5),
     ),
-    "kvquant": ({"use": "kvquant", "with": {"group": 16, "residual": 16}}, Budget(30, 0, 138, 0.45)),
-    "zipcache": ({"use": "zipcache"}, Budget(112, 1, 448, 0.3)),
+    "kvquant": ({"use": "kvquant", "with": {"group": 16, "residual": 16}}, Budget(30, 0, 140, 0.45)),
+    "zipcache": ({"use": "zipcache"}, Budget(112, 1, 452, 0.3)),
 }
 EVERY = os.environ.get("TRAINLESS_ALL") == "1"
 PADDED = METHODS if EVERY else ("head_gain", "h2o", "kvquant")

@@ -56,7 +56,7 @@ PLAIN = -1  # a middle width that stands for "f is the identity"
 
 
 @dataclass(frozen=True)
-class Listed:
+class ListedLayer:
     """One entry of a publication's list: its number there, the layer, and what it was made for."""
 
     index: int
@@ -166,7 +166,7 @@ def _name(site: Site) -> str:
     return str(site.facts.get("local", site.name))
 
 
-def _listed(source: Distilled) -> dict[str, Listed]:
+def _listed(source: Distilled) -> dict[str, ListedLayer]:
     """The publication's list by layer name; InputError when its config is not of this format."""
     given = source.config.get("modules_list")
     if not isinstance(given, list) or not given:
@@ -178,7 +178,7 @@ def _listed(source: Distilled) -> dict[str, Listed]:
     for index, item in enumerate(given):
         try:
             sizes = (int(item["dim_n"]), int(item["heads"]), int(item["projection_mid_dim"]))
-            entry = Listed(index, str(item["module_name"]), *sizes)
+            entry = ListedLayer(index, str(item["module_name"]), *sizes)
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(
                 f"{source.path}: entry {index} of modules_list is malformed ({error!r})"
@@ -189,7 +189,7 @@ def _listed(source: Distilled) -> dict[str, Listed]:
     return found
 
 
-def _fits(entry: Listed, site: Site, method: str) -> None:
+def _fits(entry: ListedLayer, site: Site, method: str) -> None:
     """InputError unless the layer has the heads and the width that its weights were made for."""
     shape = shape_at(site, "to_q.weight")
     width = None if shape is None else shape[1]
