@@ -9,7 +9,7 @@ steps of times that were measured next to each other. Compiled variants decode o
 ``torch.compile(fullgraph=True)``: a graph break would be an error. Before anything is timed, the logits of compiled
 steps are compared with those of the same patch without the compiler on a dynamic cache; a variant that differs is
 withheld. "same size": the slots are as many as the static cache has; "quarter": a quarter of the prompt is kept.
-Results: benchmarks/results/compiled-decode-<dtype>-<cpu>.json and .md.
+Results: benchmarks/results/compiled-decode-<dtype>-<tokens>-<cpu>.json and .md.
 """
 
 from __future__ import annotations
@@ -175,14 +175,10 @@ def main() -> None:
     facts = about() | {"model": options.model, "options": vars(options)}
     with torch.no_grad():
         for dtype in options.dtypes:
-            claims = [
-                c
-                for n in options.tokens
-                for c in measured(options.model, dtype, n, options.steps, options.only)
-            ]
-            write(
-                f"compiled-decode-{dtype}", "Compiled decode steps, patched and stock", facts, claims, NOTES
-            )
+            for tokens in options.tokens:
+                claims = measured(options.model, dtype, tokens, options.steps, options.only)
+                name = f"compiled-decode-{dtype}-{tokens}"
+                write(name, "Compiled decode steps, patched and stock", facts, claims, NOTES)
 
 
 if __name__ == "__main__":

@@ -73,5 +73,6 @@ print("the stock model's bits are back:", torch.equal(logits(), stock))
 #   calls    15 passed, 15 acted on
 #   kernels  rows of groups ×6, rows ×9
 # note: var: prompts stay eager under torch.compile, since they are looked over
-#   whole; later tokens, one at a time on a static cache, are compiled
+#   whole; later tokens, one at a time on a static cache that the method can use,
+#   are compiled
 # the stock model's bits are back: True

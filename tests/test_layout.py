@@ -160,3 +160,13 @@ def test_the_core_knows_no_method() -> None:
         if more := names_in(file.read_text(encoding="utf-8")) - own - classes - aliases:
             strangers[file.name] = more
     assert not strangers
+
+
+def test_the_name_of_a_class_has_one_meaning():
+    named: dict[str, list[str]] = {}
+    for file in FILES:
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef):
+                named.setdefault(node.name, []).append(str(file.relative_to(PACKAGE)))
+    twice = {name: files for name, files in named.items() if len(files) > 1}
+    assert not twice

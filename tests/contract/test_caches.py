@@ -270,6 +270,9 @@ def test_what_came_in_a_pause_can_be_taken_back(method):
     patch, cache = trainless.patch(model, method, **given), DynamicCache()
     _steps(model, cache, ids, 0, (14, 1), mask)
     assert not cache.is_croppable
+    does = "packs" if method == "kvquant" else "evicts"
+    with pytest.raises(trainless.Unsupported, match=f"^{method}: this cache {does}, so tokens cannot"):
+        cache.crop(-1)
     with patch.paused():
         want = _steps(model, copy.deepcopy(cache), ids, 15, (1, 2), mask)
         assert cache.is_croppable

@@ -193,3 +193,30 @@ def test_sampling_and_several_sequences(case: Case):
 
     first, second = draw(), draw()
     assert first.sequences.shape[0] == 3 and torch.equal(first.sequences, second.sequences)
+
+
+class _Gone:
+    """A streamer whose reader went away."""
+
+    calls = 0
+
+    def put(self, value):
+        self.calls += 1
+        if self.calls > 3:
+            raise BrokenPipeError
+
+    def end(self):
+        pass
+
+
+@pytest.mark.parametrize("more", [{}, {"cache_implementation": "static", "disable_compile": True}])
+def test_generation_that_a_streamer_has_ended_leaves_nothing_behind(more):
+    model, ids = _model(), models.prompt(16)
+    stock = _generate(model, ids).sequences
+    with trainless.patched(model, "h2o", heavy=3, recent=2):
+        want = _generate(model, ids).sequences
+        for _ in range(2):
+            with pytest.raises(BrokenPipeError):
+                _generate(model, ids, streamer=_Gone(), **more)
+            assert torch.equal(_generate(model, ids, **more).sequences, want)
+    assert torch.equal(_generate(model, ids).sequences, stock)

@@ -32,6 +32,9 @@ STEPS, FEW = 5, 2  # tokens of a row, and of a padded batch
 ROW, SHORT = 24, 15
 
 
+Given = Callable[[Any, dict[str, Tensor]], dict[str, Tensor]]
+
+
 @dataclass(frozen=True)
 class Try:
     """A method as it is tried. rule: the oracle's, from the sites that it acts on; cache: whether it touches what a
@@ -107,10 +110,10 @@ class Texts:
     turned: bool  # the same of tests/oracle/dense.py
 
 
-def texts(model: Any) -> Texts:
+def texts(model: Any, given: Given = lambda model, batch: batch) -> Texts:
     """Raises whatever the stock model raises."""
-    row, short = zoo.padded(zoo.prompt(ROW)), zoo.padded(zoo.prompt(SHORT, 2))
-    batch = zoo.padded(zoo.prompt(ROW), zoo.prompt(SHORT, 2))
+    row, short = given(model, zoo.padded(zoo.prompt(ROW))), given(model, zoo.padded(zoo.prompt(SHORT, 2)))
+    batch = given(model, zoo.padded(zoo.prompt(ROW), zoo.prompt(SHORT, 2)))
     stock = logits(model, row)
     if not bool(torch.isfinite(stock).all()):
         raise ArithmeticError("its logits are not finite")
@@ -150,9 +153,11 @@ def forgetful(model: Any) -> Any:
 
 def logits(model: Any, batch: dict[str, Tensor], tokens: int = STEPS, cache: Any = None) -> Tensor:
     given = dict(batch) if cache is None else {**batch, "past_key_values": cache}
+    if model.generation_config.pad_token_id != 0:
+        given["pad_token_id"] = 0
     with torch.no_grad():
         found = model.generate(
-            **given, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0, use_cache=True,
+            **given, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, use_cache=True,
             return_dict_in_generate=True, output_logits=True,
         )  # fmt: skip
     return torch.stack(found.logits, 1)
@@ -170,8 +175,11 @@ def off(got: Tensor, want: Tensor) -> float:
     return worst
 
 
-def line_of(kind: str, build: Callable[..., Any], **given: Any) -> dict[str, Any]:
+def line_of(
+    kind: str, build: Callable[..., Any], inputs: Given = lambda model, batch: batch, **given: Any
+) -> dict[str, Any]:
     """The line of a model type; every value is text. ``build`` raises ValueError where nothing small can be made.
+    ``inputs``: a model and a batch of prompts -> what its ``generate`` is given.
 
     A float64 model if it runs as one: some compute in float32 whatever they are given.
     """
@@ -182,7 +190,7 @@ def line_of(kind: str, build: Callable[..., Any], **given: Any) -> dict[str, Any
         except ValueError as error:
             return {"family": kind, "not built": one_line(str(error).removeprefix(f"{kind}: "), 200)}
         try:
-            found = found_on(model)
+            found = found_on(model, inputs=inputs)
         except Exception as error:  # what the stock model raises
             why = one_line(f"it does not run: {type(error).__name__}: {error}", 200)
             continue
@@ -198,8 +206,10 @@ def line_of(kind: str, build: Callable[..., Any], **given: Any) -> dict[str, Any
     return {"family": kind, "not built": why}
 
 
-def found_on(model: Any, only: Sequence[str] | None = None) -> Found:
-    t, found = texts(model), Found()
+def found_on(
+    model: Any, only: Sequence[str] | None = None, inputs: Given = lambda model, batch: batch
+) -> Found:
+    t, found = texts(model, inputs), Found()
     for method in methods() if only is None else only:
         found.outcomes[method] = _outcome(t, method, found.held)
     if not torch.equal(logits(t.model, t.row), t.stock):

@@ -1,4 +1,7 @@
-"""Vision-language models: every class that transformers lists for text from images, on prompts of text."""
+"""Vision-language models: every class that transformers lists for text from images, on prompts of text.
+
+Those that take no prompt without an image are given one; nothing of it stands in the prompt.
+"""
 
 from __future__ import annotations
 
@@ -14,4 +17,4 @@ def names() -> list[str]:
 
 
 def line(kind: str) -> dict[str, Any]:
-    return line_of(kind, zoo.build)
+    return line_of(kind, zoo.build, lambda model, batch: zoo.given(kind, model, batch))

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as CLASSES
 
@@ -21,6 +21,7 @@ from .decoder_zoo import VOCAB, _randomise
 
 LARGEST = 20_000_000  # parameters; towers of fixed widths count
 LAYERS = 4
+BEGUN = 24  # tokens that a decoder beside an encoder is given, so that its cache has something to choose from
 TOWERS = ("vision", "vq", "qformer", "perceiver", "audio", "visual", "image", "projector", "sam")
 COUNTS = (
     "num_hidden_layers", "encoder_layers", "decoder_layers", "n_layer", "num_layers", "depth", "encoder_num_layers",
@@ -67,6 +68,15 @@ MORE: dict[str, dict[str, Any]] = {
     **{kind: {"num_key_value_heads": 4} for kind in ("kimi_k25", "glm5_next", "hy_v4_vl", "mistral_large4")},
     "ernie4_5_vl_moe": {"moe_intermediate_size": [16, 16], "rope_parameters": ROPE},
     "step3p7": {"sliding_window": 8, "num_sliding_attention_heads": 4},
+}  # fmt: skip
+
+
+# Those whose ``generate`` wants an image with every prompt.
+SEEING = ("blip", "blip-2", "idefics", "instructblip", "instructblipvideo")
+PAGE = "an encoder of images and a decoder of text; it takes no prompt of text"
+UNBUILT = {
+    "diffusion_gemma": "it denoises blocks of text, over a cache that another stack has filled",
+    "pix2struct": PAGE, "pp_formulanet": PAGE, "vision-encoder-decoder": PAGE,
 }  # fmt: skip
 
 
@@ -126,6 +136,9 @@ AROUND: dict[str, tuple[str, dict[str, Any]]] = {
 PLAIN = "mistral4"  # listed among those that see, by a class that does not
 # Fields without which a config does not make a model.
 GIVEN: dict[str, dict[str, Any]] = {
+    **{kind: {"image_token_index": VOCAB} for kind in ("blip-2", "instructblip")},
+    "instructblipvideo": {"video_token_index": VOCAB},
+    "udop": {"num_layers": LAYERS, "num_decoder_layers": LAYERS},
     "chameleon": {
         "vocabulary_map": {"<image>": VOCAB, "IMGIMGBZ": VOCAB + 1},
         "vq_config": {"base_channels": 32, "latent_channels": 32, "embed_dim": 8, "num_embeddings": 8},
@@ -138,6 +151,11 @@ GIVEN: dict[str, dict[str, Any]] = {
     "emu3": {
         "vocabulary_map": {"<image>": VOCAB, "<|extra_200|>": VOCAB + 1, "<|visual token 000000|>": VOCAB + 2},
         "vq_config": {"base_channels": 32, "hidden_size": 32, "codebook_size": 8},
+    },
+    "florence2": {
+        "vision_config": {
+            "depths": [1] * 4, "embed_dim": [8, 8, 16, 16], "num_heads": [1, 1, 2, 2], "num_groups": [1, 1, 2, 2],
+        },
     },
     "granite4_vision": {
         "downsample_rate": "1/2", "deepstack_layer_map": [[-1, 1]], "spatial_target_layers": [0, 1, 2, 3],
@@ -160,6 +178,9 @@ def config_of(kind: str) -> Any:
         config = CONFIG_MAPPING[kind](**GIVEN.get(kind, {}))
         _shrink(config, tower=False)
     _number(config)
+    for _, part in _nested(config):
+        if kind in SEEING and hasattr(part, "encoder_hidden_size"):
+            part.encoder_hidden_size = MOST["hidden_size"]
     text = config.get_text_config(decoder=True)
     for name, value in MORE.get(kind, {}).items():
         setattr(text, name, value)
@@ -212,11 +233,11 @@ def _number(config: Any) -> None:
 def build(kind: str, *, dtype: torch.dtype = torch.float64, seed: int = 0) -> Any:
     """A tiny model of this model type. Raises ValueError where its config cannot be made small this way."""
     torch.manual_seed(seed)
+    if kind in UNBUILT:
+        raise ValueError(f"{kind}: {UNBUILT[kind]}")
     try:
         config = config_of(kind)
         cls = getattr(transformers, CLASSES[kind])
-        if config.is_encoder_decoder:
-            raise ValueError("an encoder and a decoder; not tried here")
         with torch.device("meta"):
             count = sum(p.numel() for p in cls(config).parameters())
         if count > LARGEST:
@@ -231,4 +252,43 @@ def build(kind: str, *, dtype: torch.dtype = torch.float64, seed: int = 0) -> An
     model = nn.Module.to(model, dtype).eval().requires_grad_(False)
     generation = model.generation_config
     generation.eos_token_id, generation.pad_token_id, generation.cache_implementation = None, 0, None
+    if config.is_encoder_decoder and generation.decoder_start_token_id is None:
+        generation.decoder_start_token_id = IDS["bos_token_id"]
     return model
+
+
+def _side(model: Any) -> int:
+    size = model.config.vision_config.image_size
+    return size if isinstance(size, int) else size[0]
+
+
+def _pixels(model: Any, *shape: int) -> Tensor:
+    side, generator = _side(model), torch.Generator().manual_seed(7)
+    pixels = torch.randn(*shape, 3, side, side, generator=generator, dtype=torch.float64)
+    return pixels.to(next(model.parameters()).dtype)
+
+
+def given(kind: str, model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A prompt with what its ``generate`` takes beside it: those that cannot do without an image get the same in each
+    row, and none of its tokens in the prompt."""
+    rows, length = batch["input_ids"].shape
+    if model.config.is_encoder_decoder:
+        begun = decoder_zoo.prompt(BEGUN, 5).expand(rows, -1)
+        batch = {**batch, "decoder_input_ids": begun}
+    if kind == "udop":  # where each word stands on the page
+        places = torch.linspace(0, 0.9, 4 * length).reshape(1, length, 4).expand(rows, -1, -1)
+        return {**batch, "bbox": places}
+    if kind not in SEEING:
+        return batch
+    if kind == "idefics":
+        seen = torch.ones(rows, length, 1, dtype=torch.long)
+        return {
+            **batch,
+            "pixel_values": _pixels(model, 1, 1).expand(rows, -1, -1, -1, -1),
+            "image_attention_mask": seen,
+        }
+    frames = (2,) if kind == "instructblipvideo" else ()
+    more = {"pixel_values": _pixels(model, 1, *frames).expand(rows, *[-1] * (3 + len(frames)))}
+    if kind.startswith("instructblip"):
+        more["qformer_input_ids"] = torch.arange(3, 7).expand(rows, -1)
+    return {**batch, **more}

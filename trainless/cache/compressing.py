@@ -116,6 +116,11 @@ class CompressingLayer(Choosing):
             )
         self.record_past = True
 
+    @property
+    def does(self) -> str:
+        """What it does to tokens that cannot be undone later."""
+        return "evicts"
+
     def crop(self, tokens_to_remove: int) -> None:
         count = -tokens_to_remove
         if count < 0:
@@ -128,9 +133,8 @@ class CompressingLayer(Choosing):
             if not ((self.record_past and self.active) or count <= self.idle):
                 names = " and ".join(sorted({lease.name for lease in self.leases}))
                 raise Unsupported(
-                    f"{names}: tokens of this cache were dropped or packed when their call was over, so they cannot be "
-                    "taken back unless it records its past: call cache.activate_past_recording() before the forward "
-                    "whose tokens you may crop"
+                    f"{names}: this cache {self.does}, so tokens cannot be taken back unless it records its "
+                    "past: call cache.activate_past_recording() before the forward whose tokens you may crop"
                 )
             tail = self.pending.shape[2] if self.pending is not None else 0
             if self.policy.last:

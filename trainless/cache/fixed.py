@@ -105,6 +105,11 @@ class FixedLayer(Freezing):
 
     # ------------------------------------------------------------------ a step
 
+    @property
+    def aged(self) -> Tensor:
+        assert self.fixed is not None
+        return self.fixed.age
+
     def steps(self, rows: int, evictor: Any, packer: Any) -> bool:
         room = self.capacity is not None or not self.policy.once or self._seen < self.until
         return room and super().steps(rows, evictor, packer)

@@ -175,6 +175,11 @@ class FixedEvictingLayer(FixedPackedLayer):
 
     # ------------------------------------------------------------------ a step
 
+    @property
+    def aged(self) -> Tensor:
+        assert self.marks is not None
+        return self.marks.age
+
     def attend(
         self,
         query: Tensor,

@@ -174,6 +174,11 @@ class FixedPackedLayer(Freezing, PackedLayer):
         room = self.capacity is not None or self._seen < self.until
         return room and super().steps(rows, evictor, packer)
 
+    @property
+    def aged(self) -> Tensor:
+        assert self.fixed is not None
+        return self.fixed.age
+
     def attend(
         self,
         query: Tensor,

@@ -35,7 +35,7 @@ class FixedTiersLayer(FixedPackedLayer):
         self.places: tuple[Tensor, Tensor] | None = (
             None  # (B, Hkv, slots) int32: positions of codes, per tier
         )
-        self.aged: Tensor | None = None  # (B,) int32: real tokens seen
+        self._aged: Tensor | None = None  # (B,) int32: real tokens seen
         super()._clear()
 
     @staticmethod
@@ -97,13 +97,13 @@ class FixedTiersLayer(FixedPackedLayer):
         # The runs come back in this order: slots are counted by it.
         self.at = [next((n for n, r in enumerate(self.store.runs) if r is own), LAST) for own in mine]
         self._fill_ring(tiers[0])
-        self.aged = torch.tensor(self.ages, dtype=torch.int32, device=self.tail.device)
-        self.residual = torch.zeros_like(self.aged)
+        self._aged = torch.tensor(self.ages, dtype=torch.int32, device=self.tail.device)
+        self.residual = torch.zeros_like(self._aged)
         self.store.runs, self.tail, self.high = [], None, None
         self.fixed, self.low = tiers
         self.places, self.others = (places[0], places[1]), others
         self.keys, self.values = self.fixed.tail_key, self.fixed.tail_value
-        self._froze(self.aged)
+        self._froze(self._aged)
 
     def _apart(self, run: StoredRun) -> FixedPacked:
         """The codes of a run to which nothing is added; which slots hold a token its positions say."""
@@ -124,12 +124,12 @@ class FixedTiersLayer(FixedPackedLayer):
         return made
 
     def thaw(self) -> None:
-        fixed, low, aged = self.fixed, self.low, self.aged
+        fixed, low, aged = self.fixed, self.low, self._aged
         if fixed is None or low is None or aged is None:
             return
         assert self.places is not None
         places, others = self.places, self.others
-        self.fixed = self.low = self.residual = self.aged = self.places = None
+        self.fixed = self.low = self.residual = self._aged = self.places = None
         self.others = []
         ages = aged.tolist()
         self._thaws(ages, list(ages))
@@ -156,6 +156,11 @@ class FixedTiersLayer(FixedPackedLayer):
 
     # ------------------------------------------------------------------ a step
 
+    @property
+    def aged(self) -> Tensor:
+        assert self._aged is not None
+        return self._aged
+
     def attend(
         self,
         query: Tensor,
@@ -167,7 +172,7 @@ class FixedTiersLayer(FixedPackedLayer):
         sinks: Tensor | None = None,
         rotate: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> Tensor:
-        fixed, low, new, aged = self.fixed, self.low, self.new, self.aged
+        fixed, low, new, aged = self.fixed, self.low, self.new, self._aged
         assert fixed is not None and low is not None and new is not None and aged is not None
         self.new = None
         if real is None:
@@ -200,7 +205,7 @@ class FixedTiersLayer(FixedPackedLayer):
     def _pack_chunk(self, p: Tensor, due: Tensor) -> None:
         """Pack the ring of the rows that are ``due``, by probabilities p (B, H, slots) of the newest token."""
         fixed, low = self.fixed, self.low
-        assert fixed is not None and low is not None and self.places is not None and self.aged is not None
+        assert fixed is not None and low is not None and self.places is not None and self._aged is not None
         b, hkv, ring, _ = fixed.tail_key.shape
         number = torch.arange(ring, device=p.device)
         place = ((fixed.packed[:, None] + number) % ring)[:, None].expand(b, hkv, ring)
@@ -213,7 +218,7 @@ class FixedTiersLayer(FixedPackedLayer):
         # The highest first; among equals the newer one.
         best = ring - 1 - score.flip(2).sort(dim=2, descending=True, stable=True).indices
         root = channel_root(values)[:, :, None]
-        counted = (self.aged[:, None] - ring + number)[:, None].expand(b, hkv, ring)
+        counted = (self._aged[:, None] - ring + number)[:, None].expand(b, hkv, ring)
         for tier, (held, start) in enumerate(((fixed, 0), (low, fixed.size))):
             chosen = best[:, :, start : start + held.size].sort(dim=2).values
             k, v = (t.gather(2, chosen[..., None].expand(*chosen.shape, t.shape[3])) for t in (keys, values))
@@ -239,9 +244,9 @@ class FixedTiersLayer(FixedPackedLayer):
     # ------------------------------------------------------------------ what there is
 
     def _buffers(self) -> list[Tensor]:
-        if self.low is None or self.aged is None or self.places is None:
+        if self.low is None or self._aged is None or self.places is None:
             return []
-        held = [*super()._buffers(), *self.low.tensors().values(), *self.places, self.aged]
+        held = [*super()._buffers(), *self.low.tensors().values(), *self.places, self._aged]
         for other, run in self.others:
             held += [*other.tensors().values(), run.positions]
         return held
@@ -254,7 +259,7 @@ class FixedTiersLayer(FixedPackedLayer):
 
     @property
     def width(self) -> int:
-        return super().width if self.aged is None else int(self.aged.max())
+        return super().width if self._aged is None else int(self._aged.max())
 
 
 def _full(run: StoredRun) -> bool:

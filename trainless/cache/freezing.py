@@ -125,6 +125,28 @@ class Freezing(CompressingLayer):
             )
         self.shown = padding.sum(1)
 
+    @property
+    def aged(self) -> Tensor:
+        """(B,): real tokens seen, on the device, while frozen."""
+        raise NotImplementedError
+
+    def check_shown(self, mask: Any) -> None:
+        """In compiled code, what ``refuse_hidden`` is outside of it: a check on the device, a RuntimeError there.
+
+        mask: of the step under way, before its token has been counted; anything but a tensor hides nothing.
+        """
+        newest = self._told(mask)
+        if newest is None:
+            return
+        shown = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        columns = shown if shown.dim() == 2 else shown.flatten(1, -2).any(1)
+        earlier = columns.sum(1) - newest.long()
+        torch._assert_async(
+            ((earlier >= self.aged) | ~newest).all(),
+            f"{self.lease.name}: a mask hides earlier tokens which were no padding when they came, and the cache is one "
+            "that drops or packs keys; start a new cache, or show them",
+        )
+
     def _buffers(self) -> Sequence[Tensor]:
         """Every tensor that is held while frozen, the batch first in each."""
         raise NotImplementedError

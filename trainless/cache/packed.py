@@ -70,6 +70,10 @@ class PackedLayer(CompressingLayer):
         return {self.lease, self.packer}
 
     @property
+    def does(self) -> str:
+        return "evicts and packs" if self.lease.terms else "packs"
+
+    @property
     def evicted(self) -> bool:
         """Whether slots are no longer columns."""
         return self.tail is not None

@@ -44,7 +44,7 @@ def check_budget(name: str, budget: Any) -> None:
 
 
 @dataclass(frozen=True)
-class Parts:
+class BudgetParts:
     """What a budget comes to for one row, in tokens: in all, first and last ones, and the rows that score."""
 
     total: int
@@ -140,18 +140,18 @@ class Evict:
             return length
         return self.parts(length).total + (length if self.protect else 0)
 
-    def parts(self, length: int) -> Parts:
+    def parts(self, length: int) -> BudgetParts:
         """The budget of a row with a prompt of ``length`` tokens; the given ones come on top of it under ``protect``."""
         sinks, recent, heavy = (tokens_of(b, length) for b in (self.sinks, self.recent, self.heavy))
         if self.protect:
             sinks = 0  # they are among those that never go
         if self.capacity is None:
-            return Parts(max(1, sinks + recent + heavy), sinks, recent, self.last)
+            return BudgetParts(max(1, sinks + recent + heavy), sinks, recent, self.last)
         total = max(1, tokens_of(self.capacity, length))
         if isinstance(self.capacity, float):
             half = total // 2
-            return Parts(total, min(sinks, half), min(recent, half), min(self.last, max(1, half)))
-        return Parts(max(total, min(length, sinks + recent)), sinks, recent, self.last)
+            return BudgetParts(total, min(sinks, half), min(recent, half), min(self.last, max(1, half)))
+        return BudgetParts(max(total, min(length, sinks + recent)), sinks, recent, self.last)
 
     @property
     def fixed(self) -> int:

@@ -26,6 +26,8 @@ ALWAYS = frozenset(
     "RobertaPreLayerNormCrossAttention T5GemmaCrossAttention VJEPA2PoolerCrossAttention XCLIPCrossAttention "
     "XLMRobertaCrossAttention XLMRobertaXLCrossAttention XmodCrossAttention".split()
 )
+# Those whose softmax goes over their own keys and others' together.
+MERGED = frozenset({"T5Gemma2MergedAttention"})
 _T5 = ("EncDecAttention",)
 _MASKS = ("cross_attn_token_to_image", "cross_attn_image_to_token", "final_attn_token_to_image")
 _PROMPTS = ("cross_attn", "text_cross_attn", "vision_cross_attn", "prompt_cross_attn")
@@ -52,6 +54,8 @@ def role(name: str, module: nn.Module, around: Iterable[tuple[str, nn.Module]] =
     """self or cross, of the attention ``module``; ``around``: the pretrained models that it stands in, by name."""
     if getattr(module, "is_cross_attention", False):
         return "cross"
+    if merged(module):
+        return "self"
     parameters = inspect.signature(type(module).forward).parameters
     if any(n in parameters and parameters[n].default is inspect.Parameter.empty for n in OTHERS):
         return "cross"
@@ -62,6 +66,11 @@ def role(name: str, module: nn.Module, around: Iterable[tuple[str, nn.Module]] =
         return "self"
     # The module stands under its place, or one level below it.
     return "cross" if cls in ALWAYS or set(PLACES.get(cls, ())) & set(name.split(".")[-2:]) else "self"
+
+
+def merged(module: nn.Module) -> bool:
+    """Whether the attention reads its own keys and an encoder's in one softmax."""
+    return _published(type(module)) in MERGED
 
 
 def assumed(module: nn.Module) -> bool:

@@ -228,9 +228,11 @@ def _stepped(
     runtime.settled = layer.counters
     around = inputs.noted(runtime)
     padding = around.padding if around is not None else None
-    if around is not None and padding is not None and not around.looked:
+    if around is not None and not around.looked:
         around.looked = True  # once for all layers
-        layer.refuse_hidden(padding)
+        shown = around.shown()
+        if shown is not None:
+            layer.refuse_hidden(shown)
     real = None if padding is None else padding[:, -1].bool()
     given = query, key, value, mask, scaling, dropout, kwargs
     return traced.straight(runtime, _user_function, layer, module, *given, real)

@@ -84,6 +84,16 @@ class Noted:
             return None
         return None if bool(real.all()) else real
 
+    def shown(self) -> Tensor | None:
+        """(B, tokens) bool: what the newest token sees, by whichever mask was given; None where all is seen."""
+        if self.padding is not None:
+            return self.padding.bool()
+        mask = self.custom
+        if not isinstance(mask, Tensor) or mask.dim() != 4:
+            return None
+        row = mask[..., -1, :]
+        return (row if row.dtype == torch.bool else row > torch.finfo(row.dtype).min / 2).any(1)
+
     def several(self) -> bool:
         """Whether a row holds several sequences: positions start anew, or a mask hides what causality shows."""
         if self._several is None:

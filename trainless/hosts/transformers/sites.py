@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from ...errors import Unsupported
 from ...seams import Site
 from .contract import CACHE, REGISTRY, problem
-from .cross import assumed
+from .cross import assumed, merged
 from .dispatch import compares, dispatches, passes, unmatched
 from .families import Family, family_of
 from .images import missing_images, pretrained
@@ -66,6 +66,10 @@ def _refuse(model: nn.Module, family: str) -> None:
 def _refusal(module: nn.Module) -> str | None:
     """Why no patch can stand here: the module computes what ours would not."""
     cls = type(module)
+    if merged(module):
+        return (
+            f"{cls.__name__} reads its own keys and the encoder's in one softmax, which no patch tells apart"
+        )
     # GPT-2 looks at the name only to upcast, where it is configured to.
     if getattr(module, "reorder_and_upcast_attn", True) and compares(cls):
         return (

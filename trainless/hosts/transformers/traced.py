@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from ...cache import Freezing, StaticStatefulMixin
 from ...engine.row_steps import edited_row
@@ -159,6 +159,8 @@ def straight(
     elif layer is None:
         out, weights = function(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
     else:
+        if torch.compiler.is_compiling():
+            layer.check_shown(mask)
         out = layer.attend(
             query, mask, real=real, scale=scaling, softcap=kwargs.get("softcap"), sinks=kwargs.get(SINKS),
             rotate=runtime.rotate if ready.rolled else None,
@@ -171,6 +173,10 @@ def straight(
 def _layer(module: nn.Module, kwargs: dict[str, Any]) -> Any:
     index = index_of(module, kwargs)
     for given in kwargs.values():
+        if isinstance(given, EncoderDecoderCache):
+            given = (
+                given.self_attention_cache
+            )  # a call over the encoder's keys is none that is traced or frozen
         if isinstance(given, Cache) and index is not None and index < len(given.layers):
             return given.layers[index]
     return None
