@@ -91,7 +91,7 @@ def softmax(
             f"{run.runtime.site.name}: attention dropout is on (training mode) and a patch edits this "
             "attention; call model.eval() or remove the patch"
         )
-    if layer is not None and layer.evicted and any(isinstance(p, Listed) for p in patterns):
+    if patterns and layer is not None and layer.evicted and any(isinstance(p, Listed) for p in patterns):
         raise Unsupported(
             f"{layer.lease.name}: {run.runtime.site.name} has a pattern of blocks or spans, which count keys by their "
             "place, and its cache has dropped keys; give the two different layers"
