@@ -18,13 +18,13 @@ import trainless
 from trainless.cache import CompressingLayer
 from trainless.engine import attention, softmax
 from trainless.engine import row_edits as rows
+from trainless.engine.prepared import Prepared
 from trainless.engine.run import Run
 from trainless.hosts.modules import inputs
 from trainless.hosts.transformers import calls as transformers_calls
 from trainless.patch import handle
 from trainless.patchers import Method
 from trainless.seams import (
-    AttentionPlan,
     Contribution,
     ExtraKeys,
     Form,
@@ -120,14 +120,14 @@ def test_a_value_that_nobody_asks_for_is_found(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_constant_factor_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    own = AttentionPlan.__init__
+    own = Prepared.__init__
 
-    def wrong(self: AttentionPlan, entries: Any) -> None:
-        own(self, entries)
-        self.constant = None if self.constant is None else self.constant * 1.05
+    def wrong(self: Prepared, *given: Any, **named: Any) -> None:
+        own(self, *given, **named)
+        self.factor *= 1.05 if self.factor != 1.0 else 1.0
 
     made = trainless.patch(llama(), "attn_temperature", temperature=0.7)
-    monkeypatch.setattr(AttentionPlan, "__init__", wrong)
+    monkeypatch.setattr(Prepared, "__init__", wrong)
     assert "result" in failures(made.verify())
 
 
