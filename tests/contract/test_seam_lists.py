@@ -150,9 +150,34 @@ def test_spans_where_nothing_is_causal_are_refused():
             model(torch.arange(1, 21)[None])
 
 
-def test_a_cache_that_has_dropped_keys_is_refused_by_name():
+@pytest.mark.parametrize("kind", ["spans", "pairs"])
+def test_a_cache_that_has_dropped_keys_is_refused_by_name(kind):
     model = build("llama", layers=1)
-    with registered(_method("spans")), trainless.patched(model, "h2o", heavy=4, recent=3):
-        with trainless.patched(model, "toy_lists"):
-            with pytest.raises(trainless.Unsupported, match=r"h2o: .* blocks or spans, which count keys by"):
+    pairs = toy("lists", lambda site: [seams.Pattern(lambda *_: seams.Pairs(lambda q, k: q - k < 4))])
+    with registered(_method("spans") if kind == "spans" else pairs):
+        with trainless.patched(model, "h2o", heavy=4, recent=3), trainless.patched(model, "toy_lists"):
+            with pytest.raises(
+                trainless.Unsupported, match=r"h2o: .* has a static pattern, which knows keys by"
+            ):
                 _run(model, False, CALLS)
+
+
+def test_scales_are_told_how_many_keys_each_head_and_row_sees():
+    """Extra keys that differ by batch row and head."""
+    seen = []
+    shown = torch.rand(2, 4, 12, 3, generator=torch.Generator().manual_seed(0)) < 0.5
+
+    def extra(call, *_):
+        key = torch.zeros(2, call.key.shape[1], 3, call.key.shape[3], dtype=call.key.dtype)
+        return seams.ExtraKeys(key, key, visible=shown)
+
+    def scale(call, *_):
+        seen.append(call.facts["visible_keys"])
+        return 1.0
+
+    model = build("llama", layers=1)
+    with registered(toy("lists", lambda site: [seams.Keys(extra), seams.Scale(scale)])):
+        with trainless.patched(model, "toy_lists"), torch.no_grad():
+            model(torch.arange(1, 25).view(2, 12))
+    rest = seen[0][..., 0] - shown.sum(-1)
+    assert torch.equal(rest, rest[:1, :1].expand_as(rest))

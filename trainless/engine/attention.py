@@ -22,7 +22,7 @@ from ..seams import AttentionCall, Entry, Formed, Lease
 from .autocast import narrowed, under_autocast
 from .extra_keys import scaled
 from .packed import packed_softmax
-from .patterns import Pattern, fitted, visible_keys
+from .patterns import Pattern, fitted, keys_seen
 from .run import SAMPLED, Delegate, Run
 from .runtime import Runtime
 from .softmax import softmax
@@ -179,17 +179,7 @@ def _static_patterns(run: Run, extra: list[Any]) -> list[Pattern]:
             found.append(fitted(entry.method, run.call, pattern))
             run.acted.add(entry.owner)
     if (found or extra) and any(e.contribution.constant is None for e in run.plan.of["scale"]):
-        call = run.call
-        rows, keys = call.query.shape[2], call.key.shape[2]
-        mask = call.mask if isinstance(call.mask, Tensor) and call.mask.dim() == 4 else None
-        seen = visible_keys(found, rows, keys, call.query.device, mask)
-        for more in extra:
-            first, stop = more.rows or (0, rows)
-            if more.visible is None:
-                seen[..., first:stop] += more.key.shape[2]
-            else:
-                seen[..., first:stop] += more.visible[0, 0].sum(-1)
-        call.facts["visible_keys"] = seen[..., None]
+        run.call.facts["visible_keys"] = keys_seen(run.call, found, extra)
     return found
 
 

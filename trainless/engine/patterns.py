@@ -122,6 +122,23 @@ def visible_keys(
     return torch.cat(found, -1)
 
 
+def keys_seen(call: AttentionCall, patterns: Sequence[Pattern], extra: Sequence[ExtraKeys]) -> Tensor:
+    """int64 (1|B, 1|H, Lq, 1): how many keys each row of ``call`` sees, the extra ones included."""
+    rows = call.query.shape[2]
+    mask = call.mask if isinstance(call.mask, Tensor) and call.mask.dim() == 4 else None
+    seen = visible_keys(patterns, rows, call.key.shape[2], call.query.device, mask)
+    for more in extra:
+        first, stop = more.rows or (0, rows)
+        if more.visible is None:
+            seen[..., first:stop] += more.key.shape[2]
+            continue
+        shown = more.visible.sum(-1)
+        batch, heads, _ = torch.broadcast_shapes((*seen.shape[:2], 1), (*shown.shape[:2], 1))
+        seen = seen.expand(batch, heads, rows).clone()
+        seen[..., first:stop] += shown
+    return seen[..., None]
+
+
 @functools.lru_cache(maxsize=8)
 def _counts(window: Window2d, device: torch.device) -> Tensor:
     """The same window comes from all layers of a model."""

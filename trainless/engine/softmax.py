@@ -91,10 +91,10 @@ def softmax(
             f"{run.runtime.site.name}: attention dropout is on (training mode) and a patch edits this "
             "attention; call model.eval() or remove the patch"
         )
-    if patterns and layer is not None and layer.evicted and any(isinstance(p, Listed) for p in patterns):
+    if patterns and layer is not None and layer.evicted:
         raise Unsupported(
-            f"{layer.lease.name}: {run.runtime.site.name} has a pattern of blocks or spans, which count keys by their "
-            "place, and its cache has dropped keys; give the two different layers"
+            f"{layer.lease.name}: {run.runtime.site.name} has a static pattern, which knows keys by their place in the "
+            "sequence, and its cache has dropped keys; give the two different layers"
         )
     dynamic = [e for e in run.plan.of["pattern"] if e.contribution.dynamic and e in run.asking]
     asked = Asked(layer, extra, patterns, wanted, moves, dynamic)

@@ -18,7 +18,7 @@ from ..kernels.window2d import choose, window2d
 from ..seams import AttentionCall, ExtraKeys, Formed, State, Statistics
 from .autocast import Delegate, narrowed, under_autocast
 from .extra_keys import merge_extra, scaled
-from .patterns import Pattern, extra_of_image, fitted, visible_keys, window_of
+from .patterns import Pattern, extra_of_image, fitted, keys_seen, window_of
 from .prepared import Step
 from .run import Run
 from .runtime import Runtime
@@ -47,7 +47,7 @@ def _through(runtime: Runtime, call: AttentionCall, delegate: Delegate) -> Tenso
     extra: list[ExtraKeys] = values("keys")
     patterns: list[Pattern] = values("pattern")
     if (patterns or extra) and ready.steps["scale"]:
-        call.facts["visible_keys"] = _seen(call, patterns, extra)
+        call.facts["visible_keys"] = keys_seen(call, patterns, extra)
     factor: Any = ready.factor
     for value in values("scale"):
         factor = factor * value
@@ -75,20 +75,6 @@ def _value(step: Step, call: AttentionCall) -> Any:
             f"{step.method}: head {max(heads)} does not exist; there are {call.query.shape[1]} heads"
         )
     return value(call, Statistics(), State())
-
-
-def _seen(call: AttentionCall, patterns: list[Pattern], extra: list[ExtraKeys]) -> Tensor:
-    """int64 (1|B, 1|H, Lq, 1): how many keys each row sees."""
-    rows = call.query.shape[2]
-    mask = call.mask if isinstance(call.mask, Tensor) and call.mask.dim() == 4 else None
-    seen = visible_keys(patterns, rows, call.key.shape[2], call.query.device, mask)
-    for more in extra:
-        first, stop = more.rows or (0, rows)
-        if more.visible is None:
-            seen[..., first:stop] += more.key.shape[2]
-        else:
-            seen[..., first:stop] += more.visible[0, 0].sum(-1)
-    return seen[..., None]
 
 
 def _scaled(call: AttentionCall, factor: float | Tensor) -> AttentionCall:
