@@ -44,10 +44,10 @@ def test_one_method(run):
     code, out, _ = run("methods", "h2o")
     assert code == 0 and out.startswith("h2o\n") and "streaming" not in out.split("costs")[0]
     assert max(map(len, out.splitlines())) <= 80
-    for word in ("identity", "exact", "costs", "a second pass over queries", "heavy=0.1", "(published)"):
+    for word in ("identity", "exact", "costs", "the sampled rows against", "heavy=0.1", "(published)"):
         assert word in out
     code, found, _ = _json(run, "methods", "h2o")
-    assert found["name"] == "h2o" and found["costs"].startswith("a second pass")
+    assert found["name"] == "h2o" and found["costs"].startswith("the sampled rows against the keys")
     code, _, err = run("methods", "h3o")
     assert code == 1 and "did you mean the method 'h2o'?" in err
 
