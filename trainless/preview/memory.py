@@ -11,6 +11,7 @@ import torch
 from ..cache import FixedLayer
 from ..engine.runtime import runtime_of
 from ..hosts import Component, find_sites
+from ..hosts.transformers.families import family_of
 from ..patch.binding import Binding, entries_by_module
 from ..seams import AttentionPlan, Entry, Evict, Site, tokens_of
 
@@ -57,6 +58,10 @@ def estimate(
     planned = entries_by_module(bindings)
     for part in parts:
         sites = [s for s in find_sites([part]) if _caches(s)]
+        # Towers of a model may be of classes that could cache, and are never given one.
+        sites = [s for s in sites if "decoder" in s.parts] or sites
+        if any(family_of(s.module).no_kv for s in sites):
+            return None  # its cache is declared to hold something else than each layer's tokens once
         if sites and any(s.module in planned for s in sites):
             break
     else:
