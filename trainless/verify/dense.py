@@ -245,11 +245,11 @@ def tolerance(dtype: torch.dtype, largest: float, rounded: bool = False) -> floa
 
     Rounding of a logit, which grows with its size, is a relative error of its probability. In half precision the
     products are made in float32 and their results rounded; where ``rounded``, the queries were as well. In float64
-    nothing is wider than what is held against it, so that both sides round.
+    nothing is wider than what is held against it, so that both sides round, and sums that move between keys do so again.
     """
     eps = torch.finfo(dtype).eps
     if dtype == torch.float64:
-        return 16 * eps * (4 + largest)
+        return 64 * eps * (4 + largest)
     if dtype == torch.float32:
         return 8 * eps * (4 + largest)
     return eps * (4 + largest / 4 if rounded else 4)
