@@ -279,7 +279,9 @@ def test_heads_of_no_whole_bytes_are_refused():
 def test_a_static_cache_is_refused_where_tiers_and_an_evictor_meet():
     model = build(torch.float32)
     trainless.patch(model, ["h2o", "zipcache"])
-    with pytest.raises(trainless.Unsupported, match=r"zipcache: layer 0 of this static cache.*use a dynamic cache"):
+    with pytest.raises(
+        trainless.Unsupported, match=r"zipcache: layer 0 of this static cache.*use a dynamic cache"
+    ):
         model(models.prompt(8), past_key_values=StaticCache(config=model.config, max_cache_len=20))
 
 

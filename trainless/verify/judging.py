@@ -314,7 +314,9 @@ class Judge:
         """The history of the cache layer that methods keep something on; and whether it is the call's own."""
         plan, call, record = self.runtime.plan, self.call, self.record
         made, updates = self.made, self.updates
-        if call is None or not plan.needs_layer or call.layer is None:
+        # Where the keys are another layer's, what stands for the call's own is never updated.
+        alien = not updates and bool(self.runtime.site.facts.get("borrows"))
+        if call is None or not plan.needs_layer or call.layer is None or alien:
             return None
         layer = call.layer
         aside = not hasattr(layer, "update")  # something that stands in for a layer, for a further attention
@@ -325,6 +327,11 @@ class Judge:
                     self.histories[id(layer)].lose()
                 raise Lost("several attentions over the keys of one update are not followed")
             record.held["cache"] += 1
+            return None
+        if not updates and self.runtime.site.facts.get("borrows") and not isinstance(layer, CompressingLayer):
+            record.held["cache"] += (
+                1  # its keys are another layer's, and what stands for its own is never updated
+            )
             return None
         if not updates:
             record.fail("cache", "methods keep the sequence on a layer that this call did not update")
