@@ -328,11 +328,6 @@ class Judge:
                 raise Lost("several attentions over the keys of one update are not followed")
             record.held["cache"] += 1
             return None
-        if not updates and self.runtime.site.facts.get("borrows") and not isinstance(layer, CompressingLayer):
-            record.held["cache"] += (
-                1  # its keys are another layer's, and what stands for its own is never updated
-            )
-            return None
         if not updates:
             record.fail("cache", "methods keep the sequence on a layer that this call did not update")
             return None
