@@ -340,6 +340,7 @@ def test_killed_and_resumed_gives_the_same_records(worker, vlms, many, whole, tm
     assert json.loads((out / "report.json").read_text())["missing"] == 0
 
 
+@pytest.mark.grid  # with texts: test_processes.py
 def test_torchrun_gives_the_records_of_one(vlms, many, whole, tmp_path):
     out = tmp_path / "out"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

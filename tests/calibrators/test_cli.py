@@ -119,7 +119,7 @@ def test_options_are_listed(run, llama):
 
 
 def test_ctrl_c_keeps_what_is_done(llama, tmp_path):
-    data = write(tmp_path / "many.jsonl", make_examples(150, seed=3))
+    data = write(tmp_path / "many.jsonl", make_examples(60, seed=3))
     command = [
         sys.executable, "-m", "trainless", "calibrate", "act", str(llama), "--data", str(data),
         "-o", "act.safetensors", *SETS, "--set", "batch_size=2",

@@ -29,8 +29,8 @@ def _fresh_compiler():
 
 
 def _costly(case: Case) -> Any:
-    """Every way in which a method meets a graph; the others with the whole grids (test_fixed.py compiles them too)."""
-    few = {"act", "h2o", "kvquant", "zipvl", "attn_temperature"}
+    """One that edits and one that holds a cache; the others with the whole grids (test_fixed.py compiles them too)."""
+    few = {"act", "kvquant"}
     return pytest.param(case, id=case.label, marks=[] if case.method in few else pytest.mark.grid)
 
 

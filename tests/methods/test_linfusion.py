@@ -311,7 +311,7 @@ def test_a_call_that_fails_leaves_no_hooks_of_ours(tmp_path):
     assert {n: len(m._forward_pre_hooks) for n, m in model.named_modules()} == before
 
 
-@pytest.mark.slow
+@pytest.mark.grid  # in one graph: tests/contract/test_compiled_denoisers.py
 def test_compiled(tmp_path):
     torch._dynamo.reset()
     one = {
