@@ -175,6 +175,8 @@ def slot_cases() -> Iterator[Case]:
         "REAL": False,
         "SINKS": False,
         "CAP": False,
+        "TURN": False,
+        "NEAR": 256,
         "BR": 8,
         "BN": 64,
         "BD": 128,
@@ -186,7 +188,8 @@ def slot_cases() -> Iterator[Case]:
         yield Case(
             name, "slots.triton", "_attend", {**of, "LOGITS": logits}, types=types, limits={"spills": 0}
         )
-    rule = {"SCORE": 1, "GQA": 0, "SHARED": False, "NORMALISE": False, "REAL": False, "BN": 1024, "BB": 8}
+    rule = {"SCORE": 1, "GQA": 0, "SHARED": False, "NORMALISE": False, "REAL": False}
+    rule |= {"TURN": False, "BN": 1024, "BB": 8}
     yield Case("slot_decode, settle", "slots.triton", "_settle", rule, limits={"spills": 0})
 
 
@@ -345,7 +348,7 @@ def calls() -> Iterator[tuple[str, str, Callable[[Any], Any]]]:
     from trainless.kernels.block_sparse.patterns import Blocks, Spans, Subset
     from trainless.kernels.common import Terms
     from trainless.kernels.quant_kv import fixed_packed, quantise, raw
-    from trainless.kernels.slots import SlotRule, fixed_slots
+    from trainless.kernels.slots import SlotRule, SlotStep, fixed_slots
     from trainless.kernels.visibility import visibility
 
     def some(*shape: int) -> Tensor:
@@ -370,7 +373,7 @@ def calls() -> Iterator[tuple[str, str, Callable[[Any], Any]]]:
         yield (
             f"slot_decode, {name}",
             "slots.triton",
-            lambda m, s=slots, k=score: m.decode(*step, s, SlotRule(k), Terms(0.1)),
+            lambda m, s=slots, k=score: m.decode(SlotStep(*step, s, SlotRule(k), Terms(0.1))),
         )
     segments = [
         quantise(*(some(1, 8, 4, 64, 128) for _ in range(2)), 4, 4),

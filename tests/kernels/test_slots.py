@@ -3,7 +3,7 @@
 import pytest
 import torch
 from kernel_cases import no_worse
-from slot_cases import RULES, SHAPES, copied, make, token
+from slot_cases import RULES, SHAPES, copied, make, token, turn
 
 from trainless.cache import CompressingLayer
 from trainless.errors import InputError
@@ -15,26 +15,30 @@ from trainless.seams import Evict, Lease
 STEPS = 6
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("name", RULES)
-def test_steps_are_what_the_reference_says(name, shape):
+@pytest.mark.parametrize(
+    ("name", "shape", "moving"),
+    [(name, shape, False) for name in RULES for shape in SHAPES] + [("oldest", s, True) for s in SHAPES]
+    + [("sum", SHAPES[0], True)],
+)  # fmt: skip
+def test_steps_are_what_the_reference_says(name, shape, moving):
     rule, never = RULES[name], torch.tensor([[[0, 5], [7, 7]]]).expand(shape[0], 2, 2)
     if shape[4] < 9:
         never = None
-    mine = make(shape, rule, never=never, short=True)
-    other = copied(mine)
+    mine = make(shape, rule, never=never, short=True, turned=moving)
+    other, by = copied(mine), turn(shape[5]) if moving else None
     before = {n: t.data_ptr() for n, t in mine.tensors().items()}
     for step in range(STEPS):
         given = token(shape)
         terms = Terms(0.3, None, 2.0 if step % 2 else None, torch.randn(shape[1]) if step % 3 else None)
         real = torch.tensor([True, step % 2 == 0])[: shape[0]] if step > 1 else None
-        want = reference.decode(SlotStep(*given, other, rule, terms, real))
-        got = slot_decode(
-            *given, mine, rule, scale=0.3, softcap=terms.softcap, sink_logits=terms.sink_logits, real=real
-        )
+        want = reference.decode(SlotStep(*given, other, rule, terms, real, by))
+        more = {"softcap": terms.softcap, "sink_logits": terms.sink_logits, "real": real, "turn": by}
+        got = slot_decode(*given, mine, rule, scale=0.3, **more)
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
         for n, t in mine.tensors().items():
             held = other.tensors()[n]
+            if n == "shifts":
+                t, held = (x.masked_fill(mine.positions < 0, 0) for x in (t, held))
             if t.is_floating_point():
                 torch.testing.assert_close(t, held, rtol=1e-9, atol=1e-9)
             else:
@@ -47,26 +51,26 @@ def test_steps_are_what_the_reference_says(name, shape):
 
 @pytest.mark.skipif(numba_missing() is not None, reason=str(numba_missing()))
 @pytest.mark.parametrize("name", RULES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_loops_do_what_the_operators_do(name, dtype, monkeypatch):
     from trainless.kernels.slots import compiled, plain
 
     monkeypatch.setattr(compiled, "ALONE", 0)
-    near = {torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
+    near = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
     rule = RULES[name]
     for shape in SHAPES:
         never = torch.tensor([[[0, 5], [7, 7]]]).expand(shape[0], 2, 2) if shape[4] >= 9 else None
-        mine = make(shape, rule, dtype, never=never, short=True)
-        other = copied(mine)
+        moving = name in ("oldest", "sum") and shape[5] % 16 == 0
+        mine = make(shape, rule, dtype, never=never, short=True, turned=moving)
+        other, by = copied(mine), turn(shape[5]) if moving else None
         assert choose(token(shape, dtype)[0], mine).name == "numba"
         for step in range(STEPS):
             given = token(shape, dtype)
             terms = Terms(0.3, None, 2.0 if step % 2 else None, torch.randn(shape[1]) if step % 3 else None)
             real = torch.tensor([True, step % 2 == 0])[: shape[0]] if step > 1 else None
-            want = plain.decode(SlotStep(*given, other, rule, terms, real))
-            got = slot_decode(
-                *given, mine, rule, scale=0.3, softcap=terms.softcap, sink_logits=terms.sink_logits, real=real
-            )
+            want = plain.decode(SlotStep(*given, other, rule, terms, real, by))
+            more = {"softcap": terms.softcap, "sink_logits": terms.sink_logits, "real": real, "turn": by}
+            got = slot_decode(*given, mine, rule, scale=0.3, **more)
             torch.testing.assert_close(got, want, rtol=near, atol=near)
             for n, t in mine.tensors().items():
                 torch.testing.assert_close(t, other.tensors()[n], rtol=1e-5, atol=1e-6)
@@ -182,8 +186,8 @@ def test_the_operator_is_registered_correctly(name):
     s = make(shape, rule, torch.float32, never=torch.tensor([[[0, 4]]]).expand(2, 1, 2))
     call = (
         *token(shape, torch.float32), s.keys, s.values, s.positions, s.scores, s.free, s.age, s.count, s.limit,
-        s.recent, s.tickets, s.never, torch.tensor([True, False]), torch.randn(4), 0.3, 2.0, rule.score, rule.gqa,
-        rule.shared, rule.normalise,
+        s.recent, s.tickets, s.never, s.shifts, None, None, None, torch.tensor([True, False]), torch.randn(4),
+        0.3, 2.0, rule.score, rule.gqa, rule.shared, rule.normalise,
     )  # fmt: skip
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(torch.ops.trainless.slot_decode.default, call, test_utils=tests)

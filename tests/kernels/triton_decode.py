@@ -146,16 +146,18 @@ def test_slot_decode(name, shape, dtype, monkeypatch):
     monkeypatch.setattr(slots_form, "BLOCK", 64)
     rule, b = slot_cases.RULES[name], shape[0]
     never = torch.tensor([[[0, 5], [7, 7]]]).expand(b, 2, 2).contiguous() if shape[4] > 8 else None
-    mine = slot_cases.make(shape, rule, dtype, never=never, short=True)
+    moving = name == "oldest"
+    mine = slot_cases.make(shape, rule, dtype, never=never, short=True, turned=moving)
+    by = slot_cases.turn(shape[5]) if moving else None
     near = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 5e-3, "atol": 5e-3}
     for step in range(3):
         terms = Terms(0.3, None, 2.0 if step else None, torch.randn(shape[1]) if step else None)
         real = torch.tensor([True, False])[:b] if step == 1 else None
         given = slot_cases.token(shape, dtype)
         exact, low = slot_cases.copied(mine, torch.float64), slot_cases.copied(mine)
-        want = slots_reference.decode(SlotStep(*(t.double() for t in given), exact, rule, terms, real))
-        plain = slots_plain.decode(SlotStep(*given, low, rule, terms, real))
-        got = slots_form.decode(SlotStep(*given, mine, rule, terms, real))
+        want = slots_reference.decode(SlotStep(*(t.double() for t in given), exact, rule, terms, real, by))
+        plain = slots_plain.decode(SlotStep(*given, low, rule, terms, real, by))
+        got = slots_form.decode(SlotStep(*given, mine, rule, terms, real, by))
         assert got.dtype == dtype
         no_worse(got, want, plain, factor=4.0)
         for n, t in mine.tensors().items():

@@ -6,17 +6,16 @@ and counters as tensors beside them; see ``freezing`` for when, and for what mak
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..kernels.common import Terms
-from ..kernels.slots import EVERYTHING, FixedSlots, SlotRule, fixed_slots, plain, slot_decode
+from ..kernels.slots import EVERYTHING, FixedSlots, SlotRule, fixed_slots, slot_decode
+from ..kernels.turning import Rotates, Turn
 from ..seams import Evict, Lease
 from .freezing import Freezing, statistics
+from .held import shifts
 
 ROOM = 64  # tokens that there is room for beyond those held, where nothing goes, at least
 
@@ -40,6 +39,8 @@ class FixedLayer(Freezing):
     def _clear(self) -> None:
         self.fixed: FixedSlots | None = None
         self.until = 0  # how many tokens there is room for, in a dynamic cache from which nothing goes after the prompt
+        # By which keys are turned when they are read, under a rule that rolls positions.
+        self.tables: Turn | None = None
         self.how = SlotRule()  # what is compared when a token has to go, while frozen
         super()._clear()
 
@@ -64,6 +65,8 @@ class FixedLayer(Freezing):
         dynamic = self.capacity is None
         if dynamic and (self.positions is None or (self.policy.once and self.seen - self.past > 1)):
             return  # nothing has gone, or a prompt alone is to take no room for later tokens
+        if self.policy.rolled and self.tables is None:
+            return  # the model's rotation cannot be told by tables
         if self.positions is None:
             self._locate(self.real_seen())
         self._compact()
@@ -87,6 +90,7 @@ class FixedLayer(Freezing):
             self.keys.detach(), self.values.detach(), self.positions, size,
             age=torch.tensor(self.ages, device=device), limit=torch.tensor(limits, device=device),
             recent=torch.tensor(self.recents, device=device), scores=scores, never=self._never(device),
+            shifts=shifts(self.positions, self.ages, self.counts) if policy.rolled else None,
         )  # fmt: skip
         self.keys, self.values = self.fixed.keys, self.fixed.values
         self.positions, self.scores, self.free = self.fixed.positions, self.fixed.scores, None
@@ -127,24 +131,34 @@ class FixedLayer(Freezing):
         scale: float,
         softcap: float | None = None,
         sinks: Tensor | None = None,
-        rotate: Callable[[Tensor, Tensor], Tensor] | None = None,
+        rotate: Rotates | None = None,
     ) -> Tensor:
         fixed, new = self.fixed, self.new
         assert fixed is not None and new is not None
         self.new = None
         if real is None:
             real = self._told(mask)
-        rule = self.how
-        if rotate is None or not self.policy.rolled:
-            out = slot_decode(
-                query, *new, fixed, rule, scale=scale, softcap=softcap, sink_logits=sinks, real=real
-            )
-            return out.transpose(1, 2)
-        plain.write(*new, fixed, real)
-        turned = replace(fixed, keys=rotate(fixed.keys, _moved(fixed)))
-        out, p = plain.attend(query, turned, Terms(scale, None, softcap, sinks))
-        plain.settle(p, fixed, rule, real)
+        turn = self._turn(rotate) if fixed.shifts is not None else None
+        out = slot_decode(
+            query,
+            *new,
+            fixed,
+            self.how,
+            scale=scale,
+            softcap=softcap,
+            sink_logits=sinks,
+            real=real,
+            turn=turn,
+        )
         return out.transpose(1, 2)
+
+    def _turn(self, rotate: Rotates | None) -> Turn:
+        """The tables by which keys are turned, as far as a dynamic cache has come."""
+        assert self.tables is not None
+        if self.capacity is None and self._seen >= self.tables.reach and rotate is not None:
+            self.tables = rotate.turn(self.keys, self._seen)
+            assert self.tables is not None
+        return self.tables
 
     @property
     def nbytes(self) -> int:
@@ -157,13 +171,3 @@ class FixedLayer(Freezing):
     @property
     def width(self) -> int:
         return super().width if self.fixed is None else int(self.fixed.count.max())
-
-
-def _moved(fixed: FixedSlots) -> Tensor:
-    """(B, Hkv, S): how far each key moves so that kept tokens look contiguous; ``held.shifts`` without the host."""
-    empty = fixed.positions < 0
-    order = fixed.positions.masked_fill(empty, EVERYTHING).argsort(2)
-    place = torch.arange(order.shape[2], device=order.device).expand_as(order)
-    rank = torch.empty_like(order).scatter_(2, order, place)
-    gone = (fixed.age - fixed.count)[:, None, None]
-    return (gone - (fixed.positions - rank)).masked_fill(empty, 0)

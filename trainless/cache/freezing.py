@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..errors import InputError, Unsupported
 from ..kernels.slots import SlotRule
+from ..kernels.turning import Rotates
 from ..seams import Lease
 from .compressing import CompressingLayer
 
@@ -98,12 +99,12 @@ class Freezing(CompressingLayer):
         scale: float,
         softcap: float | None = None,
         sinks: Tensor | None = None,
-        rotate: Callable[[Tensor, Tensor], Tensor] | None = None,
+        rotate: Rotates | None = None,
     ) -> Tensor:
         """The attention (B, 1, H, D) of the step under way, and what goes after it.
 
         real (B,) bool: rows whose token is no padding; where it is None, what ``mask`` says of the newest column.
-        rotate: turns keys by so many positions, for a rule that presents kept tokens as contiguous.
+        rotate: the model's rotation, for a rule that presents kept tokens as contiguous.
         """
         raise NotImplementedError
 

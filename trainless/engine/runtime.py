@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..edits.journal import Journal
 from ..errors import Unsupported
+from ..kernels.turning import Rotates
 from ..seams import AttentionPlan, Contribution, Entry, Lease, Site
 from .prepared import Prepared
 from .watching import Watch
@@ -93,7 +94,7 @@ class Runtime:
         )
         self.counting = threading.Lock()
         self.settled: Any = None  # the counters of the frozen cache layer that was served last
-        self.rotate: Callable[[Tensor, Tensor], Tensor] | None = None  # turns keys by so many positions
+        self.rotate: Rotates | None = None  # turns keys by so many positions
         self.hooked = False  # the host's own use: whether its hook is in place
         self.holders: dict[Contribution, nn.Module] = {}  # what holds the tensors of input contributions
         self.asked: dict[

@@ -129,6 +129,12 @@ def at_once(tensor: Tensor) -> bool:
     )
 
 
+def watched(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether somebody looks at every operator that is called, and an operator without a gradient may be one of them."""
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return not traced and _get_current_dispatch_mode() is not None and not differentiated(tensors)
+
+
 @functools.cache
 def compiled_form(package: str) -> tuple[ModuleType | None, tuple[str, ...]]:
     """The module ``compiled`` of an operation, or why there is none.

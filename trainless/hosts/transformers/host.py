@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ...cache import CompressingLayer, Freezing, StaticStatefulMixin
+from ...cache import CompressingLayer, FixedLayer, Freezing, StaticStatefulMixin
 from ...edits.journal import MARKER, AttributeEdit, HookEdit, Journal
 from ...engine.attention import attend
 from ...engine.autocast import as_computed
@@ -241,6 +241,9 @@ def _stepped(
 def _settle(runtime: Runtime, layer: Freezing) -> None:
     """Freeze a layer whose every later step is one of the prepared plan."""
     if runtime.prepared.freezes(layer.owners):
+        if isinstance(layer, FixedLayer) and runtime.rotate is not None and layer.fed is None:
+            reach = layer.seen if layer.capacity is None else layer.capacity
+            layer.tables = runtime.rotate.turn(layer.keys, reach)
         layer.freeze()
         runtime.settled = layer.counters
 

@@ -6,7 +6,6 @@ more rotation, by the distance alone, as long as the frequencies do not depend o
 
 from __future__ import annotations
 
-import functools
 import inspect
 import sys
 from collections.abc import Callable
@@ -15,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...engine.runtime import runtime_of
 from ...errors import Unsupported
+from ...kernels.turning import NEAR, Turn
 from ...seams import Site
 
 KEY_WIDTH = 512  # of the key that a rotation is tried on, where the embedding holds no frequencies
@@ -23,8 +24,8 @@ KEY_WIDTH = 512  # of the key that a rotation is tried on, where the embedding h
 FIXED = {"default", "linear", "llama3", "yarn", "proportional"}
 
 
-def rotation(site: Site, model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
-    """``rotate(keys (B, Hkv, L, D), steps (B, Hkv, L) int) -> keys``, or Unsupported with the reason."""
+def rotation(site: Site, model: nn.Module) -> Rotation:
+    """The rotation of a site's own rotary embedding, or Unsupported with the reason."""
     if site.facts.get("keys") == "latent":
         raise Unsupported(
             f"{site.name}: its keys are made from latents, of which one part alone carries a position, so they cannot "
@@ -54,13 +55,25 @@ def rotation(site: Site, model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]
     extra = {"layer_type": site.facts.get("layer_type")} if "layer_type" in wants else {}
     # Tables hold a number for each channel that turns, or, in some families, for each pair of them.
     for times in (1, 2):
-        rotate = functools.partial(_rotate, rotary, apply, extra, times)
+        rotate = Rotation(rotary, apply, extra, times)
         if _turns(rotate, rotary):
-            return rotate
+            return _shared(rotate, model)
     raise Unsupported(
         f"{site.name}: keys turned by apply_rotary_pos_emb of its own module, tried on one, do not turn as rotary "
         'positions do; use positions="real"'
     )
+
+
+def _shared(rotate: Rotation, model: nn.Module) -> Rotation:
+    """The same rotation of another site, where there is one, so that its tables are made once."""
+    own = vars(rotate).copy()
+    del own["made"]
+    for module in model.modules():
+        runtime = runtime_of(module)
+        other = None if runtime is None else runtime.rotate
+        if isinstance(other, Rotation) and all(vars(other)[name] == each for name, each in own.items()):
+            return other
+    return rotate
 
 
 def _turns(rotate: Callable[[Tensor, Tensor], Tensor], rotary: nn.Module) -> bool:
@@ -83,28 +96,83 @@ def _turns(rotate: Callable[[Tensor, Tensor], Tensor], rotary: nn.Module) -> boo
     return near and not torch.allclose(once, key, atol=1e-4)
 
 
-def _rotate(
-    rotary: nn.Module,
-    apply: Callable[..., tuple[Tensor, Tensor]],
-    extra: dict[str, Any],
-    times: int,
-    keys: Tensor,
-    steps: Tensor,
-) -> Tensor:
-    b, hkv, length, width = keys.shape
-    # In at least float32: a cached key is rotated once more, and bfloat16 angles would not survive that.
-    exact = torch.float64 if keys.dtype == torch.float64 else torch.float32
-    flat = keys.reshape(b * hkv, 1, length, width).to(exact)
-    cos, sin = rotary(flat, steps.reshape(b * hkv, length), **extra)
-    scale = getattr(rotary, "attention_scaling", 1.0)
-    if isinstance(scale, float | int) and scale != 1.0:
-        cos, sin = cos / scale, sin / scale  # a pure rotation: the key was scaled when it came
-    # Partial rotary embeddings turn the first dimensions only.
-    turning = times * cos.shape[-1]
-    head, rest = flat[..., :turning], flat[..., turning:]
-    _, turned = apply(head, head, cos.to(exact), sin.to(exact))
-    turned = torch.cat([turned, rest], -1)
-    return turned.reshape(keys.shape).to(keys.dtype)
+class Rotation:
+    """``rotate(keys (B, Hkv, L, D), steps (B, Hkv, L) int) -> keys``, and the same as tables."""
+
+    def __init__(
+        self,
+        rotary: nn.Module,
+        apply: Callable[..., tuple[Tensor, Tensor]],
+        extra: dict[str, Any],
+        times: int,
+    ):
+        self.rotary, self.apply, self.extra, self.times = rotary, apply, extra, times
+        self.made: dict[tuple[int, torch.device, torch.dtype], Turn | None] = {}
+
+    def __call__(self, keys: Tensor, steps: Tensor) -> Tensor:
+        b, hkv, length, width = keys.shape
+        # In at least float32: a cached key is rotated once more, and bfloat16 angles would not survive that.
+        exact = torch.float64 if keys.dtype == torch.float64 else torch.float32
+        flat = keys.reshape(b * hkv, 1, length, width).to(exact)
+        cos, sin = self._angles(flat, steps.reshape(b * hkv, length))
+        # Partial rotary embeddings turn the first dimensions only.
+        turning = self.times * cos.shape[-1]
+        head, rest = flat[..., :turning], flat[..., turning:]
+        _, turned = self.apply(head, head, cos.to(exact), sin.to(exact))
+        turned = torch.cat([turned, rest], -1)
+        return turned.reshape(keys.shape).to(keys.dtype)
+
+    def _angles(self, flat: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines for steps (n, L): a pure rotation, since the keys were scaled when they came."""
+        cos, sin = self.rotary(flat, steps, **self.extra)
+        scale = getattr(self.rotary, "attention_scaling", 1.0)
+        return (cos / scale, sin / scale) if isinstance(scale, float | int) and scale != 1.0 else (cos, sin)
+
+    @torch.no_grad()
+    def turn(self, keys: Tensor, reach: int) -> Turn | None:
+        """Tables for such keys and distances up to ``reach``; None where they do not turn as the model does."""
+        wide = torch.float64 if keys.dtype == torch.float64 else torch.float32
+        key = keys.shape[3], keys.device, wide
+        found = self.made.get(key)
+        if key in self.made and (found is None or found.reach > reach):
+            return found
+        held = 0 if found is None else found.far.shape[0]
+        with torch.inference_mode(False):
+            made = self._tables(*key, max(reach // NEAR + 1, 2 * held, 16))
+            if found is None and made is not None and not self._agrees(made):
+                made = None
+        self.made[key] = made
+        return made
+
+    def _tables(self, width: int, device: torch.device, wide: torch.dtype, count: int) -> Turn | None:
+        """What the model's own function does to keys of ones, and to which channel a sine takes each of them."""
+        tables = []
+        for distances in (torch.arange(NEAR, device=device), torch.arange(count, device=device) * NEAR):
+            ones = torch.ones(1, 1, len(distances), width, device=device, dtype=wide)
+            cos, sin = self._angles(ones, distances[None])
+            cos, sin = cos.to(wide), sin.to(wide)
+            turning, none = self.times * cos.shape[-1], torch.zeros_like(cos)
+            head = ones[..., :turning]
+            kept, moved = (self.apply(head, head, *given)[1][0, 0] for given in ((cos, none), (none, sin)))
+            still = torch.nn.functional.pad(kept, (0, width - turning), value=1.0)
+            tables.append(torch.stack([still, torch.nn.functional.pad(moved, (0, width - turning))], 1))
+        numbers = torch.arange(1, turning + 1, device=device, dtype=wide).expand(
+            1, 1, len(distances), turning
+        )
+        found = self.apply(numbers, numbers, none, torch.ones_like(sin))[1][0, 0, 0].abs().round().int() - 1
+        if not bool(((found >= 0) & (found < turning)).all()):
+            return None
+        partner = torch.cat([found, torch.arange(turning, width, device=device, dtype=torch.int32)])
+        return Turn(tables[0].contiguous(), tables[1].contiguous(), partner)
+
+    def _agrees(self, turn: Turn) -> bool:
+        """Whether the tables turn a key as the model's own function does, near and far."""
+        device, width = turn.near.device, turn.near.shape[2]
+        steps = torch.tensor([0, 1, NEAR - 1, NEAR, NEAR + 3, 15 * NEAR + 7], device=device)
+        keys = torch.linspace(-1, 1, len(steps) * width, device=device, dtype=turn.near.dtype).view(
+            1, 1, -1, width
+        )
+        return torch.allclose(turn(keys, steps[None, None]), self(keys, steps[None, None]), atol=2e-3)
 
 
 def _rotary_of(site: Site, model: nn.Module) -> nn.Module | None:

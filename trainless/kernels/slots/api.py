@@ -2,50 +2,29 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ...errors import InputError
 from ..common import Terms
-from ..dispatch import Choice, compiled_form, numba_reasons, triton_missing, triton_reasons
+from ..dispatch import Choice, compiled_form, triton_missing, triton_reasons, watched
+from ..turning import Turn
 from . import plain
-from .operator import slot_decode_op
+from .operator import slot_decode_op, unlooped
 from .state import FixedSlots, SlotRule, SlotStep
 
 
-def choose(query: Tensor, slots: FixedSlots) -> Choice:
+def choose(query: Tensor, slots: FixedSlots, turn: Turn | None = None) -> Choice:
     """Which form ``slot_decode`` runs for this call."""
+    step = SlotStep(query, query, query, slots, SlotRule(), Terms(1.0), None, turn)
     why = triton_reasons((query, slots.keys))
     if not query.is_cuda:
-        unlooped = _unlooped(query, query, query, slots)
-        return Choice("torch", (*why, *unlooped)) if unlooped else Choice("numba", why)
+        unlike = unlooped(step)
+        return Choice("torch", (*why, *unlike)) if unlike else Choice("numba", why)
     if triton_missing() is None:
         from .triton import refuses
 
-        why += refuses(query, slots)
+        why += refuses(step)
     return Choice("torch", why) if why else Choice("triton")
-
-
-LOOPED = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def _unlooped(query: Tensor, key: Tensor, value: Tensor, slots: FixedSlots) -> tuple[str, ...]:
-    """Why the loops that Numba compiles cannot do the bookkeeping of a step; empty when they can."""
-    if torch.compiler.is_compiling():
-        return ("numba: the call is traced",)
-    dtype = query.dtype
-    if dtype not in LOOPED or not (
-        dtype == key.dtype == value.dtype == slots.keys.dtype == slots.values.dtype
-    ):
-        return (f"numba: one dtype of at most 32 bits is needed, got {dtype} and {slots.keys.dtype}",)
-    if why := numba_reasons((query, key, value)):
-        return why
-    s = slots
-    held = [s.keys, s.values, s.positions, s.free, s.age, s.count, s.limit, s.recent]
-    held += [t for t in (s.scores, s.never) if t is not None]
-    if not all(map(Tensor.is_contiguous, held)):
-        return ("numba: buffers have gaps",)
-    return compiled_form(__package__)[1]
 
 
 def slot_decode(
@@ -59,38 +38,46 @@ def slot_decode(
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
     real: Tensor | None = None,
+    turn: Turn | None = None,
 ) -> Tensor:
     """Write one token into its slot, attend over all slots, and let one token go where a row is over its limit.
 
     query (B, H, 1, D), key (B, Hkv, 1, D), value (B, Hkv, 1, Dv). sink_logits (H,): a further logit per row that has
     no value. real (B,) bool: rows whose token is no padding; a padding is not kept, does not score and makes nothing
-    go. Returns (B, H, 1, Dv) in the dtype of the query, and writes into the buffers of ``slots``, which keep their
-    addresses: the token, its position, the scores by ``rule``, the next free slot and the counters.
+    go. turn: for buffers with ``shifts``, by which each key is then turned when it is read. Returns (B, H, 1, Dv) in the
+    dtype of the query, and writes into the buffers of ``slots``, which keep their addresses: the token, its position,
+    the scores by ``rule``, the next free slot and the counters.
 
-    The order of a step is: write, attend (the new token included), score, evict. On a CUDA device with Triton this is
-    one registered operator, ``trainless::slot_decode``; on the CPU products of torch between two loops that Numba
-    compiles, or where those cannot run, as under a compiler, torch operators that it can see through, whose parts are
-    ``plain.write``, ``plain.attend`` and ``plain.settle``. Neither waits for the device. Raises InputError when shapes
-    do not fit.
+    The order of a step is: write, attend (the new token included), score, evict. One registered operator,
+    ``trainless::slot_decode``: kernels on a CUDA device with Triton, loops that Numba compiles on the CPU, which widen
+    keys and values in half precision number by number. On the CPU the operator is called only while somebody looks at
+    operators; where the loops cannot run, as under a compiler, torch operators that it can see through, whose parts are
+    ``plain.write``, ``plain.attend`` and ``plain.settle``. None of them waits for the device. Raises InputError when
+    shapes do not fit.
     """
-    _check(query, key, value, slots, rule)
-    step = SlotStep(query, key, value, slots, rule, Terms(scale, None, softcap, sink_logits), real)
+    _check(query, key, value, slots, rule, turn)
+    step = SlotStep(query, key, value, slots, rule, Terms(scale, None, softcap, sink_logits), real, turn)
     if not query.is_cuda:
-        if not _unlooped(query, key, value, slots):
+        if not unlooped(step):
             form = compiled_form(__package__)[0]
             assert form is not None
             looped: Tensor = form.decode(step)
             return looped
-        return plain.decode(step)
+        if not watched((query, key, value)):
+            return plain.decode(step)
     s = slots
+    near, far, partner = (None, None, None) if turn is None else turn
     out: Tensor = slot_decode_op(
         query, key, value, s.keys, s.values, s.positions, s.scores, s.free, s.age, s.count, s.limit, s.recent,
-        s.tickets, s.never, real, sink_logits, scale, softcap, rule.score, rule.gqa, rule.shared, rule.normalise,
+        s.tickets, s.never, s.shifts, near, far, partner, real, sink_logits, scale, softcap, rule.score,
+        rule.gqa, rule.shared, rule.normalise,
     )  # fmt: skip
     return out
 
 
-def _check(query: Tensor, key: Tensor, value: Tensor, slots: FixedSlots, rule: SlotRule) -> None:
+def _check(
+    query: Tensor, key: Tensor, value: Tensor, slots: FixedSlots, rule: SlotRule, turn: Turn | None
+) -> None:
     b, h, rows, d = query.shape
     kb, hkv, size, kd = slots.keys.shape
     if (
@@ -105,6 +92,8 @@ def _check(query: Tensor, key: Tensor, value: Tensor, slots: FixedSlots, rule: S
             f"slots: query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)} do not fit "
             f"keys {tuple(slots.keys.shape)} and values {tuple(slots.values.shape)}; a step is one token"
         )
+    if (turn is None) != (slots.shifts is None):
+        raise InputError("slots: a turn is given, or the buffers have shifts, and not both")
     if (rule.score is None) != (slots.scores is None):
         raise InputError(
             f"slots: the rule's score is {rule.score!r}, and the buffers have scores or none to match"

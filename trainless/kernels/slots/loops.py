@@ -1,9 +1,10 @@
 # What Numba compiles carries no annotations: it finds the types itself.
 # mypy: ignore-errors
-"""What a decode step over fixed slots does before and after its products, as loops that Numba compiles for the CPU.
+"""A decode step over fixed slots as loops that Numba compiles for the CPU: write, attend, settle.
 
-In torch it is some thirty operators over a few hundred numbers, each of which costs more to call than to compute. The
-meaning is that of ``plain.write`` and ``plain.settle``. A row of the batch is one thread's.
+In torch the bookkeeping is some thirty operators over a few hundred numbers, each of which costs more to call than to
+compute, and products with keys in half precision would need all of them in float32 first. The meaning is that of
+``plain``. Key heads attend side by side; then each row of the batch is settled by one thread.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from __future__ import annotations
 import numpy as np
 from numba import carray
 
+from .. import row_loops
 from ..openmp import compile_body, compile_loop, pointer, take
+from ..turning import NEAR as NEAR_TURNS
 
 FAR = np.iinfo(np.int32).max  # beyond any position
 NONE, SUM, LAST = 0, 1, 2  # how scores are made
@@ -19,28 +22,68 @@ ADDED, MEAN, LARGEST, FIRST = 0, 1, 2, 3  # how the query heads of a key head sh
 
 
 @compile_loop
-def write(row, hkv, size, scored, key, value, keys, values, positions, scores, free, age, real, bias):
-    """Put the token into the free slot of every head; bias (lanes, S): 0 for slots that hold a token, else -inf.
+def write(lane, at, own, scored, moving, key, value, keys, values, positions, scores, shifts):
+    """Put the token of a lane into its free slot ``at``; own: its position, -1 for a padding.
 
-    key, value (lanes, bytes of a token); keys, values (lanes, S, bytes).
+    key, value (lanes, D); keys, values (S, D) of the lane.
     """
-    here = real.shape[0] == 0 or real[row]
-    for lane in range(row * hkv, (row + 1) * hkv):
-        at = free[lane]
-        for n in range(key.shape[1]):
-            keys[lane, at, n] = key[lane, n]
-        for n in range(value.shape[1]):
-            values[lane, at, n] = value[lane, n]
-        positions[lane, at] = age[row] if here else np.int32(-1)
-        if scored:
-            scores[lane, at] = np.float32(0)
-        for s in range(size):
-            bias[lane, s] = np.float32(0) if positions[lane, s] >= 0 else np.float32(-np.inf)
+    for n in range(keys.shape[1]):
+        keys[at, n] = key[lane, n]
+    for n in range(values.shape[1]):
+        values[at, n] = value[lane, n]
+    positions[lane, at] = own
+    if scored:
+        scores[lane, at] = np.float32(0)
+    if moving:
+        shifts[lane, at] = 0
+
+
+@compile_loop
+def turned(keys, slot, distance, near, far, partner, tile):
+    """tile[0] = the key of a slot, turned by ``distance`` positions; see ``turning.Turn``."""
+    a, b = distance // NEAR_TURNS, distance % NEAR_TURNS
+    for d in range(keys.shape[1]):
+        cos = far[a, 0, d] * near[b, 0, d] - far[a, 1, d] * near[b, 1, d]
+        sin = far[a, 1, d] * near[b, 0, d] + far[a, 0, d] * near[b, 1, d]
+        other = row_loops.widen(keys[slot, partner[d]])
+        tile[0, d] = row_loops.widen(keys[slot, d]) * cos + other * sin
+
+
+@compile_loop
+def attend(
+    lane, hkv, r, size, moving, scale, softcap, query, keys, values, positions, sinks, shifts, near, far, partner,
+    p, out, q, tile, hold,
+):  # fmt: skip
+    """Probabilities p (lanes · r, at least S) and outputs (lanes · r, Dv) of the query heads of a lane."""
+    first = lane * r
+    for h in range(r):
+        row_loops.widen_row(query, first + h, q, h, scale * np.float32(row_loops.LOG2))
+    for s in range(size):
+        if positions[lane, s] < 0:
+            for h in range(r):
+                p[first + h, s] = row_loops.NEVER
+        elif moving and shifts[lane, s] != 0:
+            turned(keys, s, shifts[lane, s], near, far, partner, tile)
+            for h in range(r):
+                p[first + h, s] = row_loops.dot(q, h, tile, 0)
+        else:
+            for h in range(r):
+                p[first + h, s] = row_loops.dot(q, h, keys, s)
+    for h in range(r):
+        for s in range(size, p.shape[1]):
+            p[first + h, s] = row_loops.NEVER
+        if softcap > 0:
+            row_loops.capped(p, first + h, size, softcap)
+        more = row_loops.NEVER
+        if sinks.shape[0]:
+            more = sinks[lane % hkv * r + h] * np.float32(row_loops.LOG2)
+        row_loops.softmax(p, first + h, size, more, hold)
+    row_loops.weighted(p, first, r, size, values, out)
 
 
 @compile_loop
 def _mass(p, row, hkv, r, lane, s, gqa, shared):
-    """What the query heads of a lane have given to slot ``s``; p (rows · H, S)."""
+    """What the query heads of a lane have given to slot ``s``; p (rows · H, at least S)."""
     first, count = lane * r, r
     if shared:
         first, count, gqa = row * hkv * r, hkv * r, MEAN
@@ -80,6 +123,16 @@ def _victim(lane, size, scored, normalise, scores, positions, age, recent, never
 
 
 @compile_loop
+def _vacate(lane, gone, size, moving, positions, shifts):
+    """The token of a slot goes; older ones are one position nearer to the newest where positions are contiguous."""
+    place = positions[lane, gone]
+    positions[lane, gone] = -1
+    if moving:
+        for s in range(size):
+            shifts[lane, s] += np.int32(0 <= positions[lane, s] < place)
+
+
+@compile_loop
 def settle(
     row,
     hkv,
@@ -89,9 +142,11 @@ def settle(
     gqa,
     shared,
     normalise,
+    moving,
     p,
     positions,
     scores,
+    shifts,
     free,
     age,
     count,
@@ -100,7 +155,7 @@ def settle(
     never,
     real,
 ):
-    """Bring the scores up to date with probabilities p (rows · H, S); one token of a row over its limit goes."""
+    """Bring the scores up to date with probabilities p (rows · H, at least S); one token of a row over its limit goes."""
     here = real.shape[0] == 0 or real[row]
     seen, held = age[row] + np.int32(here), count[row] + np.int32(here)
     over = held > min(limit[row], size - 1)
@@ -113,7 +168,7 @@ def settle(
             gone = _victim(
                 lane, size, score != NONE, normalise, scores, positions, seen, recent[row], never, row
             )
-            positions[lane, gone] = -1
+            _vacate(lane, gone, size, moving, positions, shifts)
         empty = 0
         while empty < size - 1 and positions[lane, empty] >= 0:
             empty += 1
@@ -121,39 +176,85 @@ def settle(
     age[row], count[row] = seen, held - np.int32(over)
 
 
-@compile_body
-def write_part(data):
-    n = carray(data, 18)
-    rows, hkv, size, wk, wv, scored, padded = n[1:8]
-    key, value, keys, values, positions, scores, free, age, real, bias = n[8:18]
-    lanes = rows * hkv
-    row = take(data)
-    while row < rows:
-        write(
-            row, hkv, size, scored,
-            carray(pointer(key), (lanes, wk), np.uint8), carray(pointer(value), (lanes, wv), np.uint8),
-            carray(pointer(keys), (lanes, size, wk), np.uint8), carray(pointer(values), (lanes, size, wv), np.uint8),
-            carray(pointer(positions), (lanes, size), np.int32), carray(pointer(scores), (lanes, size), np.float32),
-            carray(pointer(free), (lanes,), np.int32), carray(pointer(age), (rows,), np.int32),
-            carray(pointer(real), (rows if padded else 0,), np.uint8),
-            carray(pointer(bias), (lanes, size), np.float32),
-        )  # fmt: skip
-        row = take(data)
+def attend_part(kind):
+    """A thread's part of writing and attending, for buffers whose numbers are read as ``kind``."""
+    width = np.dtype(kind).itemsize
+
+    @compile_body
+    def part(data):
+        n = carray(data, 33)
+        rows, hkv, r, size, d, dv, wide, padded, scored, moving, sunk, fars = n[1:13]
+        lanes_ = rows * hkv
+        query, key, value = (carray(pointer(n[13]), (lanes_ * r, d), kind), carray(pointer(n[14]), (lanes_, d), kind),
+                             carray(pointer(n[15]), (lanes_, dv), kind))  # fmt: skip
+        positions, scores = (
+            carray(pointer(n[18]), (lanes_, size), np.int32),
+            carray(pointer(n[19]), (lanes_, size), np.float32),
+        )
+        free, age = carray(pointer(n[20]), (lanes_,), np.int32), carray(pointer(n[21]), (rows,), np.int32)
+        real = carray(pointer(n[22]), (rows if padded else 0,), np.uint8)
+        sinks = carray(pointer(n[23]), (hkv * r if sunk else 0,), np.float32)
+        shifts = carray(pointer(n[24]), (lanes_, size), np.int32)
+        near, far = (
+            carray(pointer(n[25]), (NEAR_TURNS, 2, d), np.float32),
+            carray(pointer(n[26]), (fars, 2, d), np.float32),
+        )
+        partner = carray(pointer(n[27]), (d,), np.int32)
+        p, out = (
+            carray(pointer(n[28]), (lanes_ * r, wide), np.float32),
+            carray(pointer(n[29]), (lanes_ * r, dv), np.float32),
+        )
+        work = (r + 1) * d + 16
+        numbers = carray(pointer(n[31]), (2,), np.float32)
+        lane = take(data)
+        while lane < lanes_:
+            own = n[30] + lane * work * 4
+            q, tile = (
+                carray(pointer(own), (r, d), np.float32),
+                carray(pointer(own + 4 * r * d), (1, d), np.float32),
+            )
+            hold = carray(pointer(own + 4 * (r + 1) * d), (16,), np.float32)
+            keys = carray(pointer(n[16] + lane * size * d * width), (size, d), kind)
+            values = carray(pointer(n[17] + lane * size * dv * width), (size, dv), kind)
+            row = lane // hkv
+            position = age[row] if padded == 0 or real[row] else np.int32(-1)
+            write(
+                lane,
+                free[lane],
+                position,
+                scored,
+                moving,
+                key,
+                value,
+                keys,
+                values,
+                positions,
+                scores,
+                shifts,
+            )
+            attend(
+                lane, hkv, r, size, moving, numbers[0], numbers[1], query, keys, values, positions, sinks, shifts,
+                near, far, partner, p, out, q, tile, hold,
+            )  # fmt: skip
+            lane = take(data)
+
+    return part
 
 
 @compile_body
 def settle_part(data):
-    n = carray(data, 21)
-    rows, hkv, r, size, score, gqa, shared, normalise, runs, padded = n[1:11]
-    p, positions, scores, free, age, count, limit, recent, never, real = n[11:21]
-    lanes = rows * hkv
+    n = carray(data, 24)
+    rows, hkv, r, size, wide, score, gqa, shared, normalise, moving, runs, padded = n[1:13]
+    p, positions, scores, shifts, free, age, count, limit, recent, never, real = n[13:24]
+    lanes_ = rows * hkv
     row = take(data)
     while row < rows:
         settle(
-            row, hkv, r, size, score, gqa, shared, normalise,
-            carray(pointer(p), (lanes * r, size), np.float32),
-            carray(pointer(positions), (lanes, size), np.int32), carray(pointer(scores), (lanes, size), np.float32),
-            carray(pointer(free), (lanes,), np.int32), carray(pointer(age), (rows,), np.int32),
+            row, hkv, r, size, score, gqa, shared, normalise, moving,
+            carray(pointer(p), (lanes_ * r, wide), np.float32),
+            carray(pointer(positions), (lanes_, size), np.int32), carray(pointer(scores), (lanes_, size), np.float32),
+            carray(pointer(shifts), (lanes_, size), np.int32),
+            carray(pointer(free), (lanes_,), np.int32), carray(pointer(age), (rows,), np.int32),
             carray(pointer(count), (rows,), np.int32), carray(pointer(limit), (rows,), np.int32),
             carray(pointer(recent), (rows,), np.int32), carray(pointer(never), (rows, runs, 2), np.int32),
             carray(pointer(real), (rows if padded else 0,), np.uint8),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..common import Terms, statistics_dtype
 from ..lse import widened_product
+from ..turning import Turn
 from .state import FixedSlots, SlotRule, SlotStep
 
 FAR = torch.iinfo(torch.int32).max  # beyond any position
@@ -18,9 +19,9 @@ FAR = torch.iinfo(torch.int32).max  # beyond any position
 
 def decode(step: SlotStep) -> Tensor:
     """See ``api.slot_decode``."""
-    query, key, value, slots, rule, terms, real = step
+    query, key, value, slots, rule, terms, real, turn = step
     write(key, value, slots, real)
-    out, p = attend(query, slots, terms)
+    out, p = attend(query, slots, terms, turn)
     settle(p, slots, rule, real)
     return out
 
@@ -37,9 +38,11 @@ def write(key: Tensor, value: Tensor, slots: FixedSlots, real: Tensor | None = N
     slots.positions.scatter_(2, at, new[:, None, None].expand_as(at))
     if slots.scores is not None:
         slots.scores.scatter_(2, at, 0.0)
+    if slots.shifts is not None:
+        slots.shifts.scatter_(2, at, 0)
 
 
-def attend(query: Tensor, slots: FixedSlots, terms: Terms) -> tuple[Tensor, Tensor]:
+def attend(query: Tensor, slots: FixedSlots, terms: Terms, turn: Turn | None = None) -> tuple[Tensor, Tensor]:
     """Output (B, H, 1, Dv) in the dtype of the query, and probabilities (B, H, S) in float32 at least.
 
     A row without tokens gives zeros. ``terms`` may hold a soft-cap and learned sinks, and no bias.
@@ -49,7 +52,11 @@ def attend(query: Tensor, slots: FixedSlots, terms: Terms) -> tuple[Tensor, Tens
     n, wide = b * hkv, statistics_dtype(query)
     # The scale is put into the few numbers of the query, not into the logits of every slot.
     q = query.reshape(n, h // hkv, d).to(wide) * terms.scale
-    z = widened_product(q, slots.keys.view(n, size, d).transpose(1, 2))
+    keys = slots.keys
+    if turn is not None:
+        assert slots.shifts is not None
+        keys = turn(keys, slots.shifts)
+    z = widened_product(q, keys.view(n, size, d).transpose(1, 2))
     if terms.softcap is not None:
         z = torch.tanh(z / terms.softcap) * terms.softcap
     z = z.masked_fill((slots.positions < 0).view(n, 1, size), -torch.inf)
@@ -85,7 +92,11 @@ def settle(p: Tensor, slots: FixedSlots, rule: SlotRule, real: Tensor | None = N
         # Among equals the older one goes.
         candidates = candidates.masked_fill(worth != worth.amin(2, keepdim=True), FAR)
     victim = candidates.argmin(2, keepdim=True)
-    s.positions.scatter_(2, victim, s.positions.gather(2, victim).masked_fill(over[:, None, None], -1))
+    went = s.positions.gather(2, victim)
+    s.positions.scatter_(2, victim, went.masked_fill(over[:, None, None], -1))
+    if s.shifts is not None:
+        older = (s.positions >= 0) & (s.positions < went) & over[:, None, None]
+        s.shifts.add_(older)
     s.free.copy_((s.positions < 0).int().argmax(2))
     s.age.copy_(age)
     s.count.copy_(count - over.int())

@@ -12,7 +12,7 @@ from .state import FixedSlots, SlotRule, SlotStep
 
 def decode(step: SlotStep) -> Tensor:
     """See ``api.slot_decode``; the buffers are written."""
-    query, key, value, slots, rule, terms, real = step
+    query, key, value, slots, rule, terms, real, turn = step
     b, h = query.shape[:2]
     hkv, size = slots.keys.shape[1:3]
     out = query.new_zeros(b, h, 1, value.shape[3])
@@ -24,7 +24,10 @@ def decode(step: SlotStep) -> Tensor:
             if head % (h // hkv) == 0:
                 _write(key, value, slots, row, group, there)
             held = (slots.positions[row, group] >= 0).nonzero()[:, 0]
-            z = slots.keys[row, group, held] @ query[row, head, 0] * terms.scale
+            keys = slots.keys[row, group]
+            if turn is not None:
+                keys = turn(keys[None, None], _moved(slots, row, group)[None, None])[0, 0]
+            z = keys[held] @ query[row, head, 0] * terms.scale
             if terms.softcap is not None:
                 z = terms.softcap * torch.tanh(z / terms.softcap)
             if len(held):
@@ -40,9 +43,22 @@ def decode(step: SlotStep) -> Tensor:
             _score(own, slots, rule, row, group, there)
             if over:
                 slots.positions[row, group, _victim(slots, rule, row, group)] = -1
+            if slots.shifts is not None:
+                slots.shifts[row, group] = _moved(slots, row, group, int(over))
             slots.free[row, group] = int((slots.positions[row, group] < 0).nonzero()[0, 0])
         slots.count[row] -= int(over)
     return out
+
+
+def _moved(slots: FixedSlots, row: int, head: int, gone: int = 0) -> Tensor:
+    """(S,): how many tokens went between each kept one and the newest; gone: of those not yet off the count."""
+    positions = slots.positions[row, head]
+    missing = int(slots.age[row]) - int(slots.count[row]) + gone
+    moved = [
+        missing - (p - int(((positions >= 0) & (positions < p)).sum())) if p >= 0 else 0
+        for p in positions.tolist()
+    ]
+    return torch.tensor(moved)
 
 
 def _write(key: Tensor, value: Tensor, slots: FixedSlots, row: int, head: int, there: bool) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from ...errors import InputError
 from ..common import Terms
 from ..tickets import TICKETS
+from ..turning import Turn
 
 EVERYTHING = 1 << 30  # a limit in tokens that no buffer reaches
 SCORES = (None, "sum", "last")
@@ -55,7 +56,9 @@ class FixedSlots:
     age (B,) int32: real tokens that the row has seen. count (B,) int32: tokens that it holds, in every key head.
     limit (B,) int32: tokens that a row holds after a step, at most; S - 1 where that is less. recent (B,) int32: the
     newest tokens, which do not go; the newest one never does. never (B, R, 2) int32 or None: runs [start, stop) of
-    positions that never go (first tokens, a prompt); an empty run has start = stop.
+    positions that never go (first tokens, a prompt); an empty run has start = stop. shifts (B, Hkv, S) int32 or None: by
+    how many positions the key of a slot is turned when it is read, so that kept tokens look contiguous: the tokens that
+    went between it and the newest one.
 
     tickets (B, Hkv, TICKETS) int32: zero between calls; what the programs of a kernel count each other by.
 
@@ -73,6 +76,7 @@ class FixedSlots:
     tickets: Tensor
     scores: Tensor | None = None
     never: Tensor | None = None
+    shifts: Tensor | None = None
 
     @property
     def size(self) -> int:
@@ -83,7 +87,10 @@ class FixedSlots:
 
 
 class SlotStep(NamedTuple):
-    """One step: a token for every row, the buffers, and how they are read and kept; see ``api.slot_decode``."""
+    """One step: a token for every row, the buffers, and how they are read and kept; see ``api.slot_decode``.
+
+    turn: given where the buffers have shifts, and only there.
+    """
 
     query: Tensor
     key: Tensor
@@ -92,6 +99,7 @@ class SlotStep(NamedTuple):
     rule: SlotRule
     terms: Terms
     real: Tensor | None = None
+    turn: Turn | None = None
 
 
 def fixed_slots(
@@ -105,12 +113,13 @@ def fixed_slots(
     recent: Tensor | int = 0,
     scores: Tensor | None = None,
     never: Tensor | None = None,
+    shifts: Tensor | None = None,
 ) -> FixedSlots:
     """Buffers of ``size`` slots, the first of which hold what is given; for the end of a prefill.
 
     keys (B, Hkv, W, D), values (B, Hkv, W, Dv), positions (B, Hkv, W) with -1 for empty slots, W < ``size``; scores
-    (B, Hkv, W), age (B,), limit and recent (B,) or one number, never (B, R, 2). Everything is copied. Raises
-    InputError where that does not fit. Looks at no value, so it may be called while a graph is captured.
+    (B, Hkv, W), age (B,), limit and recent (B,) or one number, never (B, R, 2), shifts (B, Hkv, W). Everything is copied.
+    Raises InputError where that does not fit. Looks at no value, so it may be called while a graph is captured.
     """
     b, hkv, width = positions.shape
     if keys.shape[:3] != (b, hkv, width) or values.shape[:3] != (b, hkv, width) or width >= size:
@@ -142,4 +151,5 @@ def fixed_slots(
         torch.zeros(b, hkv, TICKETS, dtype=torch.int32, device=keys.device),
         None if scores is None else wide(scores, 0),
         None if never is None else never.to(keys.device, torch.int32, copy=True),
+        None if shifts is None else wide(shifts, 0, torch.int32),
     )

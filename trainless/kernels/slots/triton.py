@@ -20,6 +20,7 @@ from ..split import MOST as CLUSTERS
 from ..split import last_lane, merge_parts
 from ..tickets import CLUSTER, MOST
 from ..tiles import tanh
+from ..turning import NEAR
 from .state import GROUPS, FixedSlots, SlotStep
 
 SHARE = 64  # slots per part, at least
@@ -31,10 +32,12 @@ NO_SCORE, SUM, LAST = 0, 1, 2
 
 @triton.jit
 def _attend(
-    q, new_k, new_v, keys, values, positions, free, age, real, sinks, tickets, logits, part_out, part_lse, out, lse,
+    q, new_k, new_v, keys, values, positions, free, age, real, sinks, shifts, near_turns, far_turns, partner, tickets,
+    logits, part_out, part_lse, out, lse,
     hkv, r, slots, parts, share, clusters, scale, softcap,
     D: tl.constexpr, DV: tl.constexpr, EXACT: tl.constexpr, REAL: tl.constexpr, SINKS: tl.constexpr,
-    LOGITS: tl.constexpr, CAP: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
+    LOGITS: tl.constexpr, CAP: tl.constexpr, TURN: tl.constexpr, NEAR: tl.constexpr,
+    BR: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     lane = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
@@ -59,6 +62,8 @@ def _attend(
         own_v = tl.load(new_v + lane * DV + wide_v, mask=wide_v < DV, other=0.0)
         tl.store(keys + own * D + wide, own_k, mask=wide < D)
         tl.store(values + own * DV + wide_v, own_v, mask=wide_v < DV)
+        if TURN:
+            tl.store(shifts + own, 0)
     tl.debug_barrier()
     best = tl.full((BR,), float("-inf"), tl.float32)
     total = tl.zeros((BN, BR), tl.float32)
@@ -69,6 +74,9 @@ def _attend(
         near = (lane * slots + place)[:, None]
         position = tl.load(positions + lane * slots + place, mask=here, other=-1)
         k = tl.load(keys + near * D + wide[None, :], mask=here[:, None] & (wide < D)[None, :], other=0.0)
+        if TURN:
+            distance = tl.load(shifts + lane * slots + place, mask=here, other=0)[:, None]
+            k = _turned(keys, k, near, distance, near_turns, far_turns, partner, here, wide, D, NEAR)
         v = tl.load(
             values + near * DV + wide_v[None, :], mask=here[:, None] & (wide_v < DV)[None, :], other=0.0
         )
@@ -106,6 +114,23 @@ def _attend(
 
 
 @triton.jit
+def _turned(
+    keys, k, near, distance, near_turns, far_turns, partner, here, wide,
+    D: tl.constexpr, NEAR: tl.constexpr,
+):  # fmt: skip
+    """Keys (slots, D) turned by ``distance`` (slots, 1); see ``turning.Turn``."""
+    inside = here[:, None] & (wide < D)[None, :]
+    other = tl.load(partner + wide, mask=wide < D, other=0)
+    beside = tl.load(keys + near * D + other[None, :], mask=inside, other=0.0).to(tl.float32)
+    a = far_turns + distance // NEAR * (2 * D) + wide[None, :]
+    b = near_turns + distance % NEAR * (2 * D) + wide[None, :]
+    cos_a, sin_a = tl.load(a, mask=inside, other=0.0), tl.load(a + D, mask=inside, other=0.0)
+    cos_b, sin_b = tl.load(b, mask=inside, other=0.0), tl.load(b + D, mask=inside, other=0.0)
+    turned = k.to(tl.float32) * (cos_a * cos_b - sin_a * sin_b) + beside * (sin_a * cos_b + cos_a * sin_b)
+    return turned.to(k.dtype)
+
+
+@triton.jit
 def _mass(
     logits, lse, lane, hkv, r, place, here, slots, GQA: tl.constexpr, SHARED: tl.constexpr, BN: tl.constexpr
 ):
@@ -133,10 +158,10 @@ def _mass(
 
 @triton.jit
 def _settle(
-    logits, lse, positions, scores, free, age, count, limit, recent, never, real, tickets, found_worth, found_slot,
-    hkv, r, slots, blocks, runs,
+    logits, lse, positions, scores, shifts, free, age, count, limit, recent, never, real, tickets, found_worth,
+    found_slot, hkv, r, slots, blocks, runs,
     SCORE: tl.constexpr, GQA: tl.constexpr, SHARED: tl.constexpr, NORMALISE: tl.constexpr, REAL: tl.constexpr,
-    BN: tl.constexpr, BB: tl.constexpr,
+    TURN: tl.constexpr, BN: tl.constexpr, BB: tl.constexpr,
 ):  # fmt: skip
     lane = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
@@ -193,14 +218,24 @@ def _settle(
         if over & (gone < FAR):
             tl.store(positions + lane * slots + gone, -1)
             next_free = tl.minimum(next_free, gone)
+            if TURN:
+                for start in range(0, slots, BN):
+                    each_place = start + tl.arange(0, BN)
+                    there_is = each_place < slots
+                    held_at = lane * slots + each_place
+                    older = tl.load(positions + held_at, mask=there_is, other=-1)
+                    moved = tl.load(shifts + held_at, mask=there_is, other=0)
+                    moved += ((older >= 0) & (older < first_age)).to(tl.int32)
+                    tl.store(shifts + held_at, moved, mask=there_is)
         tl.store(free + lane, next_free)
         if last_lane(tickets, batch, hkv):
             tl.store(age + batch, now)
             tl.store(count + batch, held - over.to(tl.int32))
 
 
-def refuses(query: Tensor, slots: FixedSlots) -> tuple[str, ...]:
+def refuses(step: SlotStep) -> tuple[str, ...]:
     """Why this form cannot take a call; empty when it can."""
+    query, slots = step.query, step.slots
     d, dv, share = query.shape[3], slots.values.shape[3], query.shape[1] // slots.keys.shape[1]
     found = []
     if max(d, dv) > 256 or share > 16:
@@ -232,7 +267,7 @@ def plan(slots: FixedSlots, share: int) -> dict[str, int]:
 
 def decode(step: SlotStep) -> Tensor:
     """See ``api.slot_decode``."""
-    query, key, value, slots, rule, terms, real = step
+    query, key, value, slots, rule, terms, real, turn = step
     s, (b, h, _, d) = slots, query.shape
     hkv, size, dv = s.keys.shape[1], s.size, s.values.shape[3]
     r = h // hkv
@@ -244,25 +279,27 @@ def decode(step: SlotStep) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=query.device)
 
     none = query = query.contiguous()
+    shifts, (near, far, partner) = s.positions if turn is None else s.shifts, turn or (none, none, none)
     there = none if real is None else real.view(torch.uint8)
     lse, out = made(b, h), made(b, h, 1, dv, dtype=query.dtype)
     score = NO_SCORE if rule.score is None else SUM if rule.score == "sum" else LAST
     logits = made(b, h, size) if score else lse
     _attend[(b * hkv, parts)](
         query, key.contiguous(), value.contiguous(), s.keys, s.values, s.positions, s.free, s.age, there,
-        none if terms.sink_logits is None else terms.sink_logits, s.tickets, logits, made(b * hkv, parts, r, dv),
-        made(b * hkv, parts, r), out, lse,
+        none if terms.sink_logits is None else terms.sink_logits, shifts, near, far, partner, s.tickets,
+        logits, made(b * hkv, parts, r, dv), made(b * hkv, parts, r), out, lse,
         hkv, r, size, parts, numbers["share"], numbers["clusters"], terms.scale, terms.softcap or 1.0,
         D=d, DV=dv, EXACT=query.dtype == torch.float32, REAL=real is not None, SINKS=terms.sink_logits is not None,
-        LOGITS=score != NO_SCORE, CAP=terms.softcap is not None,
+        LOGITS=score != NO_SCORE, CAP=terms.softcap is not None, TURN=turn is not None, NEAR=NEAR,
         **{n: numbers[n] for n in ("BR", "BN", "BD", "BV")},
     )  # fmt: skip
     runs = 0 if s.never is None else s.never.shape[1]
     _settle[(b * hkv, blocks)](
-        logits, lse, s.positions, s.positions if s.scores is None else s.scores, s.free, s.age, s.count, s.limit,
+        logits, lse, s.positions, s.positions if s.scores is None else s.scores, shifts, s.free, s.age, s.count, s.limit,
         s.recent, s.positions if s.never is None else s.never, there, s.tickets, made(b * hkv, blocks),
         made(b * hkv, blocks, 3, dtype=torch.int32), hkv, r, size, blocks, runs,
         SCORE=score, GQA=GROUPS.index(rule.gqa), SHARED=rule.shared, NORMALISE=rule.normalise,
-        REAL=real is not None, BN=min(BLOCK, triton.next_power_of_2(size)), BB=triton.next_power_of_2(blocks),
+        REAL=real is not None, TURN=turn is not None, BN=min(BLOCK, triton.next_power_of_2(size)),
+        BB=triton.next_power_of_2(blocks),
     )  # fmt: skip
     return out
