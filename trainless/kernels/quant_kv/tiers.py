@@ -125,7 +125,7 @@ def decode(
 ) -> Tensor:
     """See ``tiers_decode``."""
     high, wide = tiers.high, statistics_dtype(query)
-    if any(choosing.on_triton(query, (section,), terms) for section in tiers.sections):
+    if query.is_cuda and any(choosing.on_triton(query, (section,), terms) for section in tiers.sections):
         out, p = _in_parts(query, key, value, tiers, terms, real)
         due = True
     else:

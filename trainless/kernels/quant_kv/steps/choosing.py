@@ -20,19 +20,19 @@ def unlooped(
     query: Tensor, key: Tensor | None, value: Tensor | None, sections: Sequence[FixedPacked]
 ) -> tuple[str, ...]:
     """Why the loops that Numba compiles cannot do a step; empty when they can."""
+    # Asked at every decode step of every layer, so in plain loops.
     dtype = sections[0].tail_key.dtype
     if why := numba_reasons((query, key, value)):
         return why
-    if query.dtype not in NUMBERS or any(t is not None and t.dtype != dtype for t in (key, value)):
-        return (f"numba: numbers of at most 32 bits are needed, got {query.dtype} and {dtype}",)
+    for t in (query, key, value):
+        if t is not None and (t.dtype not in NUMBERS or (t is not query and t.dtype != dtype)):
+            return (f"numba: numbers of at most 32 bits are needed, got {t.dtype} beside {dtype}",)
     for section in sections:
-        held = list(section.tensors().values())
-        if (
-            section.tail_key.dtype != dtype
-            or dtype not in NUMBERS
-            or not all(map(Tensor.is_contiguous, held))
-        ):
-            return ("numba: buffers have gaps, or numbers of several kinds",)
+        if section.tail_key.dtype != dtype or dtype not in NUMBERS:
+            return (f"numba: buffers of one kind of at most 32 bits are needed, got {dtype}",)
+        for t in vars(section).values():
+            if isinstance(t, Tensor) and not t.is_contiguous():
+                return ("numba: buffers have gaps",)
     return compiled_form(__package__)[1]
 
 
@@ -43,7 +43,7 @@ def looped() -> Any:
 
 def on_triton(query: Tensor, sections: Sequence[FixedPacked], terms: Terms) -> bool:
     """Whether the step is Triton's."""
-    if triton_reasons((query, *(t for s in sections for t in (s.key, s.tail_key)))):
+    if not query.is_cuda or triton_reasons((query, *(t for s in sections for t in (s.key, s.tail_key)))):
         return False
     from .. import fixed_triton
 

@@ -59,7 +59,8 @@ def decode(
         asked, key, value, first.tail_key, first.tail_value, first.age, real, sinks, how.residual, how.aged, scores, out,
         lse, parts,
     )  # fmt: skip
-    step += [0 if t is None else t.data_ptr() for t in given]
+    for t in given:
+        step.append(0 if t is None else t.data_ptr())
     threads = torch.get_num_threads() if codes > ALONE else 1
     left = openmp.run(loops.step_part, (*step, *table), threads)
     return out.to(query.dtype) if half else out, lse, bool(left[loops.DUE])
@@ -70,6 +71,7 @@ def _section(s: FixedPacked, valid: Tensor | None, first_score: int) -> list[int
         s.key, s.key_step, s.key_min, s.value, s.value_step, s.value_min, s.value_root, s.packed, valid,
     )  # fmt: skip
     found = [s.k_bits, s.v_bits, s.key.shape[2], s.key.shape[3], first_score]
-    found += [0 if t is None else t.data_ptr() for t in tensors]
+    for t in tensors:
+        found.append(0 if t is None else t.data_ptr())
     found.append(0 if valid is None else valid.shape[2])
     return found
