@@ -20,6 +20,7 @@ from trainless.kernels.quant_kv import (
     quantise,
     reference,
 )
+from trainless.kernels.quant_kv.steps import choosing
 
 SHAPED = pytest.mark.parametrize("shape", SHAPES, ids=IDS)
 
@@ -27,7 +28,8 @@ SHAPED = pytest.mark.parametrize("shape", SHAPES, ids=IDS)
 @pytest.fixture(params=["numba", "blocked"], autouse=True)
 def form(request, monkeypatch):
     if request.param == "blocked":
-        monkeypatch.setattr(api, "numba_reasons", lambda tensors: ("numba: not in this test",))
+        for module in (api, choosing):
+            monkeypatch.setattr(module, "numba_reasons", lambda tensors: ("numba: not in this test",))
     elif numba_missing() is not None:
         pytest.skip(numba_missing())
 
@@ -160,18 +162,15 @@ def test_a_step_is_traced_whole_and_once():
 def test_the_operators_are_registered_correctly(scored):
     shape = SHAPES[0]
     b = make(shape, torch.float32)
-    sizes = (2, 4, b.slots)
-    parameters = (b.key_step, b.key_min, b.value_step, b.value_min, b.value_root)
+    sizes, residual = (2, 4, b.slots), torch.zeros(2, dtype=torch.int32)
+    held = [*b.tensors().values()]
     call = (
-        *token(shape, torch.float32), b.key, b.value, *parameters, b.tail_key, b.tail_value, b.packed, b.age, b.tickets,
-        torch.rand(2, 2, b.slots) < 0.8, torch.tensor([True, False]), torch.randn(4),
-        torch.zeros(sizes) if scored else None, 0.3, None, 4, 4,
+        *token(shape, torch.float32), held, torch.rand(2, 2, b.slots) < 0.8, torch.tensor([True, False]), torch.randn(4),
+        torch.zeros(sizes) if scored else None, None if scored else residual, 0.3, None, [4, 4],
     )  # fmt: skip
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(torch.ops.trainless.packed_decode.default, call, test_utils=tests)
-    residual = torch.zeros(2, dtype=torch.int32)
-    call = (b.key, b.value, *parameters, b.tail_key, b.tail_value, b.packed, b.age, b.tickets, residual, 4, 4)
-    torch.library.opcheck(torch.ops.trainless.pack_group.default, call, test_utils=tests)
+    torch.library.opcheck(torch.ops.trainless.pack_group.default, (held, residual, [4, 4]), test_utils=tests)
 
 
 def test_what_does_not_fit_is_refused():

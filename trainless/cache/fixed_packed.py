@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.quant_kv import FixedPacked, fixed_packed, pack_group, packed_decode
+from ..kernels.quant_kv import FixedPacked, fixed_packed, packed_decode
 from ..seams import Evict, Lease, Quantise, tokens_of
 from .freezing import Freezing, thawing
 from .packed import PackedLayer
@@ -197,8 +197,16 @@ class FixedPackedLayer(Freezing, PackedLayer):
             real = self._told(mask)
         if real is not None:
             real = real.expand(query.shape[0])
-        out, _ = packed_decode(query, *new, fixed, scale=scale, softcap=softcap, sink_logits=sinks, real=real)
-        pack_group(fixed, self.residual)
+        out, _ = packed_decode(
+            query,
+            *new,
+            fixed,
+            scale=scale,
+            softcap=softcap,
+            sink_logits=sinks,
+            real=real,
+            residual=self.residual,
+        )
         return out.transpose(1, 2)
 
     # ------------------------------------------------------------------ what there is

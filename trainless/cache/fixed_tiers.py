@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.quant_kv import RAW, FixedPacked, channel_root, fixed_packed, packed_decode, quantise
+from ..kernels.quant_kv import FixedPacked, FixedTiers, fixed_packed, tiers_decode
 from ..seams import Evict, Quantise, tokens_of
 from .fixed_packed import FixedPackedLayer
-from .freezing import statistics
 from .store import StoredRun
 
 CHUNKS = 2  # that there is room for beyond those of a prompt, in a dynamic cache, at least
@@ -24,18 +23,14 @@ LAST = 1 << 30  # behind any run
 
 
 class FixedTiersLayer(FixedPackedLayer):
-    """Packs in two tiers as ``PackedLayer`` does. ``fixed`` holds the high tier and the ring, ``low`` the other."""
+    """Packs in two tiers as ``PackedLayer`` does. ``fixed`` is the high tier with the ring."""
 
     _layer_type = None
 
     def _clear(self) -> None:
-        self.low: FixedPacked | None = None
-        self.others: list[tuple[FixedPacked, StoredRun]] = []  # chunks of other sizes, and their runs
+        self.tiers: FixedTiers | None = None
+        self.runs: list[StoredRun] = []  # those that stand beside the tiers: chunks of other sizes
         self.at = [LAST, LAST]  # which of the runs the high and the low tier were
-        self.places: tuple[Tensor, Tensor] | None = (
-            None  # (B, Hkv, slots) int32: positions of codes, per tier
-        )
-        self._aged: Tensor | None = None  # (B,) int32: real tokens seen
         super()._clear()
 
     @staticmethod
@@ -93,17 +88,18 @@ class FixedTiersLayer(FixedPackedLayer):
             made.age.copy_(made.packed)
             tiers.append(made)
             places.append(place)
-        others = [(self._apart(run), run) for run in self.store.runs if all(run is not own for own in mine)]
+        others = [run for run in self.store.runs if all(run is not own for own in mine)]
+        seen = tuple(None if bool((r.positions >= 0).all()) else _shown(r) for r in others)
         # The runs come back in this order: slots are counted by it.
         self.at = [next((n for n, r in enumerate(self.store.runs) if r is own), LAST) for own in mine]
         self._fill_ring(tiers[0])
-        self._aged = torch.tensor(self.ages, dtype=torch.int32, device=self.tail.device)
-        self.residual = torch.zeros_like(self._aged)
+        aged = torch.tensor(self.ages, dtype=torch.int32, device=self.tail.device)
+        apart = tuple(self._apart(run) for run in others)
         self.store.runs, self.tail, self.high = [], None, None
-        self.fixed, self.low = tiers
-        self.places, self.others = (places[0], places[1]), others
+        self.tiers = FixedTiers(tiers[0], tiers[1], (places[0], places[1]), aged, apart, seen)
+        self.fixed, self.runs = tiers[0], others
         self.keys, self.values = self.fixed.tail_key, self.fixed.tail_value
-        self._froze(self._aged)
+        self._froze(aged)
 
     def _apart(self, run: StoredRun) -> FixedPacked:
         """The codes of a run to which nothing is added; which slots hold a token its positions say."""
@@ -118,27 +114,25 @@ class FixedTiersLayer(FixedPackedLayer):
             ring=1,
         )
         for name, tensor in segment.tensors().items():
-            setattr(made, name, tensor.detach())
+            setattr(made, name, tensor.detach().contiguous())
         made.packed.fill_(run.slots)
         made.age.fill_(run.slots)
         return made
 
     def thaw(self) -> None:
-        fixed, low, aged = self.fixed, self.low, self._aged
-        if fixed is None or low is None or aged is None:
+        tiers, runs = self.tiers, self.runs
+        if tiers is None:
             return
-        assert self.places is not None
-        places, others = self.places, self.others
-        self.fixed = self.low = self.residual = self._aged = self.places = None
-        self.others = []
+        self.tiers, self.fixed, self.runs = None, None, []
+        fixed, aged = tiers.high, tiers.aged
         ages = aged.tolist()
         self._thaws(ages, list(ages))
         self._store.runs = [
-            StoredRun(r.tier, held.segments()[0], r.positions, r.filled) for held, r in others
+            StoredRun(r.tier, held.segments()[0], r.positions, r.filled)
+            for held, r in zip(tiers.others, runs, strict=True)
         ]
-        tiers = fixed, low
         for tier in sorted((0, 1), key=lambda tier: self.at[tier]):
-            held, place = tiers[tier], places[tier]
+            held, place = tiers.sections[tier], tiers.places[tier]
             filled = (held.packed // held.size).tolist()
             if groups := max(filled):
                 segment = held.segments()[0].each(lambda t, n=groups: t[:, :, :n].clone())  # type: ignore[misc]
@@ -158,8 +152,8 @@ class FixedTiersLayer(FixedPackedLayer):
 
     @property
     def aged(self) -> Tensor:
-        assert self._aged is not None
-        return self._aged
+        assert self.tiers is not None
+        return self.tiers.aged
 
     def attend(
         self,
@@ -172,94 +166,40 @@ class FixedTiersLayer(FixedPackedLayer):
         sinks: Tensor | None = None,
         rotate: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> Tensor:
-        fixed, low, new, aged = self.fixed, self.low, self.new, self._aged
-        assert fixed is not None and low is not None and new is not None and aged is not None
+        tiers, new = self.tiers, self.new
+        assert tiers is not None and new is not None
         self.new = None
         if real is None:
             real = self._told(mask)
-        b, h, _, _ = query.shape
         if real is not None:
-            real = real.expand(b)
-        aged.add_(1 if real is None else real)
-        p = query.new_empty(b, h, fixed.slots, dtype=statistics(query))
-        parts = [
-            packed_decode(query, *new, fixed, scale=scale, softcap=softcap, real=real, scores=p),
-            packed_decode(query, None, None, low, scale=scale, softcap=softcap),
-        ]
-        for held, run in self.others:
-            seen = torch.nn.functional.pad(run.positions >= 0, (0, 1))
-            parts.append(packed_decode(query, None, None, held, scale=scale, softcap=softcap, valid=seen))
-        lse = torch.stack([part for _, part in parts])
-        total = torch.logsumexp(lse, 0)
-        if sinks is not None:
-            total = torch.logaddexp(total, sinks.to(total.dtype).expand_as(total))
-        share = torch.exp(lse - total).nan_to_num(0.0)
-        out = sum(o.to(share.dtype) * s[..., None, None] for (o, _), s in zip(parts, share, strict=True))
-        assert isinstance(out, Tensor)
-        due = fixed.age - fixed.packed >= self.rule.interval
-        # A compiled step has no branch; elsewhere it costs a look at the counters, which lie in this memory.
-        if torch.compiler.is_compiling() or due.is_cuda or bool(due.any()):
-            self._pack_chunk(p * share[0][..., None], due)
-        return out.to(query.dtype).transpose(1, 2)
-
-    def _pack_chunk(self, p: Tensor, due: Tensor) -> None:
-        """Pack the ring of the rows that are ``due``, by probabilities p (B, H, slots) of the newest token."""
-        fixed, low = self.fixed, self.low
-        assert fixed is not None and low is not None and self.places is not None and self._aged is not None
-        b, hkv, ring, _ = fixed.tail_key.shape
-        number = torch.arange(ring, device=p.device)
-        place = ((fixed.packed[:, None] + number) % ring)[:, None].expand(b, hkv, ring)
-
-        def ordered(t: Tensor) -> Tensor:
-            return t.gather(2, place[..., None].expand(b, hkv, ring, t.shape[3]))
-
-        keys, values = ordered(fixed.tail_key), ordered(fixed.tail_value)
-        score = p[..., fixed.slots - ring :].unflatten(1, (hkv, -1)).sum(2).gather(2, place)
-        # The highest first; among equals the newer one.
-        best = ring - 1 - score.flip(2).sort(dim=2, descending=True, stable=True).indices
-        root = channel_root(values)[:, :, None]
-        counted = (self._aged[:, None] - ring + number)[:, None].expand(b, hkv, ring)
-        for tier, (held, start) in enumerate(((fixed, 0), (low, fixed.size))):
-            chosen = best[:, :, start : start + held.size].sort(dim=2).values
-            k, v = (t.gather(2, chosen[..., None].expand(*chosen.shape, t.shape[3])) for t in (keys, values))
-            bits = held.k_bits, held.v_bits
-            made = quantise(k[:, :, None], v[:, :, None], *bits, root=root if bits[1] < RAW else None)
-            groups = held.key.shape[2]
-            group = (held.packed // held.size).clamp_max(groups - 1).long()
-            into = [(getattr(held, name), t) for name, t in made.tensors().items()]
-            into.append(
-                (self.places[tier].unflatten(2, (groups, held.size)), counted.gather(2, chosen)[:, :, None])
-            )
-            for whole, part in into:
-                ones = (1,) * (whole.dim() - 1)
-                at = group.view(-1, *ones).expand_as(part)
-                whole.scatter_(
-                    2, at, torch.where(due.view(-1, *ones), part.to(whole.dtype), whole.gather(2, at))
-                )
-            held.packed.add_(due * held.size)
-        # What waited is packed: the ring begins anew behind the codes.
-        fixed.age.copy_(torch.where(due, fixed.packed, fixed.age))
-        low.age.copy_(low.packed)
+            real = real.expand(query.shape[0])
+        out = tiers_decode(query, *new, tiers, scale=scale, softcap=softcap, sink_logits=sinks, real=real)
+        return out.transpose(1, 2)
 
     # ------------------------------------------------------------------ what there is
 
     def _buffers(self) -> list[Tensor]:
-        if self.low is None or self._aged is None or self.places is None:
+        tiers = self.tiers
+        if tiers is None:
             return []
-        held = [*super()._buffers(), *self.low.tensors().values(), *self.places, self._aged]
-        for other, run in self.others:
-            held += [*other.tensors().values(), run.positions]
-        return held
+        held = [t for section in tiers.sections for t in section.tensors().values()]
+        held += [*tiers.places, tiers.aged, *(t for t in tiers.seen if t is not None)]
+        return held + [run.positions for run in self.runs]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
         order = beam_idx.tolist()
-        for _, run in self.others:
+        for run in self.runs:
             run.filled = [run.filled[i] for i in order]
 
     @property
     def width(self) -> int:
-        return super().width if self._aged is None else int(self._aged.max())
+        return super().width if self.tiers is None else int(self.tiers.aged.max())
+
+
+def _shown(run: StoredRun) -> Tensor:
+    """Which slots hold a token, and none of a ring of one slot behind them."""
+    return torch.nn.functional.pad(run.positions >= 0, (0, 1))
 
 
 def _full(run: StoredRun) -> bool:

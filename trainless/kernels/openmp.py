@@ -101,19 +101,34 @@ def take(context, data):  # type: ignore[no-untyped-def]
     return types.int64(types.CPointer(types.int64)), code
 
 
-def run(body: Any, data: Sequence[int], threads: int) -> None:
+@intrinsic
+def arrive(context, data):  # type: ignore[no-untyped-def]
+    """Inside a body: one more of something is done; how many were before, in the second number of the data.
+
+    Whoever finds that all others were sees what they have written.
+    """
+
+    def code(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        place = builder.gep(arguments[0], [ir.Constant(ir.IntType(64), 1)])
+        return builder.atomic_rmw("add", place, ir.Constant(ir.IntType(64), 1), "acq_rel")
+
+    return types.int64(types.CPointer(types.int64)), code
+
+
+def run(body: Any, data: Sequence[int], threads: int) -> Any:
     """Run a body on up to ``threads`` threads; addresses among the data must stay good until it returns.
 
-    The body is given an array of int64: a counter for ``take``, then the data.
+    The body is given an array of int64: a counter for ``take``, then the data. Returns it as the body left it.
     """
     packed = (ctypes.c_int64 * (len(data) + 1))(0, *data)
     # The body by itself too, where one thread is enough: other machine code might round in another order.
     if threads == 1:
         _alone(body)(packed)
-        return
+        return packed
     found = library()
     assert found is not None
     found.GOMP_parallel(ctypes.c_void_p(body.address), packed, ctypes.c_uint(threads), 0)
+    return packed
 
 
 @functools.cache

@@ -4,10 +4,12 @@ from .api import blocks, choose, dequantise, merge, packed_attention, packed_row
 from .fixed import FixedPacked, fill, fixed_packed
 from .fixed_api import choose_fixed, pack_group, packed_decode
 from .format import RAW, Segment, channel_root, pack, per_byte, quantise, raw, unpack
+from .tiers import FixedTiers, tiers_decode
 
 __all__ = [
     "RAW",
     "FixedPacked",
+    "FixedTiers",
     "Segment",
     "blocks",
     "channel_root",
@@ -25,6 +27,7 @@ __all__ = [
     "per_byte",
     "quantise",
     "raw",
+    "tiers_decode",
     "unpack",
     "weigh",
 ]

@@ -14,7 +14,9 @@ together, as ``valid`` and ``scores`` count them, are the G · S of the codes fi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,6 +66,15 @@ class FixedPacked:
     def tensors(self) -> dict[str, Tensor]:
         return {name: t for name, t in vars(self).items() if isinstance(t, Tensor)}
 
+    @staticmethod
+    def of(bits: Sequence[int], tensors: Sequence[Tensor]) -> list[FixedPacked]:
+        """Buffers again from their ``tensors``, those of several one after the other; bits: k_bits and v_bits of each."""
+        left, found = iter(tensors), []
+        for k_bits, v_bits in zip(bits[::2], bits[1::2], strict=True):
+            held = {name: next(left) for name in _names(k_bits, v_bits)}
+            found.append(FixedPacked(k_bits, v_bits, **{name: held.get(name) for name in NAMES}))  # type: ignore[arg-type]
+        return found
+
     def segments(self, used: int | None = None) -> list[Segment]:
         """The codes and the ring as segments that share their memory; ``used``: see ``Segment``."""
         codes = Segment(
@@ -81,6 +92,35 @@ class FixedPacked:
         # The ring's slot of token n is n % T, so slot t holds the first token from `packed` on that falls there.
         token = self.packed[:, None] + (place - self.packed[:, None]) % ring
         return torch.cat([codes < self.packed[:, None], token < self.age[:, None]], 1)
+
+
+NAMES = tuple(f.name for f in fields(FixedPacked) if f.name not in ("k_bits", "v_bits"))
+KEYS, VALUES = ("key_step", "key_min"), ("value_step", "value_min", "value_root")
+
+
+def _names(k_bits: int, v_bits: int) -> Iterator[str]:
+    """Of the tensors that buffers of so many bits have."""
+    for name in NAMES:
+        if not ((k_bits == RAW and name in KEYS) or (v_bits == RAW and name in VALUES)):
+            yield name
+
+
+class Stepping(NamedTuple):
+    """What a step does beside attending. B batch rows, H query heads, Hkv key heads.
+
+    valid: for each of the buffers attended to, slots that may be seen beside the counters, (B, Hkv, slots) bool, or None;
+    empty: None for all. real (B,) bool: rows whose token is no padding. scores (B, H, slots of the first buffers), or of
+    their ring alone where ``ring_only``: receives probabilities. need: a row of which residual (B,) + need tokens wait is
+    due to be packed; 0: none is; residual None: 0. aged (B,) int32: counts tokens along with ``age``.
+    """
+
+    valid: tuple[Tensor | None, ...] = ()
+    real: Tensor | None = None
+    scores: Tensor | None = None
+    ring_only: bool = False
+    need: int = 0
+    residual: Tensor | None = None
+    aged: Tensor | None = None
 
 
 def fixed_packed(

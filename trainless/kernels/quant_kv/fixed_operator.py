@@ -2,98 +2,81 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from ..common import Terms, statistics_dtype
 from ..dispatch import triton_reasons
 from . import fixed_plain
-from .fixed import FixedPacked
+from .fixed import FixedPacked, Stepping
+from .steps import choosing
 
-PARAMETERS = ("key_step", "key_min", "value_step", "value_min", "value_root")
 
-
-@torch.library.custom_op(
-    "trainless::packed_decode", mutates_args=("tail_key", "tail_value", "age", "tickets", "scores")
-)
-def packed_decode_op(
-    query: Tensor,
-    key: Tensor | None,
-    value: Tensor | None,
-    packed_key: Tensor,
-    packed_value: Tensor,
-    key_step: Tensor | None,
-    key_min: Tensor | None,
-    value_step: Tensor | None,
-    value_min: Tensor | None,
-    value_root: Tensor | None,
-    tail_key: Tensor,
-    tail_value: Tensor,
-    packed: Tensor,
-    age: Tensor,
-    tickets: Tensor,
-    valid: Tensor | None,
-    real: Tensor | None,
-    sinks: Tensor | None,
-    scores: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    k_bits: int,
-    v_bits: int,
+def decode(
+    query: Tensor, key: Tensor | None, value: Tensor | None, buffers: FixedPacked, terms: Terms, how: Stepping
 ) -> tuple[Tensor, Tensor]:
-    """See ``fixed_api.packed_decode``: the buffers of ``fixed.FixedPacked`` one by one."""
-    buffers = FixedPacked(
-        k_bits, v_bits, packed_key, packed_value, key_step, key_min, value_step, value_min, value_root, tail_key,
-        tail_value, packed, age, tickets,
-    )  # fmt: skip
-    terms = Terms(scale, None, softcap, sinks)
-    if not triton_reasons((query, packed_key, tail_key)):
+    """See ``fixed_api.packed_decode``: attend, and pack a group of the rows that are due then."""
+    if choosing.on_triton(query, (buffers,), terms):
         from . import fixed_triton
 
-        if not fixed_triton.refuses(query, buffers, terms):
-            return fixed_triton.decode(query, key, value, buffers, terms, valid, real, scores)
-    return fixed_plain.decode(query, key, value, buffers, terms, valid, real, scores)
+        valid = how.valid[0] if how.valid else None
+        found = fixed_triton.decode(query, key, value, buffers, terms, valid, how.real, how.scores)
+        due = how.need > 0
+    else:
+        out, lse, due = choosing.step(query, key, value, (buffers,), terms, how)
+        found = out, lse
+    if due and how.residual is not None:
+        pack_group(buffers, how.residual)
+    return found
 
 
-@packed_decode_op.register_fake
-def _(query: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
-    tail_value = rest[10]
-    assert isinstance(tail_value, Tensor)
-    out = query.new_empty(*query.shape[:3], tail_value.shape[3])
-    return out, query.new_empty(query.shape[:2], dtype=statistics_dtype(query))
-
-
-@torch.library.custom_op(
-    "trainless::pack_group", mutates_args=("packed_key", "packed_value", *PARAMETERS, "packed", "tickets")
-)
-def pack_group_op(
-    packed_key: Tensor,
-    packed_value: Tensor,
-    key_step: Tensor | None,
-    key_min: Tensor | None,
-    value_step: Tensor | None,
-    value_min: Tensor | None,
-    value_root: Tensor | None,
-    tail_key: Tensor,
-    tail_value: Tensor,
-    packed: Tensor,
-    age: Tensor,
-    tickets: Tensor,
-    residual: Tensor,
-    k_bits: int,
-    v_bits: int,
-) -> None:
+def pack_group(buffers: FixedPacked, residual: Tensor) -> None:
     """See ``fixed_api.pack_group``."""
-    buffers = FixedPacked(
-        k_bits, v_bits, packed_key, packed_value, key_step, key_min, value_step, value_min, value_root, tail_key,
-        tail_value, packed, age, tickets,
-    )  # fmt: skip
-    if not triton_reasons((tail_key, packed_key)) and {k_bits, v_bits} <= {2, 4, 8}:
+    if not triton_reasons((buffers.tail_key, buffers.key)) and {buffers.k_bits, buffers.v_bits} <= {2, 4, 8}:
         from . import fixed_pack
 
         fixed_pack.pack_group(buffers, residual)
     else:
         fixed_plain.pack_group(buffers, residual)
+
+
+@torch.library.custom_op("trainless::packed_decode", mutates_args=("buffers", "scores"))
+def packed_decode_op(
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
+    buffers: Sequence[Tensor],
+    valid: Tensor | None,
+    real: Tensor | None,
+    sinks: Tensor | None,
+    scores: Tensor | None,
+    residual: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    bits: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    """See ``fixed_api.packed_decode``: the tensors of ``fixed.FixedPacked`` in their order, and its two bits."""
+    (held,) = FixedPacked.of(bits, buffers)
+    how = Stepping((valid,), real, scores, False, 0 if residual is None else held.size, residual)
+    return decode(query, key, value, held, Terms(scale, None, softcap, sinks), how)
+
+
+@packed_decode_op.register_fake
+def _(
+    query: Tensor, key: Tensor | None, value: Tensor | None, buffers: Sequence[Tensor], *rest: object
+) -> tuple[Tensor, Tensor]:
+    width = buffers[-4].shape[3]  # the values of the ring
+    return query.new_empty(*query.shape[:3], width), query.new_empty(
+        query.shape[:2], dtype=statistics_dtype(query)
+    )
+
+
+@torch.library.custom_op("trainless::pack_group", mutates_args=("buffers",))
+def pack_group_op(buffers: Sequence[Tensor], residual: Tensor, bits: Sequence[int]) -> None:
+    """See ``fixed_api.pack_group``."""
+    pack_group(FixedPacked.of(bits, buffers)[0], residual)
 
 
 @pack_group_op.register_fake

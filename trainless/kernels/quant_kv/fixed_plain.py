@@ -6,6 +6,7 @@ none is packed; elsewhere nothing is read, and nothing waits for the device.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from ..common import Terms, statistics_dtype
 from . import blocked, rows
 from .api import _products
-from .fixed import FixedPacked
+from .fixed import FixedPacked, Stepping
 from .format import quantise
 
 
@@ -22,26 +23,34 @@ def decode(
     query: Tensor,
     key: Tensor | None,
     value: Tensor | None,
-    buffers: FixedPacked,
+    sections: Sequence[FixedPacked],
     terms: Terms,
-    valid: Tensor | None = None,
-    real: Tensor | None = None,
-    scores: Tensor | None = None,
+    how: Stepping,
 ) -> tuple[Tensor, Tensor]:
-    """See ``fixed_api.packed_decode``."""
+    """Put a token into the ring of the first buffers and attend to it and to the codes of all: output, log-sum-exp."""
+    first = sections[0]
     if key is not None and value is not None:
-        append(key, value, buffers, real)
-    seen = buffers.holds()[:, None, None]
-    if valid is not None:
-        seen = seen & valid[:, :, None]
-    seen = seen.expand(-1, buffers.key.shape[1], -1, -1)
+        append(key, value, first, how.real)
+        if how.aged is not None:
+            how.aged.add_(1 if how.real is None else how.real)
     on_cpu = query.device.type == "cpu"
-    segments = buffers.segments(int(buffers.packed.max()) if on_cpu else None)
-    form = _products([query, *buffers.tensors().values()])[0] if on_cpu else cast(rows.Products, blocked)
-    out, p, lse = rows.rows(query, segments, terms, seen, True, form)
+    segments, seen = [], []
+    for number, section in enumerate(sections):
+        held = section.holds()[:, None]
+        valid = how.valid[number] if how.valid else None
+        held = (held if valid is None else held & valid).expand(-1, section.key.shape[1], -1)
+        own = section.segments(int(section.packed.max()) if on_cpu else None)
+        # Nothing is ever put into the ring of the others.
+        segments += own if number == 0 else own[:1]
+        seen.append(held if number == 0 else held[..., : own[0].slots])
+    involved = [query, *(t for section in sections for t in section.tensors().values())]
+    form = _products(involved)[0] if on_cpu else cast(rows.Products, blocked)
+    out, p, lse = rows.rows(query, segments, terms, torch.cat(seen, 2)[:, :, None], True, form)
     assert lse is not None
-    if scores is not None:
-        scores.copy_(p[:, :, 0])
+    if how.scores is not None:
+        slots = first.slots
+        start = slots - first.tail_key.shape[2] if how.ring_only else 0
+        how.scores.copy_(p[:, :, 0, start:slots])
     return out, lse[..., 0]
 
 
@@ -72,11 +81,15 @@ def pack_group(buffers: FixedPacked, residual: Tensor) -> None:
     made = quantise(oldest[0][:, :, None], oldest[1][:, :, None], buffers.k_bits, buffers.v_bits)
     group = (buffers.packed // size).clamp_max(groups - 1).long()
     for name, new in made.tensors().items():
-        into = getattr(buffers, name)
-        ones = (1,) * (into.dim() - 1)
-        at = group.view(-1, *ones).expand_as(new)
-        into.scatter_(2, at, torch.where(due.view(-1, *ones), new, into.gather(2, at)))
+        put(getattr(buffers, name), new, group, due)
     buffers.packed.add_(due * size)
+
+
+def put(into: Tensor, new: Tensor, group: Tensor, due: Tensor) -> None:
+    """new (B, Hkv, 1, …) into group ``group`` (B,) of (B, Hkv, G, …), in the rows that are ``due`` (B,)."""
+    ones = (1,) * (into.dim() - 1)
+    at = group.view(-1, *ones).expand_as(new)
+    into.scatter_(2, at, torch.where(due.view(-1, *ones), new.to(into.dtype), into.gather(2, at)))
 
 
 def probabilities_dtype(query: Tensor) -> torch.dtype:

@@ -1,0 +1,1 @@
+"""A decode step on packed buffers of fixed size as one compiled loop for the CPU."""
