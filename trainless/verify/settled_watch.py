@@ -147,6 +147,11 @@ class SettledSite(SiteWatch):
         try:
             if held is not None and not _finite(heard.made.query, held.out, judge.real):
                 raise Lost("the model itself has no finite numbers there")
+            if held is not None and not self.parted:
+                self._given(heard, held, judge.real, record)
+            if record.wrong:
+                self._lose(heard)  # whatever comes of other inputs is no further news
+                return self._say(record, straight, judge)
             if straight:
                 judge.step(layer, out, held.published if held is not None else None)
             else:
@@ -157,7 +162,7 @@ class SettledSite(SiteWatch):
                 record.reasons.pop("result", None)
                 straight = self.traced and self.runtime.prepared.numbers and out.shape[1] == 1
             if held is not None and not self.parted and not record.wrong:
-                self._against(heard, out, held, judge, record)
+                self._came_out(heard, out, held, judge, record)
         except (Lost, TrainlessError) as error:
             self._lose(heard)
             record.skip("result", str(error))
@@ -172,9 +177,9 @@ class SettledSite(SiteWatch):
             for known in (self.watching.histories, self.streams):
                 known.setdefault(id(layer), History(layer)).lose()
 
-    def _against(self, heard: Heard, out: Tensor, held: LongCall, judge: StepJudge, record: Record) -> None:
-        """This call and the same one the long way: what the model was given for it, what came out, what stays."""
-        query, real = heard.made.query, judge.real
+    def _given(self, heard: Heard, held: LongCall, real: Tensor | None, record: Record) -> None:
+        """What the model made for this call, and for the same one the long way."""
+        query = heard.made.query
         alike = ALIKE.get(query.dtype, ROUGH)
         pairs = [("query", query, held.query)]
         if heard.updates and held.new is not None:
@@ -190,7 +195,11 @@ class SettledSite(SiteWatch):
                 )  # fmt: skip
                 return
         self._same_mask(heard.made.mask, held.shown, real, record)
+
+    def _came_out(self, heard: Heard, out: Tensor, held: LongCall, judge: StepJudge, record: Record) -> None:
+        """What came out of this call and of the same one the long way, and what stays after it."""
         if held.out.shape == out.shape:
+            real, alike = judge.real, ALIKE.get(out.dtype, ROUGH)
             if judge.allowed is None:
                 gap, allowed = _gap(out.transpose(1, 2), held.out.transpose(1, 2), real), alike
             else:
