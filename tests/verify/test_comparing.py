@@ -58,7 +58,8 @@ def test_prints_within_eighty_columns_and_is_plain_data() -> None:
     assert data["ok"] is bool(found)
     own = ["fired", "acted", "identity", "result"]
     whole = ["cache", "padding", "removal", "finite"]
-    assert [c["name"] for c in data["checks"]] == [*own, "kept", *own, *whole]
+    steps = "settled steps"
+    assert [c["name"] for c in data["checks"]] == [*own, "kept", steps, *own, steps, *whole]
 
 
 # ---------------------------------------------------------------- red
@@ -191,7 +192,9 @@ def test_probes_as_ids_inputs_and_functions() -> None:
     model, ids = llama(), models.prompt(30)
     made = trainless.patch(model, "h2o", heavy=4, recent=4)
     assert set(status(made.verify(ids)).values()) == {"ok"}
-    assert set(status(made.verify({"input_ids": ids})).values()) == {"ok"}
+    prompt = made.verify({"input_ids": ids})
+    assert {name for (_, name), how in status(prompt).items() if how != "ok"} == {"settled steps"}
+    assert "no step of this probe" in next(c.detail for c in prompt.checks if c.name == "settled steps")
     text = made.verify(lambda m: m.generate(ids, max_new_tokens=4, do_sample=False))
     assert status(text)["h2o", "identity"] == status(text)["whole patch", "removal"] == "ok"
 

@@ -33,7 +33,14 @@ class Made:
 
 
 class Watch(Protocol):
-    """Looks at the calls of one site. Hosts ask it only while it is there."""
+    """Looks at the calls of one site. Hosts ask it only while it is there.
+
+    settles: whether cache layers may settle meanwhile, and steps go the straight way; otherwise every call goes the
+    long way. traced: whether calls then run as a compiler would trace them, where it could.
+    """
+
+    settles: bool
+    traced: bool
 
     def wants(self) -> bool:
         """Whether the call under way is to be looked at: not those of other threads, nor one within another."""

@@ -50,6 +50,30 @@ def dense_probes(part: Any, sites: Sequence[Site], tokens: int) -> list[Probe]:
     return found
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """``run(cache)`` reads a prompt, decodes token by token, reads a further turn, and decodes on; ``cache`` is an empty
+    one, or None for what the model makes itself. ``static()`` makes one of fixed size, with room for all of it.
+
+    padded: whether a row of the batch is shorter than another.
+    """
+
+    name: str
+    run: Callable[[Any], Any]
+    static: Callable[[], Any]
+    padded: bool = False
+
+
+def decodings(part: Any, rule: Any, tokens: int) -> list[Decoding]:
+    """Sequences long enough for buffers of fixed size to be used again, for one component; none where it decodes none.
+
+    rule: how a cache is packed under the patch, or None; a group of its tokens then comes together between two steps.
+    """
+    module = importlib.import_module(f"{__package__}.{part.host.name}.probe")
+    made = getattr(module, "decodings", None)
+    return [] if made is None else list(made(part, rule, tokens))
+
+
 class Draw:
     """Seeded random tensors on the device and in the type of a model; the same on every device."""
 

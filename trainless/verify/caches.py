@@ -7,13 +7,14 @@ a choice hangs on rounding, either is right, and the history goes on with what t
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..cache import ExpandedLayer
+from ..cache import ExpandedLayer, Freezing, PackedLayer
 from ..kernels.quant_kv import RAW, Segment
 from ..seams import Evict, Quantise
 from ..seams.eviction import draws
@@ -46,6 +47,7 @@ class History:
 
     def __init__(self, layer: Any):
         self.layer = layer
+        self.shown = layer  # what says what it keeps: the layer, or a copy of it that may be asked
         self.key: Tensor | None = None
         self.value: Tensor | None = None
         self.original: tuple[Tensor, Tensor] | None = None
@@ -53,6 +55,7 @@ class History:
         self.real: Tensor | None = None
         self.of_head: Tensor | None = None
         self.scores: Tensor | None = None  # (B, Hc, T)
+        self.worth: Tensor | None = None  # (B, Hc, T): what the last choice went by
         self.prompt: list[int] = []
         self.packed: set[int] = set()  # columns of row 0, head 0 that are codes
         self.expanded = False  # whether attention is given something that is made of what is cached
@@ -176,7 +179,7 @@ class History:
             problems.append("holds tokens that had been dropped, or padding")
         dropped = bool((self.alive & ~kept).any())
         if policy is not None and not problems:
-            worth = self._worth(policy, mass)
+            worth = self.worth = self._worth(policy, mass)
             problems += self._against(policy, kept, worth, chosen, slack)
         self.alive = kept
         self.calls += 1
@@ -186,7 +189,7 @@ class History:
     def _beyond(self) -> str | None:
         """A token that the layer says it keeps and that its row never had: then it counts padding for tokens."""
         assert self.real is not None
-        for row, heads in enumerate(self.layer.kept()):
+        for row, heads in enumerate(self.shown.kept()):
             length, last = int(self.real[row].sum()), max((max(p, default=-1) for p in heads), default=-1)
             if last >= length:
                 return f"says that it keeps token {last} of a row of {length} tokens (row {row})"
@@ -196,7 +199,7 @@ class History:
         """bool (B, Hc, T), from the positions that the layer says it keeps: numbers of real tokens."""
         assert self.alive is not None and self.real is not None
         kept = torch.zeros_like(self.alive)
-        for row, heads in enumerate(self.layer.kept()):
+        for row, heads in enumerate(self.shown.kept()):
             columns = self.real[row].nonzero()[:, 0]
             for head, positions in enumerate(heads):
                 kept[row, head, columns[torch.tensor(positions, dtype=torch.long, device=columns.device)]] = (
@@ -296,13 +299,13 @@ class History:
         """
         assert self.original is not None and self.real is not None and self.alive is not None
         assert self.key is not None and self.value is not None and self.of_head is not None
-        positions = self.layer.positions
+        positions = self.shown.positions
         if positions is None:
             return [], 0.0, 0
         problems: list[Problem] = []
         worst, packed, start = 0.0, set[int](), 0
         allowed = {(k, v) for k, v in zip(rule.k_bits, rule.v_bits, strict=True)}
-        for segment in self.layer.segments:
+        for segment in self.shown.segments:
             mine = positions[:, :, start : start + segment.slots]
             start += segment.slots
             bits = (segment.k_bits, segment.v_bits)
@@ -322,6 +325,16 @@ class History:
             problems.append(f"codes are {worst:.3g} times as far from what was fed as their steps allow")
         self.packed = packed
         return problems, worst, len(packed)
+
+    def tiers(self) -> list[tuple[tuple[int, int, int], int]]:
+        """((row, head, position), tier) of every token that is packed."""
+        store = getattr(self.shown, "store", None)
+        found = []
+        for run in () if store is None else store.runs:
+            for row, heads in enumerate(run.positions.tolist()):
+                for head, positions in enumerate(heads):
+                    found += [((row, head, p), run.tier) for p in positions if p >= 0]
+        return found
 
     def _columns(self, positions: Tensor) -> Tensor:
         """Columns (B, Hc, S) of positions, which count real tokens; 0 for empty slots."""
@@ -354,6 +367,17 @@ class History:
             self.key = full
         else:
             self.value = full
+
+
+def answering(layer: Any) -> Any:
+    """``layer``, or where it stands in buffers of fixed size a copy that does not, so that asking it changes nothing."""
+    if not (isinstance(layer, Freezing) and layer.fed is not None):
+        return layer
+    copied = copy.copy(layer)  # thawing replaces what a layer holds, and writes into none of it
+    if isinstance(layer, PackedLayer):
+        vars(copied)["_store"] = copy.copy(vars(layer)["_store"])
+    copied.thaw()
+    return copied
 
 
 def _stamp(layer: Any) -> Any:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..cache import CompressingLayer, PackedLayer
+from ..cache import CompressingLayer, PackedLayer, StaticStatefulMixin
 from ..engine.runtime import Runtime
 from ..engine.watching import Made
 from ..kernels import Blocks, Spans, Window2d
@@ -23,7 +23,7 @@ from ..seams import (
     RowEdit,
     Tokens,
 )
-from .caches import History, Lost
+from .caches import History, Lost, answering
 from .dense import AskedCall, Found, Published, apart, attention, read, tolerance, wide
 from .heard import Heard, Record, Value, in_columns, in_columns_of
 
@@ -63,6 +63,7 @@ class Judge:
             if stock is not None and not torch.equal(stock, out):
                 record.fail("result", "a call that is left alone differs from the model's own attention")
             return
+        self._filled()
         out, stock = self._told_order(out, stock)
         made = self.made
         real = self._padding()
@@ -86,6 +87,20 @@ class Judge:
         if found is not None:
             self._statistics(found, history, real)
         self._cache(plan, history, found, real, made.query.dtype)
+
+    def _filled(self) -> None:
+        """Of a static cache, the slots that hold a token: no method is told of the others."""
+        made, call = self.made, self.call
+        if call is None or not isinstance(call.layer, StaticStatefulMixin):
+            return
+        lk = call.key.shape[2]
+        if lk < made.key.shape[2]:
+            mask = (
+                made.mask[..., :lk] if isinstance(made.mask, Tensor) and made.mask.dim() == 4 else made.mask
+            )
+            self.made = dataclasses.replace(
+                made, key=made.key[:, :, :lk], value=made.value[:, :, :lk], mask=mask
+            )
 
     def _told_order(self, out: Tensor, stock: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The call, what came out and what the model gives, with query heads beside the key head that they read.
@@ -385,6 +400,7 @@ class Judge:
             told, chosen = self._chosen(plan.evictor)
             policy = policy if told else None
         slack = {torch.float64: 1e-9, torch.float32: 1e-4}.get(dtype, 0.1)
+        history.shown = answering(layer)
         problems, dropped = history.settle(policy, mass, chosen, slack)
         for problem in problems:
             record.fail("kept", problem)

@@ -50,6 +50,8 @@ class Shown:
 class Isolating:
     """Notes the first call of a site and gives every token its own value."""
 
+    settles = traced = False
+
     def __init__(self, runtime: Runtime):
         self.runtime, self.thread = runtime, threading.get_ident()
         self.inside = False

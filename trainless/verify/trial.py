@@ -67,7 +67,7 @@ class Trial:
         self.steady: bool | None = None
 
     def checks(self) -> list[Check]:
-        from . import comparing, dense_checks, layout
+        from . import comparing, dense_checks, layout, settled
 
         try:
             self.probes = self.make_probes()
@@ -83,12 +83,14 @@ class Trial:
             return [dataclasses.replace(first, status=FAILED, detail=detail), *others]
         found = []
         seen = dense_checks.watched(self)
+        steps = settled.tried(self)
         for binding in self.patch.bindings:
             for name, check in (
                 ("fired", comparing.fired), ("acted", comparing.acted), ("identity", comparing.identity)
             ):  # fmt: skip
                 found.append(Check(binding.name, name, *check(self, binding)))
             found += dense_checks.of_method(self, binding, seen)
+            found += settled.of_method(binding, steps)
         found += dense_checks.of_patch(self, seen)
         found += layout.checks(self)
         found.append(Check(WHOLE, "removal", *comparing.removal(self)))

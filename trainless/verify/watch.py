@@ -33,6 +33,8 @@ TOPS = ("attention_mask", "decoder_attention_mask")
 class SiteWatch:
     """Stands at one runtime while a patch is watched."""
 
+    settles = traced = False
+
     def __init__(self, watching: Watching, runtime: Runtime):
         self.watching, self.runtime = watching, runtime
         self.record = Record()
@@ -94,7 +96,7 @@ class SiteWatch:
         again = self.watching.last.get(module)
         heard = Heard(made, self.watching.updates_of(module), again)
         with torch.no_grad():
-            own = stock() if self._fits_stock(heard.updates) else None
+            own = stock() if self._fits_stock(made, heard.updates) else None
         self.inside, self.heard = True, heard
         try:
             out = proceed()
@@ -112,8 +114,13 @@ class SiteWatch:
                 self.record.skip("result", "the whole matrix of a call does not fit into memory")
         return out
 
-    def _fits_stock(self, updates: list[Update]) -> bool:
-        """Whether the user's own attention can run on what this call brings: not where its cache has dropped keys."""
+    @staticmethod
+    def _fits_stock(made: Made, updates: list[Update]) -> bool:
+        """Whether the user's own attention can run on what this call brings: not where its cache has dropped keys, or
+        hands out fewer than the static cache in whose place it stands."""
+        mask = made.mask
+        if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[3] not in (1, made.key.shape[2]):
+            return False
         return not any(isinstance(u.layer, CompressingLayer) and u.layer.evicted for u in updates)
 
 
@@ -132,7 +139,7 @@ class Watching:
 
     def __init__(self, runtimes: Iterable[Runtime], tops: Iterable[nn.Module]):
         self.thread = threading.get_ident()
-        self.sites = {r.site.module: SiteWatch(self, r) for r in runtimes if r.site.kind == "attention"}
+        self.sites = {r.site.module: self._site(r) for r in runtimes if r.site.kind == "attention"}
         self.tops = list(tops)
         self.originals: dict[Entry, Entry] = {}
         self.histories: dict[int, History] = {}
@@ -141,6 +148,9 @@ class Watching:
         self.pending: dict[nn.Module, list[Update]] = {}
         self.last: dict[nn.Module, Update] = {}  # of the forward under way
         self.caches: list[Any] = []
+
+    def _site(self, runtime: Runtime) -> SiteWatch:
+        return SiteWatch(self, runtime)
 
     @contextmanager
     def on(self) -> Iterator[Watching]:

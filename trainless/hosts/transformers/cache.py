@@ -42,7 +42,9 @@ from .version import DummyLayer, cache_in, layers_of
 def before(runtime: Runtime, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Note which cache layer this call will use, replacing a stock layer that is still empty by ours."""
     if not torch.compiler.is_compiling():
-        _note_layer(runtime, module, args, kwargs)
+        watch = runtime.watch
+        if watch is None or not watch.traced or not traced.note(runtime, module, args, kwargs):
+            _note_layer(runtime, module, args, kwargs)
     elif not traced.note(runtime, module, args, kwargs):
         _uncompiled(runtime, module, args, kwargs)
 

@@ -166,7 +166,7 @@ def _routed(
     order = facts.pop("order", None)  # of the query heads, where the engine sees them in another
     facts.pop("weights", None)
     out = attend(runtime, call, _delegate(module, facts, order, kwargs))
-    if isinstance(call.layer, Freezing) and runtime.watch is None:
+    if isinstance(call.layer, Freezing) and (runtime.watch is None or runtime.watch.settles):
         _settle(runtime, call.layer)
     if isinstance(call.layer, StaticStatefulMixin):
         call.layer.settle()
@@ -192,9 +192,17 @@ def _watched(
     """A call that ``verify`` looks at: it is told what the model made, and may run it or the user's own."""
     made = _made(query, key, value, mask, scaling, dropout, kwargs)
     weights: list[Any] = [None]
+    watch = runtime.watch
+    assert watch is not None
 
     def proceed() -> Tensor:
-        out, weights[0] = _routed(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
+        found = None
+        if watch.traced:
+            given = query, key, value, mask, scaling, dropout, kwargs
+            found = traced.attention(runtime, _user_function(module), module, *given)
+        if found is None:
+            found = _routed(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
+        out, weights[0] = found
         return out
 
     def stock() -> Tensor:
@@ -202,8 +210,7 @@ def _watched(
         found: Tensor = own(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)[0]
         return found
 
-    assert runtime.watch is not None
-    return runtime.watch.around(made, proceed, stock), weights[0]
+    return watch.around(made, proceed, stock), weights[0]
 
 
 def _stepped(

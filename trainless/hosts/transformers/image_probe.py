@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -78,11 +79,41 @@ def declared(model: PreTrainedModel) -> bool:
     return model.config.model_type in LAYOUTS and hasattr(model, "get_image_features")
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """One row of text with images in it, and what the model's first call needs beside the ids (1, L)."""
+
+    ids: Tensor
+    given: Inputs
+    said: str  # how many tokens and images
+    short: str
+    draw: Draw
+
+    @property
+    def prefill(self) -> Inputs:
+        return {**self.given, "attention_mask": torch.ones_like(self.ids)}
+
+
 def with_images(model: PreTrainedModel, pool: Tensor) -> Probe | None:
     """One prompt with images between its text, then cached steps; None where its images cannot be made.
 
     pool: the ids that text may have.
     """
+    prompt = prompt_with_images(model, pool)
+    if prompt is None:
+        return None
+    more = prompt.draw.choice(pool, 1, STEPS)
+
+    def run() -> list[Any]:
+        from .probe import cached
+
+        return cached(model, prompt.ids, more, prompt.prefill)
+
+    return Probe(f"{prompt.said}, then {STEPS} cached steps", run, short=prompt.short)
+
+
+def prompt_with_images(model: PreTrainedModel, pool: Tensor) -> Prompt | None:
+    """Text with images between; None where its images cannot be made. pool: the ids that text may have."""
     config, takes = model.config, inspect.signature(type(model).forward).parameters
     if not declared(model):
         return None
@@ -102,19 +133,12 @@ def with_images(model: PreTrainedModel, pool: Tensor) -> Probe | None:
     marks = torch.tensor([*opening, *[image] * size], device=draw.device)[None]
     pieces = [piece for _ in range(count) for piece in (draw.choice(pool, 1, WORDS), marks)]
     ids = torch.cat([*pieces, draw.choice(pool, 1, WORDS)], 1)
-    more = draw.choice(pool, 1, STEPS)
     for name in ("mm_token_type_ids", "token_type_ids"):
         if name in takes:
             given[name] = torch.zeros_like(ids) if config.model_type in PREFIX else (ids == image).long()
-
-    def run() -> list[Any]:
-        from .probe import cached
-
-        return cached(model, ids, more, {**given, "attention_mask": torch.ones_like(ids)})
-
     images = "an image" if count == 1 else f"{count} images"
-    said = f"{ids.shape[1]} tokens with {images} of {size} among them, then {STEPS} cached steps"
-    return Probe(said, run, short=f"{ids.shape[1]} with {images}")
+    said = f"{ids.shape[1]} tokens with {images} of {size} among them"
+    return Prompt(ids, given, said, f"{ids.shape[1]} with {images}", draw)
 
 
 def _placeholders(model: Any, images: Inputs) -> int | None:

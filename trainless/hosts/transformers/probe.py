@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 
 from ...errors import Unsupported
 from ...seams import Site
-from ..probes import SEED, STEPS, Draw, Probe
+from ..probes import SEED, STEPS, Decoding, Draw, Probe
 from .image_probe import declared, with_images
+from .step_probe import images, sequences
 from .version import CACHE_NAME, cache_out, takes_cache
 
 SPARE = 8  # positions that some models keep for themselves (offsets of the padding index)
@@ -56,6 +57,21 @@ def dense(part: Any, sites: Sequence[Site], tokens: int) -> list[Probe]:
         if decodes(model) and not getattr(model.config, "is_encoder_decoder", False):
             found.append(_padded(model, tokens))
     return found
+
+
+def decodings(part: Any, rule: Any, tokens: int) -> list[Decoding]:
+    """What a decoder reads while its caches settle, with images too where it is known how it is given them."""
+    model = next(m for m in part.module.modules() if isinstance(m, PreTrainedModel))
+    takes = inspect.signature(type(model).forward).parameters
+    encodes = getattr(model.config, "is_encoder_decoder", False)
+    if model.main_input_name != "input_ids" or "input_ids" not in takes or not takes_cache(takes) or encodes:
+        return []
+    pool, found = vocabulary(model.config), []
+    if decodes(model):
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        limit = limit - SPARE if isinstance(limit, int) and limit > SPARE else 1 << 30
+        found = sequences(model, pool, rule, tokens, limit)
+    return [*found, *images(model, pool)]
 
 
 def _padded(model: PreTrainedModel, tokens: int) -> Probe:

@@ -66,6 +66,26 @@ def refusal(plan: AttentionPlan, site: Site, kind: type, capacity: int = 1) -> s
     )
 
 
+def unsettled(plan: AttentionPlan, site: Site, static: bool) -> str | None:
+    """Why no step of this plan is one on buffers of fixed size, or by what is remembered; None where they may be.
+
+    static: in a static cache, otherwise in a dynamic one.
+    """
+    if not plan.needs_layer:
+        return None
+    if static:
+        reasons = (refusal(plan, site, kind) for kind in site.facts.get("static_layers", ()))
+        return next((reason for reason in reasons if reason is not None), None)
+    if not plan.of["kv"]:
+        return "what is remembered of a prompt is read by the straight steps of static caches only"
+    if settles(plan, site, None):
+        return None
+    return (
+        OTHERWISE.get(site.facts.get("keys", "same"))
+        or "what this rule keeps has no size that is known after the prompt"
+    )
+
+
 def cache_notes(model: nn.Module, planned: Iterable[tuple[Site, AttentionPlan]]) -> list[str]:
     """What calls of these plans will refuse about the caches that a user may ask for."""
     refused: Counter[tuple[str, str]] = Counter()

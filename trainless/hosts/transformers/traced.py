@@ -28,7 +28,9 @@ SINKS = "s_aux"
 def step(runtime: Runtime, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The frozen layer on which the call that begins is a step; None where it is none."""
     ready = runtime.prepared
-    if not ready.single or ready.refusal is not None or runtime.watch is not None or _others(kwargs):
+    if not ready.single or ready.refusal is not None or _others(kwargs):
+        return None
+    if runtime.watch is not None and not runtime.watch.settles:
         return None
     if module.training:
         return None  # the long way refuses dropout, which steps on buffers know nothing of
