@@ -29,6 +29,9 @@ KNOWN = [
     ("moonshine", "MoonshineForConditionalGeneration", "model.decoder.", {"text", "decoder"}),  # says audio
     ("phi4_multimodal", "Phi4MultimodalForCausalLM", "model.embed_tokens_extend.audio_embed.", {"audio", "encoder"}),
     ("higgs_audio_v2", "HiggsAudioV2ForConditionalGeneration", "model.layers.", {"text", "decoder"}),
+    ("mimi", "MimiModel", "encoder.", {"audio", "encoder"}),  # causal, with a cache: its class's places say it
+    ("vit_mae", "ViTMAEForPreTraining", "decoder.", {"text", "decoder"}),  # by its places, though not causal
+    ("decision_transformer", "DecisionTransformerModel", "encoder.", {"text", "decoder"}),  # a causal stack by that name
 ]  # fmt: skip
 
 

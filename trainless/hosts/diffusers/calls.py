@@ -27,7 +27,8 @@ from ...errors import Unsupported
 from ...seams import AttentionCall, Site
 from ..gate import module_frame
 from .denoisers import Layout
-from .denoisers.table import ELSEWHERE, qualified
+from .denoisers.table import ELSEWHERE
+from .denoisers.words import qualified
 from .geometry import CONTEXT, describe
 
 SDPA = torch.nn.functional.scaled_dot_product_attention
@@ -163,10 +164,14 @@ class Catching(TorchFunctionMode):
                 f"{name}: {processor_name(self.module)} calls attention with queries {tuple(query.shape)}"
                 f"{', causal' if causal else ''}; only (batch, heads, tokens, width) can be patched"
             )
-        if self.others == key.shape[2] != query.shape[2]:
+        declared = self.runtime.site.facts.get("holds") is not None
+        if self.others == key.shape[2] and not (declared and key.shape[2] == query.shape[2]):
+            says = (
+                f"{self.runtime.site.facts['family']} is declared to have" if declared else "its class says"
+            )
             raise Unsupported(
-                f"{name} was taken for self-attention, since nothing is declared about this class, and attends to the "
-                f"{self.others} tokens that it was given beside its own; leave it out with `where: {{modules}}`"
+                f"{name}: {says} self-attention there, and it attends to the {self.others} tokens that it was given "
+                "beside its own; leave it out with `where: {modules}`"
             )
 
     def is_beside(self, key: Tensor) -> bool:
@@ -281,8 +286,8 @@ class Interception(Catching):
 
 
 def others_of(site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
-    """Tokens that a module is given beside its own, where only its looks said that it is self-attention."""
-    if site.facts.get("holds") is not None or site.role != "self":
+    """Tokens that a module is given beside its own, where it is said to be self-attention."""
+    if site.role != "self":
         return None
     own = args[0] if args else kwargs.get("hidden_states")
     beside = args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states")

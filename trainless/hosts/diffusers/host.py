@@ -25,7 +25,7 @@ from ...engine.runtime import ATTRIBUTE, Runtime
 from ...seams import Lease, Site
 from ..modules.around import Tell, nothing
 from .calls import foreign_order, refusal
-from .denoisers import Layout, layout_of
+from .denoisers import Layout, layout_of, whose
 from .denoisers.words import ROLES, holds_no_image, undeclared
 from .geometry import CONTEXT, Context
 from .hooks import AttentionHooks
@@ -87,8 +87,10 @@ class DiffusersHost:
                 "levels": getattr(levels[owner], "deepest", 0) + 1,
             }
             part = "vae" if _is_vae(owners[owner]) else "denoiser"
-            role = _role(local, module) if holds is None else ROLES[holds]
-            found.append((name, module, role, parts | {part}, facts))
+            role = whose.role(module) if holds is None else ROLES[holds]
+            if role is None:
+                facts["whose"] = whose.unknown(module, facts["family"])
+            found.append((name, module, role or "self", parts | {part}, facts))
         totals = Counter((role, group) for _, _, role, group, _ in found)
         running: Counter[tuple[str, frozenset[str]]] = Counter()
         sites = []
@@ -98,7 +100,8 @@ class DiffusersHost:
                 Site(
                     name=prefix + name, module=module, host=self.name, role=role, parts=group,
                     layer=running[role, group], layers=totals[role, group], heads=heads, kv_heads=kv_heads,
-                    head_dim=width, lasting=self.lasting, facts=facts, refusal=refusal(module),
+                    head_dim=width, lasting=self.lasting, facts=facts,
+                    refusal=facts.get("whose") or refusal(module),
                 )
             )  # fmt: skip
             running[role, group] += 1
@@ -239,19 +242,6 @@ def _no_images(
     if holds is None or level is None:
         return f"it is not among the attention layers that are declared for {layout.family}"
     return foreign_order(layout, module)
-
-
-def _role(name: str, module: nn.Module) -> str:
-    """self, cross or joint (image and text in one sequence), in a class about which nothing is declared."""
-    path = name.split(".")
-    added = getattr(module, "added_kv_proj_dim", None) is not None
-    if isinstance(module, Attention) and added:
-        return "cross" if module.only_cross_attention else "joint"
-    if getattr(module, "is_cross_attention", False) or path[-1] in ("cross_attn", "cross_attention"):
-        return "cross"
-    if added or any(part.startswith("single_") for part in path):
-        return "joint"
-    return "self"
 
 
 def _head_counts(module: nn.Module) -> tuple[int | None, int | None, int | None]:

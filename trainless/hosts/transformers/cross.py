@@ -61,7 +61,7 @@ def role(name: str, module: nn.Module, around: Iterable[tuple[str, nn.Module]] =
         return "cross"
     if any(_recorded(name.removeprefix(f"{n}."), module, model) for n, model in around):
         return "cross"
-    cls = _published(type(module))
+    cls = published(type(module))
     if cls is None:
         return "self"
     # The module stands under its place, or one level below it.
@@ -70,15 +70,15 @@ def role(name: str, module: nn.Module, around: Iterable[tuple[str, nn.Module]] =
 
 def merged(module: nn.Module) -> bool:
     """Whether the attention reads its own keys and an encoder's in one softmax."""
-    return _published(type(module)) in MERGED
+    return published(type(module)) in MERGED
 
 
 def assumed(module: nn.Module) -> bool:
     """Whether nothing is declared of the module's class: it is then taken for self-attention."""
-    return _published(type(module)) is None and not hasattr(module, "is_cross_attention")
+    return published(type(module)) is None and not hasattr(module, "is_cross_attention")
 
 
-def _published(cls: type) -> str | None:
+def published(cls: type) -> str | None:
     """The name of transformers' own class that ``cls`` is or derives from; None where there is none."""
     own = (c.__name__ for c in cls.__mro__ if c.__module__.startswith("transformers.models."))
     return next(own, None)

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .cross import role
+from .stacks import DECODER, ENCODER, declared
 from .version import takes_cache
 
 # Inputs of a model, and keys under which the model around it holds its config.
@@ -32,6 +33,13 @@ class ModelParts:
         self.decoders = {id(found) for root in generating if (found := _decoder(root)) is not None}
         self.encoders = [
             name for root in ancestors.values() if (name := self._text_encoder(root)) is not None
+        ]
+        # The decoders of models that have an encoder as well.
+        self.second = [
+            name
+            for root in ancestors.values()
+            if self._text_encoder(root) is not None
+            and (name := self._found(root, _decoder(root))) is not None
         ]
         self.towers = {
             kind: [name for root in ancestors.values() if (name := self._tower(root, modality)) is not None]
@@ -57,9 +65,17 @@ class ModelParts:
         kind = self._kind(name, owner, at)
         if kind == "text" and self._between(name, around, causal and cached):
             return frozenset({"connector", "encoder"})
-        path = name.lower().split(".")
-        encoder = ("encoder" in path or not causal) and "decoder" not in path
-        return frozenset({kind, "encoder" if encoder else "decoder"})
+        return frozenset({kind, DECODER if self._decodes(name, module, kind, causal) else ENCODER})
+
+    def _decodes(self, name: str, module: nn.Module, kind: str, causal: bool) -> bool:
+        """Whether the module, of no decoder of text, is of a decoder all the same."""
+        if any(_inside(name, encoder) for encoder in self.encoders):
+            return False
+        if any(_inside(name, decoder) for decoder in self.second):
+            return True
+        said = declared(name, module)
+        # Towers that hear or see in steps keep a cache; others are encoders, causal or not.
+        return said == DECODER if said is not None else causal and (kind == "text" or keeps(module))
 
     def role(self, name: str, module: nn.Module) -> str:
         """self or cross: whose keys the attention ``module`` reads."""

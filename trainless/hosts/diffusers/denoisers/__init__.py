@@ -1,7 +1,8 @@
 """What is declared about each denoiser class of diffusers: which tokens its attention layers hold, and in what order.
 
 ``words`` has the vocabulary, ``latents``, ``packed``, ``sequences`` and ``unets`` read the arguments of a call,
-``table`` says which class is read how, ``listing`` what follows from the table for each method.
+``table`` says which class is read how, ``roles_only`` those of which no more is known than whose keys their layers read,
+``whose`` what attention classes say of that themselves, ``listing`` what follows from the table for each method.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ from torch import nn
 from ....errors import InputError
 from ....patchers import Method, known
 from ....seams import Site
-from .table import TABLE, qualified
-from .words import ROLES, Layout, holds_no_image, undeclared
+from .table import TABLE
+from .words import ROLES, Layout, holds_no_image, qualified, undeclared
 
 PACKAGES = ("transformers", "unets", "controlnets")
 ONE_FRAME = "one frame is an image; calls with more are refused"

@@ -10,11 +10,10 @@ from typing import Any
 
 from . import latents, packed, sequences, unets
 from .latents import four, framed, one, patched, side, text_of
-from .words import CROSS, IMAGE, JOINT, OWN, REFERENCE, TEXT, Layout, undeclared
+from .roles_only import ROLES_ONLY
+from .words import CROSS, DOUBLE_AND_SINGLE, IMAGE, JOINT, REFERENCE, SELF_AND_CROSS, TEXT, Layout, qualified
 
 ENCODED = text_of("encoder_hidden_states")
-SELF_AND_CROSS = {"*.attn1": IMAGE, "*.attn2": CROSS}
-DOUBLE_AND_SINGLE = {"transformer_blocks.*": JOINT, "single_transformer_blocks.*": JOINT}
 
 
 def _in(module: str, name: str, *args: Any, **more: Any) -> Layout:
@@ -220,60 +219,7 @@ ONE_FRAME = [
     ),
 ]  # fmt: skip
 
-NO_IMAGE = "its tokens are embeddings or sound, not an image"
-NOTHING = [
-    _in("transformers.prior_transformer", "PriorTransformer", why=NO_IMAGE),
-    _in("transformers.stable_audio_transformer", "StableAudioDiTModel", why=NO_IMAGE),
-    # Its attention is a difference of two, each of which is scaled.
-    _in("transformers.transformer_stable_audio3", "StableAudio3DiTModel", several=True, why=NO_IMAGE),
-    _in("transformers.ace_step_transformer", "AceStepTransformer1DModel", why=NO_IMAGE),
-    _in("transformers.transformer_longcat_audio_dit", "LongCatAudioDiTTransformer", why=NO_IMAGE),
-    _in("transformers.transformer_minimax_music3", "MiniMaxMusic3Transformer1DModel", why=NO_IMAGE),
-    _in("transformers.minimax_music3_rvq_depth_decoder", "MiniMaxMusic3RVQDepthDecoder", why=NO_IMAGE),
-    _in(
-        "transformers.t5_film_transformer",
-        "T5FilmDecoder",
-        sites={"*.layer.0.attention": OWN, "*.layer.1.attention": CROSS},
-        why=NO_IMAGE,
-    ),
-    _in("transformers.transformer_rfd4_proteina", "RFD4ProteinaTransformer", why=NO_IMAGE),
-]
-# Video classes of which only this is declared: which layers attend to themselves, and which to something else.
-VIDEO = "it is a video class whose tokens are not declared"
-LTX2 = {"*_to_*_attn": CROSS, "*attn1": IMAGE, "*attn2": CROSS}
-ROLES_ONLY = [
-    _in(f"transformers.{module}", name, sites=sites, why=VIDEO)
-    for module, name, sites in (
-        ("transformer_wan_vace", "WanVACETransformer3DModel", SELF_AND_CROSS),
-        ("transformer_wan_animate", "WanAnimateTransformer3DModel", SELF_AND_CROSS),
-        ("transformer_skyreels_v2", "SkyReelsV2Transformer3DModel", SELF_AND_CROSS),
-        ("transformer_chronoedit", "ChronoEditTransformer3DModel", SELF_AND_CROSS),
-        ("transformer_anyflow", "AnyFlowTransformer3DModel", SELF_AND_CROSS),
-        ("transformer_anyflow_far", "AnyFlowFARTransformer3DModel", SELF_AND_CROSS),
-        ("transformer_helios", "HeliosTransformer3DModel", SELF_AND_CROSS),
-        ("consisid_transformer_3d", "ConsisIDTransformer3DModel", {"*.attn1": JOINT}),
-        ("transformer_ltx2", "LTX2VideoTransformer3DModel", LTX2),
-        ("transformer_sana_wm_refiner", "SanaWMLTX2RefinerTransformer3DModel", LTX2),
-        (
-            "transformer_hunyuan_video_framepack", "HunyuanVideoFramepackTransformer3DModel",
-            {"context_embedder.*": TEXT, **DOUBLE_AND_SINGLE},
-        ),
-    )
-]  # fmt: skip
-# Classes of several kinds of tokens, of which too only that is declared.
-MIXED = [
-    # A layer's text attends to itself, then its frames to text and frames: two calls, each of which goes through a plan.
-    _in(
-        "transformers.transformer_cosmos3", "Cosmos3OmniTransformer", sites={"layers.*": JOINT}, several=True,
-        why=undeclared("Cosmos3OmniTransformer"),
-    ),
-    _in(
-        "transformers.transformer_kandinsky6", "Kandinsky6Transformer3DModel",
-        sites={"*_text_transformer_blocks.*": TEXT, "*.self_attention": OWN, "*cross_attention": CROSS},
-        why=undeclared("Kandinsky6Transformer3DModel"),
-    ),
-]  # fmt: skip
-TABLE = {layout.name: layout for layout in (*IMAGES, *ONE_FRAME, *NOTHING, *ROLES_ONLY, *MIXED)}
+TABLE = {layout.name: layout for layout in (*IMAGES, *ONE_FRAME, *ROLES_ONLY)}
 # Processors whose attention never gets to torch's operator, by qualified name -> what to use instead.
 ELSEWHERE = {
     "diffusers.models.transformers.transformer_qwenimage21.QwenImage21FlexAttnProcessor": (
@@ -289,10 +235,6 @@ ELSEWHERE = {
         "runs flex attention in the calls that paint, which no patch can reach; this class has no other"
     ),
 }
-
-
-def qualified(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def layout_of(model: Any) -> Layout | None:

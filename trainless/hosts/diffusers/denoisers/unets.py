@@ -60,6 +60,11 @@ def kind_of(model: Any, name: str, module: nn.Module) -> str | None:
     return CROSS if crossed else IMAGE
 
 
+def nested_kind(model: Any, name: str, module: nn.Module) -> str | None:
+    """The same in models that hold several ControlNets, as ``nets.0`` and so on."""
+    return kind_of(model, ".".join(name.split(".")[2:]), module)
+
+
 class Levels:
     """How often the latent has been halved where a module of a UNet sits, read off its blocks.
 

@@ -35,6 +35,14 @@ WITHOUT_IMAGE = {
 }
 
 
+SELF_AND_CROSS = {"*.attn1": IMAGE, "*.attn2": CROSS}
+DOUBLE_AND_SINGLE = {"transformer_blocks.*": JOINT, "single_transformer_blocks.*": JOINT}
+
+
+def qualified(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
 def holds_no_image(holds: str | None) -> str | None:
     """Why no image token can be told in a layer whose tokens are of that kind, or None."""
     return WITHOUT_IMAGE.get(holds or "")
