@@ -5,6 +5,7 @@
     python docs/families.py --only llama phi3   these families, in the place of their lines
     python docs/families.py --check             write nothing; exit 1 and print the lines that would change
 
+Families that need a package which is not installed (timm, with torchvision) keep the lines that they have.
 The code that tries a family is in tests/family_table; `python docs/generate.py` makes docs/families.md of the files.
 """
 
@@ -35,6 +36,12 @@ def maker(group: str) -> Any:
     return importlib.import_module(f"family_table.{group}")
 
 
+def missing(group: str, name: str) -> str | None:
+    """The package without which a family cannot be tried on this machine; its stored line is then left as it is."""
+    lacks = getattr(maker(group), "missing", None)
+    return None if lacks is None else lacks(name)
+
+
 def versions(group: str) -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in (GROUPS[group], "torch")}
 
@@ -57,6 +64,15 @@ def written(line: Line) -> str:
     return json.dumps(line, ensure_ascii=False)
 
 
+def made(group: str, name: str, old: dict[str, Line]) -> Line:
+    """The line of today, or the stored one where a package is missing."""
+    package = missing(group, name)
+    if package is None or name not in old:
+        return maker(group).line(name)  # type: ignore[no-any-return]
+    print(f"{group}: {name} is left as it is: {package} is not installed", file=sys.stderr, flush=True)
+    return old[name]
+
+
 def write(group: str, lines: Iterable[Line]) -> None:
     FOLDER.mkdir(exist_ok=True)
     texts = [written(line) for line in sorted(lines, key=lambda line: line["family"])]
@@ -66,7 +82,7 @@ def write(group: str, lines: Iterable[Line]) -> None:
 
 def make(group: str) -> None:
     """Every family of a group; each is stored as soon as it is made."""
-    tried = maker(group)
+    tried, (_, old) = maker(group), stored(group)
     UNDERWAY.mkdir(parents=True, exist_ok=True)
     file = UNDERWAY / f"{group}.jsonl"
     head, done = read(file)
@@ -76,7 +92,7 @@ def make(group: str) -> None:
     for name in tried.names():
         if name in done:
             continue
-        done[name] = tried.line(name)
+        done[name] = made(group, name, old)
         with file.open("a", encoding="utf-8") as out:
             out.write(written(done[name]) + "\n")
         print(f"{group}: {name}", file=sys.stderr, flush=True)
@@ -86,10 +102,10 @@ def make(group: str) -> None:
 
 def changed(group: str, names: Iterable[str]) -> list[str]:
     """The stored lines and those of now, as a difference."""
-    tried, (_, old) = maker(group), stored(group)
+    _, old = stored(group)
     found: list[str] = []
     for name in names:
-        now, before = written(tried.line(name)), written(old[name]) if name in old else ""
+        now, before = written(made(group, name, old)), written(old[name]) if name in old else ""
         if now != before:
             found += [text for text in difflib.ndiff([before], [now]) if text[0] in "-+" and text[2:].strip()]
     return found
@@ -119,8 +135,9 @@ def main() -> None:
         if said.only is None:
             make(group)
         elif names:
-            lines = {n: line for n, line in stored(group)[1].items() if n in maker(group).names()}
-            lines |= {name: maker(group).line(name) for name in names}
+            old = stored(group)[1]
+            lines = {n: line for n, line in old.items() if n in maker(group).names()}
+            lines |= {name: made(group, name, old) for name in names}
             write(group, lines.values())
 
 

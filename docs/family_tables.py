@@ -52,6 +52,9 @@ def table(group: str) -> str:
     text = [f"{', '.join(f'{name} {version}' for name, version in versions.items())}: {counts(lines)}.", ""]
     text += [row(head), row(["---", *[":-:"] * len(methods)]), *map(row, body), ""]
     text += [f"{number}. {note}" for note, number in notes.items()]
+    otherwise = [f"- `{line['family']}` {_plain(line['run'], line)}" for line in built if "run" in line]
+    if otherwise:
+        text += ["", "Not tried by their own `generate`:", "", *otherwise]
     absent: dict[str, list[str]] = {}
     for line in lines:
         if "not built" in line:

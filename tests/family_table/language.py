@@ -17,7 +17,7 @@ from oracle import decoder_zoo as zoo
 from oracle.h2o import H2O
 from oracle.streaming import Streaming
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, EncoderDecoderCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 import trainless
@@ -49,7 +49,8 @@ class Try:
 
 
 def _gain(sites: Sequence[Any]) -> Rule:
-    return HeadGain([[site.layer, head] for site in sites for head in range(site.heads)], 0.5)
+    pairs = {(site.layer, head) for site in sites for head in range(site.heads)}  # one for both stacks
+    return HeadGain(sorted(pairs), 0.5)
 
 
 ACT: dict[str, Any] = {"beta": 0.3, "alpha": 1.5, "skip_layers": 0, "min_rows": 3}
@@ -147,11 +148,20 @@ def forgetful(model: Any) -> Any:
         layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
     except Exception:  # a config of which no cache can be made; the model then makes its own
         return None
-    plain = layers and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
-    return DynamicCache() if plain else None
+    if not layers or any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
+        return None
+    if getattr(model.config, "is_encoder_decoder", False):
+        return EncoderDecoderCache(DynamicCache(), DynamicCache())
+    return DynamicCache()
 
 
 def logits(model: Any, batch: dict[str, Tensor], tokens: int = STEPS, cache: Any = None) -> Tensor:
+    """What the model says, (rows, steps, values): its logits for ``tokens`` tokens, or what RUNS makes of it."""
+    run = RUNS.get(type(model).__name__)
+    return (generated if run is None else run.by)(model, batch, tokens, cache)
+
+
+def generated(model: Any, batch: dict[str, Tensor], tokens: int, cache: Any) -> Tensor:
     given = dict(batch) if cache is None else {**batch, "past_key_values": cache}
     if model.generation_config.pad_token_id != 0:
         given["pad_token_id"] = 0
@@ -161,6 +171,49 @@ def logits(model: Any, batch: dict[str, Tensor], tokens: int = STEPS, cache: Any
             return_dict_in_generate=True, output_logits=True,
         )  # fmt: skip
     return torch.stack(found.logits, 1)
+
+
+def _acted(model: Any, batch: dict[str, Tensor], tokens: int, cache: Any) -> Tensor:
+    """Of a model of actions: all of them as one step."""
+    return model.sample_actions(**batch).flatten(1)[:, None]
+
+
+def _painted(model: Any, batch: dict[str, Tensor], tokens: int, cache: Any) -> Tensor:
+    """Of a model that denoises blocks of text: the logits of one step, those of all places together."""
+    with torch.no_grad():
+        return model(**batch).logits.flatten(1)[:, None]
+
+
+def _by_its_text(model: Any, batch: dict[str, Tensor], tokens: int, cache: Any) -> Tensor:
+    return generated(model.language_model, batch, tokens, cache)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Of a class that is not run by its own ``generate``. how: for a reader of the table; {error}: what that raises."""
+
+    how: str
+    by: Callable[[Any, dict[str, Tensor], int, Any], Tensor]
+
+
+RUNS = {
+    "DiffusionGemmaForBlockDiffusion": Run("by one denoising step behind a prompt", _painted),
+    "Llama4ForConditionalGeneration": Run(
+        "by its text model's `generate`; its own raises {error}", _by_its_text
+    ),
+    "PI0ForConditionalGeneration": Run("by `sample_actions`", _acted),
+}
+
+
+def _how(model: Any, batch: dict[str, Tensor]) -> dict[str, str]:
+    run = RUNS.get(type(model).__name__)
+    if run is None or "{error}" not in run.how:
+        return {} if run is None else {"run": run.how}
+    try:
+        generated(model, batch, FEW, None)
+    except Exception as error:
+        return {"run": run.how.format(error=said(error))}
+    raise AssertionError(f"{type(model).__name__} runs by its own generate: take it out of RUNS")
 
 
 def off(got: Tensor, want: Tensor) -> float:
@@ -200,6 +253,7 @@ def line_of(
         return {
             "family": kind,
             "class": type(model).__name__,
+            **_how(model, inputs(model, zoo.padded(zoo.prompt(ROW)))),
             "methods": found.outcomes,
             "by identity": loose,
         }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from oracle import vision_whole
 from oracle import vision_zoo as zoo
 
 from .language import line_of
@@ -18,3 +19,8 @@ def names() -> list[str]:
 
 def line(kind: str) -> dict[str, Any]:
     return line_of(kind, zoo.build, lambda model, batch: zoo.given(kind, model, batch))
+
+
+def missing(kind: str) -> str | None:
+    """The package without which this family cannot be tried here."""
+    return vision_whole.missing(kind)

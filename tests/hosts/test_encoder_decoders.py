@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from oracle import decoder_zoo
+from oracle import vision_zoo as zoo
 from transformers import BartConfig, BartForConditionalGeneration
 
 import trainless
@@ -58,3 +60,17 @@ def test_a_decoder_beside_an_encoder_generates_under_a_cache_method(method, give
             assert torch.equal(torch.stack(_written(model).logits), torch.stack(stock.logits))
     for layer, before in zip(others.layers, _cache(stock).cross_attention_cache.layers, strict=True):
         assert torch.equal(layer.keys, before.keys)
+
+
+def test_a_cache_that_another_stack_reads_is_refused_by_name():
+    """DiffusionGemma's decoder takes the keys out of the layers that its encoder has filled, without updating them."""
+    pytest.importorskip("transformers.models.diffusion_gemma")
+    model = zoo.build("diffusion_gemma", dtype=torch.float32)
+    for part, reason in (("text", "another stack has filled"), ("encoder", "another stack reads its cache")):
+        where = {"where": {"part": part}}
+        with pytest.raises(trainless.NoMatch, match=reason):
+            trainless.patch(model, "kvquant", k_bits=8, v_bits=8, **where)
+        assert not trainless.explain(model, "h2o", heavy=4, recent=5, **where).ok
+        with trainless.patch(model, "attn_temperature", temperature=0.7, **where) as patch:
+            model(**zoo.given("diffusion_gemma", model, decoder_zoo.padded(decoder_zoo.prompt(12))))
+            assert patch.report().methods[0].acted

@@ -6,6 +6,7 @@ import atexit
 import functools
 import json
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +52,16 @@ def publish(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) ->
     return folder
 
 
-def made_for(model: nn.Module, folder: Path, mid: int | None = None, layers: int | None = None) -> Any:
-    """(folder, config, tensors) of a random publication; ``layers``: only the first so many of the list."""
-    config, tensors = random_weights(model, mid)
+def made_for(
+    model: nn.Module,
+    folder: Path,
+    mid: int | None = None,
+    layers: int | None = None,
+    only: Collection[str] | None = None,
+) -> Any:
+    """(folder, config, tensors) of a random publication, for all layers or those in ``only``; ``layers``: only the first
+    so many of the list."""
+    config, tensors = random_weights(model, mid, only=only)
     if layers is not None:
         config["modules_list"] = config["modules_list"][:layers]
         tensors = {k: v for k, v in tensors.items() if int(k.split(".")[0]) < layers}

@@ -21,7 +21,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 NAME = "dense_oracle"
-CROSS = ("EncDecAttention", "encoder_attn", "crossattention", "cross_attn")
+CROSS = ("EncDecAttention", "encoder_attn", "encoder_decoder_attention", "crossattention", "cross_attn")
 # Arguments of attention functions that change no logits here, or that are read below.
 HARMLESS = {
     "dropout",

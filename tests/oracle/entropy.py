@@ -224,6 +224,11 @@ _PROCESSORS = {
 }
 
 
+def knows(model: nn.Module) -> bool:
+    """Whether the layers of ``model`` are written out here."""
+    return type(model).__name__ in _PROCESSORS
+
+
 @contextmanager
 def install_denoiser(
     model: nn.Module, oracle: DenoiserOracle, processors: dict[str, Any] | None = None

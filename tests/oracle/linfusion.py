@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .entropy import DenoiserOracle, _heads, install_denoiser
+from .entropy import DenoiserOracle, _heads, install_denoiser, knows
 
 EPS = 1e-4
 
@@ -96,7 +96,16 @@ class _Linear:
         q = through("to_q", attn.to_q, projected(hidden_states, tensors, f"{n}.to_q_", mid))
         k = through("to_k", attn.to_k, projected(hidden_states, tensors, f"{n}.to_k_", mid))
         v = through("to_v", attn.to_v, hidden_states)
-        out = linear_attention(_heads(q, heads), _heads(k, heads), _heads(v, heads))
+        width = q.shape[-1] // heads
+
+        def shared(x: Tensor) -> Tensor:  # keys and values may have fewer heads
+            split = _heads(x, x.shape[-1] // width)
+            return split.repeat_interleave(heads // split.shape[1], dim=1)
+
+        queries, keys = _heads(q, heads), shared(k)
+        queries = queries if attn.norm_q is None else attn.norm_q(queries)
+        keys = keys if attn.norm_k is None else attn.norm_k(keys)
+        out = linear_attention(queries, keys, shared(v))
         out = through("to_out.0", attn.to_out[0], out.transpose(1, 2).flatten(2))
         return attn.to_out[1](out)
 
@@ -130,15 +139,29 @@ def install_linfusion(model: nn.Module, oracle: LinFusion) -> Iterator[LinFusion
     unknown = set(mine) - set(model.attn_processors)
     if unknown:
         raise KeyError(f"no such layers: {sorted(unknown)}")
-    with install_denoiser(model, oracle, mine):
+    if knows(model):
+        with install_denoiser(model, oracle, mine):
+            yield oracle
+        return
+    before = dict(
+        model.attn_processors
+    )  # a UNet of another class: the layers of the list, and the rest stays stock
+    try:
+        model.set_attn_processor({**before, **mine})
         yield oracle
+    finally:
+        model.set_attn_processor(before)
 
 
 def random_weights(
-    model: nn.Module, mid: int | None = None, seed: int = 0, dtype: torch.dtype | None = None
+    model: nn.Module,
+    mid: int | None = None,
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+    only: Collection[str] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A config and tensors in the published format for all ``attn1`` layers of a UNet, in order. The
-    projections are the model's own with noise; ``mid``: middle width (None: the layer's)."""
+    """A config and tensors in the published format for all ``attn1`` layers of a UNet, in order, or those in ``only``.
+    The projections are the model's own with noise; ``mid``: middle width (None: the layer's)."""
     generator = torch.Generator().manual_seed(4000 + seed)
     modules, tensors = [], {}
 
@@ -146,7 +169,7 @@ def random_weights(
         return torch.randn(*like, generator=generator, dtype=torch.float64) * std
 
     for name, attn in model.named_modules():
-        if not name.endswith("attn1"):
+        if not name.endswith("attn1") or (only is not None and name not in only):
             continue
         n, width = len(modules), attn.to_q.in_features
         middle = width if mid is None else mid

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as CLASSES
 
 from . import decoder_zoo
 from .decoder_zoo import VOCAB, _randomise
+from .vision_whole import PAGES, acting, denoising, missing, page, whole
 
 LARGEST = 20_000_000  # parameters; towers of fixed widths count
 LAYERS = 4
@@ -73,11 +74,6 @@ MORE: dict[str, dict[str, Any]] = {
 
 # Those whose ``generate`` wants an image with every prompt.
 SEEING = ("blip", "blip-2", "idefics", "instructblip", "instructblipvideo")
-PAGE = "an encoder of images and a decoder of text; it takes no prompt of text"
-UNBUILT = {
-    "diffusion_gemma": "it denoises blocks of text, over a cache that another stack has filled",
-    "pix2struct": PAGE, "pp_formulanet": PAGE, "vision-encoder-decoder": PAGE,
-}  # fmt: skip
 
 
 def kinds() -> list[str]:
@@ -166,6 +162,8 @@ GIVEN: dict[str, dict[str, Any]] = {
 
 
 def config_of(kind: str) -> Any:
+    if (given := whole(kind)) is not None:
+        return given
     if kind == PLAIN:
         return decoder_zoo.config_of(kind)
     if kind in AROUND:
@@ -233,8 +231,8 @@ def _number(config: Any) -> None:
 def build(kind: str, *, dtype: torch.dtype = torch.float64, seed: int = 0) -> Any:
     """A tiny model of this model type. Raises ValueError where its config cannot be made small this way."""
     torch.manual_seed(seed)
-    if kind in UNBUILT:
-        raise ValueError(f"{kind}: {UNBUILT[kind]}")
+    if package := missing(kind):
+        raise ValueError(f"{kind}: {package} is not installed, or what it needs is not")
     try:
         config = config_of(kind)
         cls = getattr(transformers, CLASSES[kind])
@@ -242,18 +240,18 @@ def build(kind: str, *, dtype: torch.dtype = torch.float64, seed: int = 0) -> An
             count = sum(p.numel() for p in cls(config).parameters())
         if count > LARGEST:
             raise ValueError(f"{count / 1e6:.0f} million parameters")
-        model = cls(config)
-        if getattr(model, "generation_config", None) is None:
-            raise ValueError("it writes no text")
+        model = cls._from_config(config, experts_implementation="eager")
     except Exception as error:
         text = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
         raise ValueError(f"{kind}: {type(error).__name__}: {text}") from error
     _randomise(model, seed)
     model = nn.Module.to(model, dtype).eval().requires_grad_(False)
-    generation = model.generation_config
-    generation.eos_token_id, generation.pad_token_id, generation.cache_implementation = None, 0, None
-    if config.is_encoder_decoder and generation.decoder_start_token_id is None:
-        generation.decoder_start_token_id = IDS["bos_token_id"]
+    for part in model.modules():
+        generation = getattr(part, "generation_config", None)
+        if isinstance(generation, GenerationConfig):
+            generation.eos_token_id, generation.pad_token_id, generation.cache_implementation = None, 0, None
+            if config.is_encoder_decoder and generation.decoder_start_token_id is None:
+                generation.decoder_start_token_id = IDS["bos_token_id"]
     return model
 
 
@@ -272,6 +270,12 @@ def given(kind: str, model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """A prompt with what its ``generate`` takes beside it: those that cannot do without an image get the same in each
     row, and none of its tokens in the prompt."""
     rows, length = batch["input_ids"].shape
+    if kind in PAGES:
+        return page(kind, model, batch)
+    if kind == "pi0":
+        return acting(model, batch)
+    if kind == "diffusion_gemma":
+        return denoising(batch)
     if model.config.is_encoder_decoder:
         begun = decoder_zoo.prompt(BEGUN, 5).expand(rows, -1)
         batch = {**batch, "decoder_input_ids": begun}

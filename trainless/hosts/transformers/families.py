@@ -37,9 +37,16 @@ class Family:
 SAME = Family()
 LATENT = Family("latent")
 LOOPED = "its model runs it several times in a call, each time on a cache layer of that round"
+FILLED = "it reads the cache that another stack has filled, and keeps nothing of its own"
 TABLE = {
     "transformers.models.blt.modeling_blt.BltSelfAttention": Family(
         no_kv="its cache holds bytes behind a window of the mask's, or patches of bytes, and not a row's tokens"
+    ),
+    "transformers.models.diffusion_gemma.modeling_diffusion_gemma.DiffusionGemmaDecoderTextAttention": Family(
+        no_kv=FILLED, no_state=FILLED
+    ),
+    "transformers.models.diffusion_gemma.modeling_diffusion_gemma.DiffusionGemmaEncoderTextAttention": Family(
+        no_kv="another stack reads its cache, every key at its place"
     ),
     "transformers.models.dory.modeling_dory.DoryAttention": Family(no_kv=LOOPED, no_state=LOOPED),
     "transformers.models.jetmoe.modeling_jetmoe.JetMoeAttention": Family("tiled"),
