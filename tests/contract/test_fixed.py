@@ -284,3 +284,12 @@ def test_paused_in_the_middle():
     with torch.no_grad():
         model(prompt(1), **{CACHE_NAME: cache})
     assert all(settled(cache)) and len(cache.layers[0].kept()[0][0]) == 12
+
+
+def test_a_budget_beyond_a_static_cache_takes_no_more_than_that():
+    model = build("llama")
+    cache = cache_of(model, True)
+    with trainless.patched(model, "streaming", recent=200):
+        got = decoded(model, cache, False)
+    assert all(settled(cache)) and cache.layers[0].fixed.size <= PROMPT + STEPS + 31
+    same(got, decoded(model, cache_of(model, True), False), NEAR)

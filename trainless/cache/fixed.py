@@ -79,6 +79,8 @@ class FixedLayer(Freezing):
             more = max(ROOM, max(self.counts) // 8) if self.capacity is None else self.capacity - self.seen
             room = max(self.counts) + more
             self.until = self.seen + more
+        if self.capacity is not None:
+            room = min(room, self.capacity)  # a budget may be for more tokens than there can be
         size = max(room, max(self.counts)) + 1
         rule = self.how = self._rule()
         scores = None

@@ -26,6 +26,7 @@ from .trial import Trial, given_by, rules_of, told
 
 NAME = "settled steps"
 DYNAMIC, STATIC = Way("a dynamic cache"), Way("a static cache")
+GIVEN = Way("the caches of the probe")
 TRACED = Way("a static cache, as a compiler traces it", traced=True)
 MANY = 3  # things that are said before the rest is counted
 
@@ -55,7 +56,7 @@ def tried(trial: Trial) -> Tried:
     if trial.given is not None:
         runtimes = [r for r in runtimes if r.plan.needs_layer]
         given = Decoding("the probe given", lambda cache: trial.probes[0].run(), lambda: None)
-        _read(trial, found, runtimes, given, [DYNAMIC] if DYNAMIC in _ways(found, runtimes) else [])
+        _read(trial, found, runtimes, given, [GIVEN] if _ways(found, runtimes) else [])
         return found
     rules = [rule for b in trial.patch.bindings for rule in rules_of(b)]
     packing = next((rule for rule in rules if isinstance(rule, Quantise)), None)
@@ -115,7 +116,7 @@ def _read(trial: Trial, found: Tried, runtimes: list[Runtime], decoding: Decodin
         if failure is None:
             continue
         said = f"on {decoding.name}, on {way.name}, the model raises {failure}"
-        if way is DYNAMIC or not (refused or _fails_alone(trial, decoding)):
+        if way in (DYNAMIC, GIVEN) or not (refused or _fails_alone(trial, decoding)):
             found.wrong.append(said)
         else:
             found.reason(runtimes, said)
@@ -133,6 +134,9 @@ def _run(
             decoding.run(decoding.static() if way.name.startswith("a static") else None)
     except Exception as error:
         return told(error), isinstance(error, TrainlessError)
+    finally:
+        for runtime in runtimes:  # of a call that did not come to its end
+            runtime.compiled_layer = runtime.call.step = None
     return None, False
 
 
@@ -170,7 +174,7 @@ def _answer(records: list[Record], reasons: list[str], errors: list[str]) -> Ans
     held = sum(r.held["settled"] for r in records)
     if not held:
         return UNCHECKED, why or "no step of this probe is on a cache that has settled"
-    ways = [w.name for w in (DYNAMIC, STATIC, TRACED) if any(r.held[w.name] for r in records)]
+    ways = [w.name for w in (GIVEN, DYNAMIC, STATIC, TRACED) if any(r.held[w.name] for r in records)]
     seams, gap = "/".join(sorted(set[str]().union(*(r.seams for r in records)))), max(r.gap for r in records)
     said = (
         f"{held} steps at {sum(bool(r.held['settled']) for r in records)} sites ({seams}; {', '.join(ways)}) are as "
