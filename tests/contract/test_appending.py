@@ -7,9 +7,10 @@ import pytest
 import torch
 from oracle import models
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 import trainless
-from trainless.cache import AppendingMixin, appending
+from trainless.cache import AppendingLayer, AppendingMixin, appending
 
 from .tools import build
 
@@ -92,3 +93,38 @@ def test_a_layer_copies_where_a_gradient_may_be_wanted():
         assert cache.layers[0].buffers is None
         model(ids[:, :1], past_key_values=cache)
         out.backward()  # what was saved for it has not been written to
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_generation_under_scales_and_gains_appends_in_place(beams, monkeypatch):
+    model, ids = build("llama", dtype=torch.float32, exact=False), prompts(14)
+    more = {"num_beams": beams, "max_new_tokens": 12, "do_sample": False, "return_dict_in_generate": True}
+    found = []
+    with trainless.patched(model, "attn_temperature", temperature=0.8):
+        for fit in (appending._fit, lambda *tensors: False):
+            monkeypatch.setattr(appending, "_fit", fit)
+            cache = DynamicCache(config=model.config)
+            out = model.generate(ids, past_key_values=cache, output_logits=True, **more)
+            assert all(type(layer) is AppendingLayer for layer in cache.layers)
+            found.append((out, cache))
+    (got, mine), (want, other) = found
+    assert torch.equal(got.sequences, want.sequences) and all(map(torch.equal, got.logits, want.logits))
+    assert all(
+        (layer.buffers is None) == (beams > 1) for layer in mine.layers
+    )  # beams were reordered at the end
+    for layer in pickle.loads(pickle.dumps(mine)).layers + copy.deepcopy(mine).layers:
+        assert type(layer) is DynamicLayer and "buffers" not in vars(layer)
+    for a, b in zip(mine.layers, other.layers, strict=True):
+        assert torch.equal(a.keys, b.keys)
+    # A later patch takes the layer for the stock one that it stands for.
+    mine.reset()
+    with trainless.patched(model, "streaming", recent=4):
+        model(ids, past_key_values=mine)
+        assert mine.layers[0].evicted
+
+
+def test_an_identity_leaves_the_layers_alone():
+    model, ids = build("llama", exact=False), prompts(8)
+    with trainless.patched(model, "attn_temperature", temperature=1.0):
+        model.generate(ids, past_key_values=(cache := DynamicCache(config=model.config)), max_new_tokens=3)
+    assert {type(layer) for layer in cache.layers} == {DynamicLayer}

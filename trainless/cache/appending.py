@@ -6,6 +6,7 @@ tokens are added behind it, and whoever makes another tensor of the keys (``crop
 
 from __future__ import annotations
 
+import copyreg
 from typing import Any
 
 import torch
@@ -95,6 +96,38 @@ def _roomy(held: Tensor, stop: int) -> Tensor:
     made = held.new_empty(b, heads, stop + max(ROOM, stop // 8), width)
     made[:, :, :length].copy_(held)
     return made
+
+
+class AppendingLayer(AppendingMixin, DynamicLayer):
+    """A stock growing layer that appends in place; copies of it, through a file or not, are stock layers."""
+
+    _layer_type = None  # transformers registers subclasses by it, globally
+
+    def __reduce__(self) -> Any:
+        # In a form that names no class of this package.
+        return vars(copyreg)["_reconstructor"], (DynamicLayer, object, None), _stock(self)
+
+
+def in_place(layer: DynamicLayer) -> AppendingLayer:
+    """A layer in place of a stock one, still empty, that appends in place."""
+    made = object.__new__(AppendingLayer)
+    vars(made).update(vars(layer))
+    return made
+
+
+def plain(layer: Any) -> Any:
+    """The stock layer in whose place an ``AppendingLayer`` stands, with what that holds; any other layer as it is."""
+    if type(layer) is not AppendingLayer:
+        return layer
+    made = object.__new__(DynamicLayer)
+    vars(made).update(_stock(layer))
+    return made
+
+
+def _stock(layer: AppendingLayer) -> dict[str, Any]:
+    """What a stock layer holds in its place, and nothing of the room behind it."""
+    held = {name: each for name, each in vars(layer).items() if name not in ("buffers", "shown")}
+    return {name: each.contiguous() if isinstance(each, Tensor) else each for name, each in held.items()}
 
 
 class AppendingStatefulMixin(StatefulMixin, AppendingMixin):
