@@ -1,6 +1,7 @@
 """Cache layers that remember: state that belongs to a sequence, and rules for what is kept.
 
 ``stateful(layer)``: a stock layer, plus the tensors that methods attach to a sequence (frozen sinks …).
+``in_place(layer)``: a stock layer that grows, in place; ``plain(layer)``: the stock one.
 ``CompressingLayer``: a layer that evicts by an ``Evict`` rule after each call.
 ``PackedLayer``: one that packs what it holds by a ``Quantise`` rule, and may evict as well.
 ``ExpandedLayer``: one that packs, for modules that work on what the cache returns.
@@ -13,6 +14,7 @@ parameters only, never a model or a patch, so copying, reordering, repeating, cr
 cache do the right thing.
 """
 
+from .appending import AppendingLayer, AppendingMixin, in_place, plain
 from .carrier import StatefulMixin, stateful
 from .compressing import CompressingLayer
 from .expanded import ExpandedLayer
@@ -26,6 +28,20 @@ from .packed import PackedLayer
 from .standing import StaticStatefulMixin
 
 __all__ = [
-    "CompressingLayer", "ExpandedLayer", "FixedEvictingLayer", "FixedLayer", "FixedPackedLayer",
-    "FixedTiersLayer", "Freezing", "PackedLayer", "StatefulMixin", "StaticStatefulMixin", "beside_recurrence", "stateful",
+    "AppendingLayer",
+    "AppendingMixin",
+    "CompressingLayer",
+    "ExpandedLayer",
+    "FixedEvictingLayer",
+    "FixedLayer",
+    "FixedPackedLayer",
+    "FixedTiersLayer",
+    "Freezing",
+    "PackedLayer",
+    "StatefulMixin",
+    "StaticStatefulMixin",
+    "beside_recurrence",
+    "in_place",
+    "plain",
+    "stateful",
 ]  # fmt: skip

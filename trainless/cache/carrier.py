@@ -67,6 +67,7 @@ class StatefulMixin(Carrier):
     """Added to the class of a stock layer, for one instance: carries states, changes nothing else."""
 
     keys: Any
+    values: Any
     past: int
     record_past = False
     before: dict[str, dict[str, Tensor]] | None = None  # the states before the rows that crop() may take back

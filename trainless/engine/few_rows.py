@@ -8,8 +8,9 @@ from ..cache import CompressingLayer
 from ..kernels.lse import attention as attention_lse
 from ..kernels.lse import choose as choose_lse
 from ..kernels.lse import row_attention
+from ..kernels.moved_row import MovedRow, moved_row
 from ..kernels.visibility import Visibility
-from ..seams import RowEdit, Tokens
+from ..seams import MassMove, RowEdit, Tokens
 from .asked import Asked, chosen_patterns, restricted
 from .column_sums import note_mass_of_rows, probe
 from .row_edits import apply, apply_to, edited_rows, mass_of_groups, move_edit, on_heads
@@ -34,6 +35,9 @@ def decode_kept(run: Run, layer: CompressingLayer, wanted: set[str]) -> Tensor:
 
 def few_rows(run: Run, visible: Visibility, asked: Asked) -> Tensor:
     """Decode steps and short turns: every probability is at hand, so edits are made on them directly."""
+    out = _one_move(run, visible, asked)
+    if out is not None:
+        return out
     call, layer = run.call, asked.layer
     lq = call.query.shape[2]
     probabilities = run.row_probabilities(visible, 0, lq)
@@ -75,6 +79,31 @@ def few_rows(run: Run, visible: Visibility, asked: Asked) -> Tensor:
         # Only looked at, or found nothing to edit: the user's own kernel gives the output, bit for bit.
         return run.delegate(call)
     return apply(probabilities, call.value, call.query.dtype).transpose(1, 2).contiguous()
+
+
+def _one_move(run: Run, visible: Visibility, asked: Asked) -> Tensor | None:
+    """The output of one row that a single move edits, by the operator of that; None for any other call."""
+    call, edits = run.call, asked.edits
+    if call.query.shape[2] != 1 or edits is None or len(edits) != 1 or asked.patterns or run.edited:
+        return None
+    if (
+        asked.wanted
+        or asked.dynamic
+        or run.groups
+        or run.plan.of["observe"]
+        or call.position_bias is not None
+    ):
+        return None
+    entry, move = edits[0]
+    simple = isinstance(move, MassMove) and move.target is None and move.rows is None
+    if not simple or isinstance(move.keep, Tensor) or run.runtime.facts.get("attentions") or visible.additive:
+        return None
+    heads, whole = entry.contribution.heads, visible.dense is None and visible.keys is None
+    seen = None if whole and visible.window is None and not visible.causal else visible.rows(0, 1)
+    row = MovedRow(call.query, call.key, call.value, move.source, move.keep, run.terms(), seen, heads)
+    run.acted.add(entry.owner)
+    run.kernel = "rows"
+    return moved_row(row).transpose(1, 2).contiguous()
 
 
 def _stock_heads(run: Run, visible: Visibility, edited: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import (
     Cache,
+    DynamicLayer,
     EncoderDecoderCache,
     LinearAttentionCacheLayerMixin,
     StaticLayer,
@@ -23,6 +24,8 @@ from ...cache import (
     PackedLayer,
     StatefulMixin,
     beside_recurrence,
+    in_place,
+    plain,
     stateful,
 )
 from ...edits.journal import mark
@@ -100,7 +103,7 @@ def _adopt(runtime: Runtime, cache: Cache, index: int) -> Any:
     if index >= len(cache.layers):
         return None
     if runtime.plan.needs_layer:
-        cache.layers[index] = _ours(runtime, cache.layers[index], index)
+        cache.layers[index] = _ours(runtime, plain(cache.layers[index]), index)
     return cache.layers[index]
 
 
@@ -242,12 +245,24 @@ def cache_wrapper(model: nn.Module, runtimes: Sequence[Runtime]) -> Callable[...
             if runtime.site.role == "self" and runtime.plan.needs_layer:
                 for index in depths_of(runtime.site.module, cache.layers):
                     _adopt(runtime, cache, index)
+            elif runtime.site.role == "self" and runtime.prepared.numbers:
+                _append_in_place(cache, depths_of(runtime.site.module, cache.layers))
         if getattr(generation_config, "is_assistant", False):
             cache.activate_past_recording()
         return result
 
     vars(prepare)["runtimes"] = runtimes
     return mark(prepare)
+
+
+def _append_in_place(cache: Cache, depths: Sequence[int]) -> None:
+    """Give the layers of a call that is scaled only buffers with room: stock ones copy all they hold for every token."""
+    if cache.offloading:
+        return  # its layers come and go as tensors, which buffers would hold twice
+    for index in depths:
+        layer: Any = cache.layers[index] if index < len(cache.layers) else None
+        if type(layer) is DynamicLayer and not layer.is_initialized:
+            cache.layers[index] = in_place(layer)
 
 
 def prefill_wrapper(model: nn.Module, runtimes: Sequence[Runtime]) -> Callable[..., Any]:
