@@ -20,7 +20,7 @@ from .freezing import Freezing, thawing
 from .packed import PackedLayer
 from .store import Store, StoredRun
 
-ROOM = 2  # groups that there is room for beyond those of a prompt, in a dynamic cache, at least
+GROWTH = 16  # in a dynamic cache room is made for one group more, or for this part of those there are
 
 
 class FixedPackedLayer(Freezing, PackedLayer):
@@ -28,8 +28,8 @@ class FixedPackedLayer(Freezing, PackedLayer):
 
     A layer in a static cache is frozen from its prompt on, with room for as many tokens as that was made for. One in a
     dynamic cache is frozen after the first step of one token that finds packed ones, so that a prompt alone takes no
-    room for later ones. It has ROOM more groups, or an eighth of what there is; when these are used up it thaws for one
-    call and settles into larger buffers, and code that was compiled for the smaller ones is compiled again.
+    room for later ones. Nor do groups before they are due: then the buffers are copied into larger ones, and code that
+    was compiled for the smaller ones is compiled again.
     """
 
     _layer_type = None
@@ -90,7 +90,7 @@ class FixedPackedLayer(Freezing, PackedLayer):
         if self.capacity is not None:
             groups = (self.capacity - min(residuals)) // group
         else:
-            groups = max(filled) + max(ROOM, -(-max(filled) // 8))
+            groups = max(filled)
         # A row may have fewer groups than there is room for, also where longer rows have left the batch.
         stored = 0 if run is None else run.segment.key.shape[2]
         fixed = fixed_packed(
@@ -171,8 +171,25 @@ class FixedPackedLayer(Freezing, PackedLayer):
     # ------------------------------------------------------------------ a step
 
     def steps(self, rows: int, evictor: Any, packer: Any) -> bool:
-        room = self.capacity is not None or self._seen < self.until
-        return room and super().steps(rows, evictor, packer)
+        if not super().steps(rows, evictor, packer):
+            return False
+        if self.capacity is not None or self._seen < self.until:
+            return True
+        if torch.compiler.is_compiling():
+            return False  # it thaws, and settles into larger buffers
+        # Outside of inference mode, or later calls could not write.
+        with torch.inference_mode(False), torch.no_grad():
+            self._enlarge()
+        assert self.counters is not None
+        self.counters.nbytes = self.nbytes
+        return True
+
+    def _enlarge(self) -> None:
+        """Make room for further groups; only in a dynamic cache, where nothing waits for the device here."""
+        assert self.fixed is not None
+        more = max(1, self.fixed.key.shape[2] // GROWTH)
+        self.fixed = self.fixed.grown(more)
+        self.until += more * self.fixed.size
 
     @property
     def aged(self) -> Tensor:

@@ -15,7 +15,7 @@ together, as ``valid`` and ``scores`` count them, are the G · S of the codes fi
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import torch
@@ -62,6 +62,16 @@ class FixedPacked:
     def size(self) -> int:
         """Tokens of a group."""
         return self.key.shape[3]
+
+    def grown(self, more: int) -> FixedPacked:
+        """The same with room for so many groups more; the ring and the counters are the same tensors."""
+
+        def wide(t: Tensor) -> Tensor:
+            return torch.cat([t, t.new_zeros(*t.shape[:2], more, *t.shape[3:])], 2)
+
+        codes = ("key", "value", *KEYS, *VALUES)
+        made = {name: wide(t) for name, t in self.tensors().items() if name in codes}
+        return replace(self, **made)  # type: ignore[arg-type]
 
     def tensors(self) -> dict[str, Tensor]:
         return {name: t for name, t in vars(self).items() if isinstance(t, Tensor)}
