@@ -280,12 +280,13 @@ def test_two_generations_take_turns(on_the_host):
 
 
 @pytest.mark.parametrize("name", ["kvquant", "zipcache"])
-@pytest.mark.parametrize("part", [16, 2], ids=["one", "a half"])
+@pytest.mark.parametrize("part", [16, 4], ids=["one", "a quarter"])
 def test_buffers_of_a_dynamic_cache_grow_when_they_are_full(on_the_host, monkeypatch, name, part):
     """Without thawing, and only by what is needed next; the report tells what is held then."""
     use, calls = CASES[name], [18, *[1] * 40]
     ids, mask = text(True, calls)
     want, base = wanted(on_the_host, use, ids, mask, calls)
+    monkeypatch.setattr(fixed_packed, "RING", part // 4)
     for module in (fixed_packed, fixed_tiers):
         monkeypatch.setattr(module, "GROWTH", part)
     model, cache = build(), DynamicCache()

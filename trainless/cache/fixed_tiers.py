@@ -60,6 +60,7 @@ class FixedTiersLayer(FixedPackedLayer):
         interval, waiting = self.rule.interval, int((self.tail >= 0).sum(2).max())
         if waiting >= interval:
             return
+        ring = self._ring(interval, waiting)
         mine = [
             next((r for r in self.store.runs if (r.tier, r.size) == (tier, size) and _full(r)), None)
             for tier, size in enumerate(self.sizes)
@@ -74,7 +75,7 @@ class FixedTiersLayer(FixedPackedLayer):
         for tier, (size, run, full) in enumerate(zip(self.sizes, mine, filled, strict=True)):
             made = fixed_packed(
                 self.keys, self.values, k_bits=self.rule.k_bits[tier], v_bits=self.rule.v_bits[tier],
-                group=size, groups=groups, ring=1 if tier else interval,
+                group=size, groups=groups, ring=1 if tier else ring,
             )  # fmt: skip
             place = self.tail.new_full((*self.tail.shape[:2], made.slots - made.tail_key.shape[2]), -1)
             if run is not None:
@@ -148,8 +149,12 @@ class FixedTiersLayer(FixedPackedLayer):
     # ------------------------------------------------------------------ a step
 
     def _enlarge(self) -> None:
+        assert self.tiers is not None
+        if self._brimful():
+            self.tiers = self.tiers._replace(high=self._lengthen())
         tiers = self.tiers
-        assert tiers is not None
+        if self._seen < self.until:
+            return
         more = max(1, tiers.high.key.shape[2] // GROWTH)
         high, low = tiers.high.grown(more), tiers.low.grown(more)
         places = tuple(
