@@ -11,7 +11,14 @@ from torch._dynamo.testing import CompileCounter
 from transformers import DynamicCache, StaticCache
 
 import trainless
-from trainless.cache import FixedEvictingLayer, FixedPackedLayer, FixedTiersLayer, PackedLayer, fixed_packed
+from trainless.cache import (
+    FixedEvictingLayer,
+    FixedPackedLayer,
+    FixedTiersLayer,
+    PackedLayer,
+    fixed_packed,
+    fixed_tiers,
+)
 
 from .tools import same
 
@@ -272,18 +279,26 @@ def test_two_generations_take_turns(on_the_host):
         alike(cache, base)
 
 
-def test_buffers_of_a_dynamic_cache_grow_when_they_are_full(on_the_host, monkeypatch):
-    calls = [18, *[1] * 40]
+@pytest.mark.parametrize("name", ["kvquant", "zipcache"])
+@pytest.mark.parametrize("part", [16, 4], ids=["one", "a quarter"])
+def test_buffers_of_a_dynamic_cache_grow_when_they_are_full(on_the_host, monkeypatch, name, part):
+    """Without thawing, and only by what is needed next; the report tells what is held then."""
+    use, calls = CASES[name], [18, *[1] * 40]
     ids, mask = text(True, calls)
-    want, base = wanted(on_the_host, [KV], ids, mask, calls)
-    monkeypatch.setattr(fixed_packed, "ROOM", 1)
+    want, base = wanted(on_the_host, use, ids, mask, calls)
+    monkeypatch.setattr(fixed_packed, "RING", part // 4)
+    for module in (fixed_packed, fixed_tiers):
+        monkeypatch.setattr(module, "GROWTH", part)
     model, cache = build(), DynamicCache()
-    patch = trainless.patch(model, [KV])
+    patch = trainless.patch(model, use)
     got = replay(model, None, ids, mask, calls, cache)
     for a, b, real in zip(got, want, mask.bool().split(calls, 1), strict=True):
         assert (a - b)[real].abs().max() < 1e-11
-    kernels = patch.report().methods[0].kernels
-    assert kernels["packed/fixed"] > 60 and any(k != "packed/fixed" for k in kernels)
+    report = patch.report().methods[0]
+    assert report.kernels["packed/fixed"] == 39 * len(cache.layers)
+    for layer, row in zip(cache.layers, report.layers, strict=True):
+        groups, most = layer.fixed.key.shape[2], int(layer.fixed.packed.max()) // layer.fixed.size
+        assert most <= groups <= most + 1 + groups // part and row["bytes_kept"] == layer.nbytes
     alike(cache, base)
 
 

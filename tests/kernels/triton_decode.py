@@ -16,6 +16,7 @@ from trainless.kernels.common import Terms
 from trainless.kernels.quant_kv import fixed_pack as pack_form
 from trainless.kernels.quant_kv import fixed_plain, reference, unpack
 from trainless.kernels.quant_kv import fixed_triton as packed_form
+from trainless.kernels.quant_kv.fixed import Stepping
 from trainless.kernels.slots import SlotStep
 from trainless.kernels.slots import plain as slots_plain
 from trainless.kernels.slots import reference as slots_reference
@@ -44,7 +45,7 @@ def test_packed_decode(shape, dtype, monkeypatch):
         given = token(shape, dtype)
         exact, low = copied(mine, torch.float64), copied(mine)
         want = reference.packed_decode(*(t.double() for t in given), exact, terms, valid, real)
-        plain = fixed_plain.decode(*given, low, terms, valid, real)
+        plain = fixed_plain.decode(*given, (low,), terms, Stepping((valid,), real))
         out, lse = packed_form.decode(*given, mine, terms, valid, real, scores)
         assert out.dtype == dtype and lse.dtype == torch.float32
         no_worse(out, want[0], plain[0], factor=4.0)
@@ -83,7 +84,7 @@ def test_packed_decode_of_bfloat16_parameters():
     mine.age.copy_(mine.packed)
     query = token(PACKED[0], torch.bfloat16)[0]
     want = reference.packed_decode(query.double(), None, None, copied(mine, torch.float64), terms)
-    plain = fixed_plain.decode(query, None, None, copied(mine), terms)
+    plain = fixed_plain.decode(query, None, None, (copied(mine),), terms, Stepping())
     out, lse = packed_form.decode(query, None, None, mine, terms)
     no_worse(out, want[0], plain[0], factor=4.0)
     torch.testing.assert_close(lse.double(), want[1], rtol=1e-3, atol=5e-3)

@@ -20,7 +20,8 @@ from .freezing import Freezing, thawing
 from .packed import PackedLayer
 from .store import Store, StoredRun
 
-ROOM = 2  # groups that there is room for beyond those of a prompt, in a dynamic cache, at least
+RING = 32  # tokens more that a ring in a dynamic cache has room for, until it has its whole size
+GROWTH = 16  # in a dynamic cache room is made for one group more, or for this part of those there are
 
 
 class FixedPackedLayer(Freezing, PackedLayer):
@@ -28,8 +29,8 @@ class FixedPackedLayer(Freezing, PackedLayer):
 
     A layer in a static cache is frozen from its prompt on, with room for as many tokens as that was made for. One in a
     dynamic cache is frozen after the first step of one token that finds packed ones, so that a prompt alone takes no
-    room for later ones. It has ROOM more groups, or an eighth of what there is; when these are used up it thaws for one
-    call and settles into larger buffers, and code that was compiled for the smaller ones is compiled again.
+    room for later ones. Nor do groups before they are due, and the ring grows with what waits: then buffers are copied
+    into larger ones, and code that was compiled for the smaller ones is compiled again.
     """
 
     _layer_type = None
@@ -48,8 +49,10 @@ class FixedPackedLayer(Freezing, PackedLayer):
 
     def _clear(self) -> None:
         self.fixed: FixedPacked | None = None
+        self.ring = 0  # slots that the ring needs in the end
         self.residual: Tensor | None = None  # (B,) int32: newest tokens that are never packed, while frozen
-        self.until = 0  # tokens that may have been fed before a dynamic cache needs larger buffers
+        # Tokens that may have been fed before a dynamic cache needs more groups, and before it needs a longer ring.
+        self.until = self.brim = 0
         super()._clear()
 
     @property
@@ -83,14 +86,16 @@ class FixedPackedLayer(Freezing, PackedLayer):
         if self.tail is None:
             self._locate(self.real_seen())
         group, residuals = self.rule.group, [tokens_of(self.rule.residual, n) for n in self.lengths]
-        ring, run = max(residuals) + group, self.store.runs[0] if self.store.runs else None
+        run = self.store.runs[0] if self.store.runs else None
         filled = run.filled if run is not None else [0] * self._batch()
-        if max(a - f * group for a, f in zip(self.ages, filled, strict=True)) >= ring:
+        waiting = max(a - f * group for a, f in zip(self.ages, filled, strict=True))
+        ring = self._ring(max(residuals) + group, waiting)
+        if waiting >= ring:
             return  # more wait than a step may find: what was packed when is not known here
         if self.capacity is not None:
             groups = (self.capacity - min(residuals)) // group
         else:
-            groups = max(filled) + max(ROOM, -(-max(filled) // 8))
+            groups = max(filled)
         # A row may have fewer groups than there is room for, also where longer rows have left the batch.
         stored = 0 if run is None else run.segment.key.shape[2]
         fixed = fixed_packed(
@@ -105,6 +110,13 @@ class FixedPackedLayer(Freezing, PackedLayer):
         self.residual = torch.tensor(residuals, dtype=torch.int32, device=fixed.age.device)
         self.keys, self.values = fixed.tail_key, fixed.tail_value
         self._froze(fixed.age)
+
+    def _ring(self, whole: int, waiting: int) -> int:
+        """Slots of a ring of which ``whole`` are needed in the end, and ``waiting`` now."""
+        self.ring = whole
+        ring = whole if self.capacity is not None else min(whole, waiting + RING)
+        self.brim = self.seen + ring - waiting
+        return ring
 
     def _whole_groups(self) -> bool:
         """Whether everything that is packed stands in groups as they were made."""
@@ -171,8 +183,41 @@ class FixedPackedLayer(Freezing, PackedLayer):
     # ------------------------------------------------------------------ a step
 
     def steps(self, rows: int, evictor: Any, packer: Any) -> bool:
-        room = self.capacity is not None or self._seen < self.until
-        return room and super().steps(rows, evictor, packer)
+        if not super().steps(rows, evictor, packer):
+            return False
+        if self.capacity is not None or (self._seen < self.until and not self._brimful()):
+            return True
+        if torch.compiler.is_compiling():
+            return False  # it thaws, and settles into larger buffers
+        # Outside of inference mode, or later calls could not write.
+        with torch.inference_mode(False), torch.no_grad():
+            self._enlarge()
+        assert self.counters is not None
+        self.counters.nbytes = self.nbytes
+        return True
+
+    def _enlarge(self) -> None:
+        """Make room for further groups, or in the ring; only in a dynamic cache, and nothing waits for the device."""
+        assert self.fixed is not None
+        if self._brimful():
+            self._lengthen()
+        if self._seen >= self.until:
+            more = max(1, self.fixed.key.shape[2] // GROWTH)
+            self.fixed = self.fixed.grown(more)
+            self.until += more * self.fixed.size
+
+    def _brimful(self) -> bool:
+        """Whether the ring may be full before it has its whole size."""
+        return self._seen >= self.brim and self.keys.shape[2] < self.ring
+
+    def _lengthen(self) -> FixedPacked:
+        assert self.fixed is not None
+        held = self.keys.shape[2]
+        size = min(self.ring, held + RING)
+        self.fixed = self.fixed.longer(size)
+        self.keys, self.values = self.fixed.tail_key, self.fixed.tail_value
+        self.brim += size - held
+        return self.fixed
 
     @property
     def aged(self) -> Tensor:

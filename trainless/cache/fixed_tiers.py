@@ -15,10 +15,9 @@ from torch import Tensor
 
 from ..kernels.quant_kv import FixedPacked, FixedTiers, fixed_packed, tiers_decode
 from ..seams import Evict, Quantise, tokens_of
-from .fixed_packed import FixedPackedLayer
+from .fixed_packed import GROWTH, FixedPackedLayer
 from .store import StoredRun
 
-CHUNKS = 2  # that there is room for beyond those of a prompt, in a dynamic cache, at least
 LAST = 1 << 30  # behind any run
 
 
@@ -61,23 +60,22 @@ class FixedTiersLayer(FixedPackedLayer):
         interval, waiting = self.rule.interval, int((self.tail >= 0).sum(2).max())
         if waiting >= interval:
             return
+        ring = self._ring(interval, waiting)
         mine = [
             next((r for r in self.store.runs if (r.tier, r.size) == (tier, size) and _full(r)), None)
             for tier, size in enumerate(self.sizes)
         ]
         filled = [r.filled if r is not None else [0] * self._batch() for r in mine]
         most = max(max(f) for f in filled)
-        if self.capacity is not None:
-            chunks = (waiting + self.capacity - self.seen) // interval
-        else:
-            chunks = max(CHUNKS, most // 8)
-        self.until = self.seen + (chunks + 1) * interval - 1 - waiting
+        chunks = 0 if self.capacity is None else (waiting + self.capacity - self.seen) // interval
+        stored = [0 if run is None else run.segment.key.shape[2] for run in mine]
+        groups = max(1, most + chunks, *stored)
+        self.until = self.seen + (groups - most + 1) * interval - 1 - waiting
         tiers, places = [], []
         for tier, (size, run, full) in enumerate(zip(self.sizes, mine, filled, strict=True)):
-            stored = 0 if run is None else run.segment.key.shape[2]
             made = fixed_packed(
                 self.keys, self.values, k_bits=self.rule.k_bits[tier], v_bits=self.rule.v_bits[tier],
-                group=size, groups=max(1, most + chunks, stored), ring=1 if tier else interval,
+                group=size, groups=groups, ring=1 if tier else ring,
             )  # fmt: skip
             place = self.tail.new_full((*self.tail.shape[:2], made.slots - made.tail_key.shape[2]), -1)
             if run is not None:
@@ -149,6 +147,23 @@ class FixedTiersLayer(FixedPackedLayer):
         return super()._where()
 
     # ------------------------------------------------------------------ a step
+
+    def _enlarge(self) -> None:
+        assert self.tiers is not None
+        if self._brimful():
+            self.tiers = self.tiers._replace(high=self._lengthen())
+        tiers = self.tiers
+        if self._seen < self.until:
+            return
+        more = max(1, tiers.high.key.shape[2] // GROWTH)
+        high, low = tiers.high.grown(more), tiers.low.grown(more)
+        places = tuple(
+            torch.nn.functional.pad(place, (0, more * held.size), value=-1)
+            for place, held in zip(tiers.places, (high, low), strict=True)
+        )
+        self.tiers = tiers._replace(high=high, low=low, places=(places[0], places[1]))
+        self.fixed = high
+        self.until += more * tiers.interval
 
     @property
     def aged(self) -> Tensor:

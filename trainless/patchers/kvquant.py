@@ -8,14 +8,15 @@ Source   "KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache" (keys p
          a residual of recent tokens); channel-separable values from "ZipCache".
 Seams    kv (quantise).
 Exact    bitwise the identity with k_bits = v_bits = 16, and until residual + group tokens are held.
-Costs    bits / 16 of the bytes of a 16-bit cache, and 2 · (1 / group + 1 / head width) numbers of parameters
-         per number held, one more per group for values; positions, 4 bytes per token and head after a prompt.
-         Steps of one token run on buffers of fixed size, without positions: as large as a static cache was made
-         for, in a dynamic one with room for an eighth more groups, at least 2. They compile whole; beside an
-         evictor in a static cache only, where the codes of evicted tokens keep their room. A decode step reads
-         the codes only, which on a CPU is faster than stock from some thousand tokens on; without the extra
-         ``numba`` only in layers with many or wide key heads. The GPU form has not been timed; see
-         benchmarks/results.
+Costs    bits / 16 of the bytes of a 16-bit cache, and 2 · (1 / group + 1 / head width) numbers of
+         parameters per number held, one more per group for values; positions, 4 bytes per token and head
+         after a prompt. Steps of one token run on buffers of fixed size, without positions: as large as a
+         static cache was made for; in a dynamic one they grow by 32 tokens that wait, up to residual +
+         group, and by the group that is due, or a sixteenth of those there are. They compile whole;
+         beside an evictor in a static cache only, where the codes of evicted tokens keep their room. A
+         decode step reads the codes only, which on a CPU is faster than stock from some thousand tokens
+         on; without the extra ``numba`` only in layers with many or wide key heads. The GPU form has not
+         been timed; see benchmarks/results.
 Differs  Never packs a token twice and never unpacks the cache as a whole. The residual holds between
          ``residual`` and residual + group - 1 tokens, so groups are always full. A prompt is attended to in
          full precision; a later turn meets what is packed.

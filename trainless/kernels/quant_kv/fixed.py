@@ -15,7 +15,7 @@ together, as ``valid`` and ``scores`` count them, are the G · S of the codes fi
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import torch
@@ -62,6 +62,27 @@ class FixedPacked:
     def size(self) -> int:
         """Tokens of a group."""
         return self.key.shape[3]
+
+    def grown(self, more: int) -> FixedPacked:
+        """The same with room for so many groups more; the ring and the counters are the same tensors."""
+
+        def wide(t: Tensor) -> Tensor:
+            return torch.cat([t, t.new_zeros(*t.shape[:2], more, *t.shape[3:])], 2)
+
+        codes = ("key", "value", *KEYS, *VALUES)
+        made = {name: wide(t) for name, t in self.tensors().items() if name in codes}
+        return replace(self, **made)  # type: ignore[arg-type]
+
+    def longer(self, ring: int) -> FixedPacked:
+        """The same with so many slots in the ring, no fewer than before; codes and counters are the same tensors."""
+        old = self.tail_key.shape[2]
+        token = self.packed[:, None].long() + torch.arange(old, device=self.packed.device)
+
+        def moved(t: Tensor) -> Tensor:
+            source, place = ((token % n)[:, None, :, None].expand_as(t) for n in (old, ring))
+            return t.new_zeros(*t.shape[:2], ring, t.shape[3]).scatter_(2, place, t.gather(2, source))
+
+        return replace(self, tail_key=moved(self.tail_key), tail_value=moved(self.tail_value))
 
     def tensors(self) -> dict[str, Tensor]:
         return {name: t for name, t in vars(self).items() if isinstance(t, Tensor)}

@@ -23,7 +23,8 @@ from .steps import choosing
 class FixedTiers(NamedTuple):
     """B batch rows, Hkv key heads.
 
-    high, low: a group of each is one chunk; the ring is that of ``high``. places: positions of their codes, (B, Hkv,
+    high, low: a group of each is one chunk; the ring is that of ``high``, of ``interval`` slots as soon as so many tokens
+    wait. places: positions of their codes, (B, Hkv,
     slots) int32 each. aged (B,) int32: tokens that a row has seen. others: codes that nothing is added to, of any bits
     and sizes; seen: which of their slots hold a token, (B, Hkv, slots) bool, or None for all of them.
     """
@@ -173,6 +174,8 @@ def pack_chunk(tiers: FixedTiers, p: Tensor, due: Tensor) -> None:
     """Pack the ring of the rows that are ``due`` (B,), by probabilities p (B, H, ring slots) of the newest token."""
     high, low = tiers.high, tiers.low
     b, hkv, ring, _ = high.tail_key.shape
+    if ring < tiers.interval:
+        return  # so many cannot wait
     number = torch.arange(ring, device=p.device)
     place = ((high.packed[:, None] + number) % ring)[:, None].expand(b, hkv, ring)
 
