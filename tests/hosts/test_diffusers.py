@@ -259,6 +259,19 @@ def test_a_controlnet_stays_stock():
             assert (model(**given, **extra)[0] - got).abs().max() > 1e-4
 
 
+def test_a_patch_may_go_between_the_beginning_of_a_call_and_its_first_hook():
+    model = models.build("unet")
+    stock, patch = run(model, "unet"), trainless.patch(model, "entropy")
+
+    def off(*unused):
+        if patch.applied:
+            remover = threading.Thread(target=patch.remove)
+            remover.start(), remover.join()
+
+    model.register_forward_pre_hook(off, prepend=True)
+    assert torch.equal(run(model, "unet"), stock) and not patch.applied
+
+
 def test_copies_of_a_patched_model_are_refused():
     model = models.build("unet")
     with _patched(model), pytest.raises(trainless.Unsupported, match="copied"):
