@@ -11,6 +11,8 @@ from oracle import models, replay, vlms
 from transformers import DynamicCache
 
 import trainless
+from trainless.edits.journal import Journal
+from trainless.hosts import gate as gate_module
 from trainless.hosts.transformers.version import CACHE_NAME
 
 from .cases import MAIN, Case, named
@@ -205,6 +207,57 @@ def test_the_first_patch_waits_for_a_call_that_is_under_way() -> None:
     hook.remove()
     assert torch.equal(results[0], plain)
     results[1].remove()
+
+
+def test_a_patch_may_go_between_the_beginning_of_a_call_and_its_first_hook() -> None:
+    """Torch has listed our hooks then, and calls them all the same; it is a plain call, and the next one as well."""
+    model = build("llama", dtype=torch.float32, exact=False)
+    ids = models.prompt(12)
+    with torch.no_grad():
+        plain = model(ids).logits
+        patch = trainless.patch(model, "h2o", heavy=2, recent=3)
+
+        def off(*unused: Any) -> None:
+            if patch.applied:
+                remover = threading.Thread(target=patch.remove)
+                remover.start(), remover.join()
+
+        hook = model.register_forward_pre_hook(off, prepend=True)
+        first = model(ids).logits
+        assert not patch.applied
+        hook.remove()
+        assert torch.equal(first, plain) and torch.equal(model(ids).logits, plain)
+
+
+def test_a_call_that_begins_while_a_model_is_first_watched_is_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module, inside, go_on = torch.nn.Linear(2, 2), threading.Event(), threading.Event()
+    frames = gate_module._current_frames
+
+    def hold(*unused: Any) -> None:
+        inside.set()
+        assert go_on.wait(30)
+
+    module.register_forward_pre_hook(hold)
+    caller = threading.Thread(target=lambda: module(torch.zeros(1, 2)))
+
+    def late() -> Any:
+        found = frames()
+        if not caller.ident:  # right behind the look at what is under way
+            caller.start()
+            assert inside.wait(30)
+        return found
+
+    monkeypatch.setattr(gate_module, "_current_frames", late)
+    gate, journal = gate_module.Gate("a module"), Journal()
+    gate.watch(module, journal)
+    try:
+        assert caller.ident in {thread for thread, _ in gate.calls}
+    finally:
+        go_on.set()
+        caller.join()
+        journal.undo()
 
 
 @pytest.mark.parametrize("standing", [True, False])

@@ -28,8 +28,8 @@ import families  # noqa: E402 - it lies in docs/, with what it writes
 SAMPLE = {
     "decoders": ("llama", "gpt_oss", "deepseek_v3", "qwen3_next", "doge", "bloom", "mamba"),
     "denoisers": ("FluxTransformer2DModel", "SanaTransformer2DModel", "UNetMotionModel", "SD3ControlNetModel",
-        "Cosmos3OmniTransformer"),
-    "vision": ("gemma4", "git", "mistral3", "pi0"),
+        "Cosmos3OmniTransformer", "T5FilmDecoder"),
+    "vision": ("gemma4", "git", "mistral3", "pi0", "t5gemma2"),
 }  # fmt: skip
 FIX = "run: python docs/families.py"
 

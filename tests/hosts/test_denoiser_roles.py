@@ -119,6 +119,29 @@ def test_the_role_is_what_a_call_gives(name: str) -> None:
         assert site.facts["holds"] is not None, f"{site.name} is not declared"
 
 
+def test_roles_of_a_model_whose_processors_no_patch_can_reach() -> None:
+    """T5 Film does not use torch's operator: each layer is cross-attention where it is given what was encoded."""
+    case = EVERY["t5_film"]()
+    sites, given = DiffusersHost().sites(case.model), {}
+    for site in sites:
+        own = site.module.processor
+
+        def told(
+            attn: Any, hidden: Tensor, *args: Any, of: Any = own, at: str = site.name, **kwargs: Any
+        ) -> Any:
+            others = kwargs.get("encoder_hidden_states", args[0] if args else None)
+            given.setdefault(at, set()).add("self" if others is None else "cross")
+            return of(attn, hidden, *args, **kwargs)
+
+        site.module.processor = told
+    with torch.no_grad():
+        case.run(case.other)
+    assert given == {site.name: {site.role} for site in sites}
+    assert {site.role for site in sites} == {"self", "cross"}
+    for site in sites:
+        assert (site.role != "cross") == case.self_layers(site.name)
+
+
 def test_another_role_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     from trainless.hosts.diffusers.denoisers import TABLE
 

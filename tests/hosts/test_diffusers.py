@@ -13,6 +13,8 @@ pytest.importorskip("diffusers")
 
 import diffusers
 from diffusers.models.attention_processor import (
+    Attention,
+    AttnAddedKVProcessor,
     AttnProcessor,
     AttnProcessor2_0,
     SlicedAttnProcessor,
@@ -257,6 +259,19 @@ def test_a_controlnet_stays_stock():
             assert (model(**given, **extra)[0] - got).abs().max() > 1e-4
 
 
+def test_a_patch_may_go_between_the_beginning_of_a_call_and_its_first_hook():
+    model = models.build("unet")
+    stock, patch = run(model, "unet"), trainless.patch(model, "entropy")
+
+    def off(*unused):
+        if patch.applied:
+            remover = threading.Thread(target=patch.remove)
+            remover.start(), remover.join()
+
+    model.register_forward_pre_hook(off, prepend=True)
+    assert torch.equal(run(model, "unet"), stock) and not patch.applied
+
+
 def test_copies_of_a_patched_model_are_refused():
     model = models.build("unet")
     with _patched(model), pytest.raises(trainless.Unsupported, match="copied"):
@@ -290,6 +305,25 @@ def test_processors_without_torchs_attention_are_refused_by_name(processor, fix)
         run(model, "unet")
 
 
+def test_advice_on_processors_is_a_way_out():
+    """On modules of models that cannot set processors; none where every other processor computes something else."""
+    film = diffusers.T5FilmDecoder(
+        input_dims=6, targets_length=8, d_model=16, num_layers=1, num_heads=2, d_kv=8
+    )
+    assert not hasattr(film, "set_attn_processor")
+    with pytest.raises(trainless.NoMatch) as refused:
+        trainless.patch(film, "attn_temperature", temperature=0.5)
+    assert "unscaled" in str(refused.value) and "set_" not in str(refused.value)
+    layer = Attention(8, heads=2, dim_head=4, processor=AttnProcessor())
+    with pytest.raises(
+        trainless.NoMatch, match=r"call set_processor\(AttnProcessor2_0\(\)\) of each such layer first"
+    ):
+        trainless.patch(torch.nn.ModuleList([layer]), "attn_temperature", temperature=0.5)
+    layer.set_processor(AttnAddedKVProcessor())
+    with pytest.raises(trainless.NoMatch, match=r"set_processor\(AttnAddedKVProcessor2_0"):
+        trainless.patch(torch.nn.ModuleList([layer]), "attn_temperature", temperature=0.5)
+
+
 def test_some_refused_layers_leave_the_rest():
     model = models.build("unet")
     model.mid_block.attentions[0].transformer_blocks[0].attn1.set_processor(AttnProcessor())
@@ -318,7 +352,14 @@ class _Twice(AttnProcessor2_0):
         return first + super().__call__(attn, hidden_states, *args, **kwargs)
 
 
-@pytest.mark.parametrize(("processor", "reason"), [(_Homemade(), "no effect"), (_Twice(), "more than once")])
+class IPAdapterMine(_Twice):
+    """The same under a name that says something else."""
+
+
+@pytest.mark.parametrize(
+    ("processor", "reason"),
+    [(_Homemade(), "no effect"), (_Twice(), "more than once"), (IPAdapterMine(), "more than once")],
+)
 def test_unknown_processors_are_found_out_at_the_call(processor, reason):
     model = models.build("unet")
     stock = dict(model.attn_processors)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -13,10 +14,10 @@ from torch import Tensor
 
 import trainless
 from trainless.cache import FixedLayer, FixedPackedLayer, FixedTiersLayer, Freezing, StaticStatefulMixin
-from trainless.cache import fixed as fixed_layers
-from trainless.cache import fixed_packed as fixed_packed_layers
 from trainless.engine.prepared import Prepared
 from trainless.hosts.transformers import traced as transformers_traced
+from trainless.kernels.quant_kv import fixed_operator
+from trainless.kernels.quant_kv import tiers as packed_tiers
 from trainless.kernels.slots import plain
 
 from .toys import detail, failures, llama, status
@@ -86,7 +87,12 @@ def _other_slot(own: Any) -> Any:
 
 
 def _turned_further(own: Any) -> Any:
-    return lambda fixed: own(fixed) + (own(fixed) > 0)
+    def attend(query: Tensor, slots: Any, *rest: Any) -> Any:
+        if slots.shifts is not None:
+            slots = dataclasses.replace(slots, shifts=slots.shifts + (slots.shifts > 0))
+        return own(query, slots, *rest)
+
+    return attend
 
 
 def _other_bit(own: Any) -> Any:
@@ -127,7 +133,7 @@ def _one_short(own: Any) -> Any:
 
 
 def _tiers_upside_down(own: Any) -> Any:
-    return lambda self, p, due: own(self, 1 - p, due)
+    return lambda tiers, p, due: own(tiers, 1 - p, due)
 
 
 def _beside_its_place(own: Any) -> Any:
@@ -149,10 +155,10 @@ FAULTS: dict[str, tuple[list[Any], Any, str, Wrong, str]] = {
     "heads": ([STREAMING], FixedLayer, "attend", _other_heads, "kv"),
     "heads of tiers": ([ZIPCACHE], FixedTiersLayer, "attend", _other_heads, "kv"),
     "slot": ([H2O], plain, "write", _other_slot, "kv"),
-    "rope": ([ROLLED], fixed_layers, "_moved", _turned_further, "kv/position"),
+    "rope": ([ROLLED], plain, "attend", _turned_further, "kv/position"),
     "mask bit": ([STREAMING], Freezing, "_told", _other_bit, "kv"),
-    "group": ([KVQUANT], fixed_packed_layers, "pack_group", _swapped, "kv"),
-    "tiers": ([ZIPCACHE], FixedTiersLayer, "_pack_chunk", _tiers_upside_down, "kv"),
+    "group": ([KVQUANT], fixed_operator, "pack_group", _swapped, "kv"),
+    "tiers": ([ZIPCACHE], packed_tiers, "pack_chunk", _tiers_upside_down, "kv"),
     "mass": ([H2O], plain, "settle", _unscored, "kv"),
     "last mass": ([TOVA], plain, "settle", _unscored, "kv"),
     "act": ([ACT], transformers_traced, "edited_row", _unedited, "mass"),

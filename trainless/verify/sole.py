@@ -49,8 +49,10 @@ class Sole:
         finally:
             self.waiting.discard(me)
 
-    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if torch.compiler.is_compiling():
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
+        if (
+            torch.compiler.is_compiling() or kwargs is None
+        ):  # None: taken off since the call began, see ``gate``
             return None
         me = threading.get_ident()
         if me == self.thread:

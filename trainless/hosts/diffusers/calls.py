@@ -8,14 +8,11 @@ diffusers' dispatcher. A module whose attention never gets there is refused by n
 
 from __future__ import annotations
 
-import functools
-import inspect
 import sys
 from types import FrameType
 from typing import Any
 
 import torch
-from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -27,13 +24,10 @@ from ...errors import Unsupported
 from ...seams import AttentionCall, Site
 from ..gate import module_frame
 from .denoisers import Layout
-from .denoisers.table import ELSEWHERE
-from .denoisers.words import qualified
 from .geometry import CONTEXT, describe
+from .processors import home_of, image_prompts
 
 SDPA = torch.nn.functional.scaled_dot_product_attention
-# Backends of diffusers' dispatcher that end in torch's own operator.
-BACKENDS = {"native", "_native_cudnn", "_native_efficient", "_native_flash", "_native_math"}
 # Seen in a module's forward, one of these means that attention was computed and not served from a cache.
 PRODUCTS = {
     torch.nn.functional.linear, torch.matmul, torch.bmm, torch.baddbmm, torch.einsum, torch.softmax,
@@ -42,75 +36,10 @@ PRODUCTS = {
 REASON = "trainless counts and edits attention outside compiled regions"
 
 
-# ---------------------------------------------------------------- what cannot be reached
-
-
-# What follows from classes and settings alone is no part of a compiled graph: the compiler keeps the answer.
-
-
-@torch.compiler.assume_constant_result
-def _class_says(kind: type) -> str | None:
-    elsewhere = ELSEWHERE.get(qualified(kind))
-    return _source_says(kind) if elsewhere is None else f"{kind.__name__} {elsewhere}"
-
-
-@torch.compiler.assume_constant_result
-def _active_backend() -> str:
-    name = _AttentionBackendRegistry.get_active_backend()[0]
-    return str(getattr(name, "value", name))
-
-
-@torch.compiler.assume_constant_result
-def _home(kind: type) -> str:
-    """The module in which a processor class has its call from."""
-    return next((c.__module__ for c in kind.__mro__ if "__call__" in vars(c)), "")
-
-
-@functools.cache
-def _source_says(kind: type) -> str | None:
-    """Why a processor class of diffusers cannot be patched, from its source; None for others."""
-    if not kind.__module__.startswith("diffusers."):
-        return None
-    try:
-        source = inspect.getsource(kind.__call__)
-    except (OSError, TypeError):
-        return None
-    if "scaled_dot_product_attention(" in source or "dispatch_attention_fn(" in source:
-        return None
-    if "Linear" in kind.__name__:
-        return f"{kind.__name__} is linear attention already, without a softmax"
-    fix = "set_attn_processor(AttnProcessor2_0())"
-    if "XFormers" in kind.__name__:
-        fix = "disable_xformers_memory_efficient_attention()"
-    elif "Sliced" in kind.__name__:
-        fix = f"disable_attention_slicing(), or {fix}"
-    return f"{kind.__name__} does not use scaled_dot_product_attention; call {fix} first"
-
-
-def refusal(module: nn.Module) -> str | None:
-    """Why this attention module cannot be patched as it is set up now, or None."""
-    processor = getattr(module, "processor", None)
-    if processor is None:
-        return "it has no processor"
-    said = _class_says(processor.__class__)
-    if said is not None:
-        return said
-    if getattr(processor, "_parallel_config", None) is not None:
-        return (
-            "context parallelism gives each device a part of the sequence only, which no patch can see whole"
-        )
-    if hasattr(processor, "_attention_backend"):
-        backend = processor._attention_backend
-        name = str(getattr(backend, "value", backend)) if backend else _active_backend()
-        if name not in BACKENDS:
-            return f'attention backend {name!r} is set; call set_attention_backend("native") first'
-    return None
-
-
 def foreign_order(layout: Layout | None, module: nn.Module) -> str | None:
     """Why the declared order of text and image is not sure here: the processor decides on it, and is a stranger."""
     kind = type(getattr(module, "processor", None))
-    if layout is None or not layout.streams or _home(kind).startswith("diffusers."):
+    if layout is None or not layout.streams or home_of(kind).startswith("diffusers."):
         return None
     return f"in which order {kind.__name__} puts text and image is not known; use the processor of diffusers"
 
@@ -180,7 +109,7 @@ class Catching(TorchFunctionMode):
         So is one over others where nothing says what the layer's calls are: a part of it would go without the patch.
         """
         kind, site = processor_name(self.module), self.runtime.site
-        if kind.startswith(("IPAdapter", "FluxIPAdapter", "SD3IPAdapter")):
+        if image_prompts(type(getattr(self.module, "processor", None))):
             return True
         if key.shape[-2] == self.keys:
             raise Unsupported(

@@ -69,7 +69,9 @@ class Context:
         """Whatever comes next begins a run."""
         self.local.steps = Steps()
 
-    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+        if kwargs is None:  # taken off since the call began, see ``gate``
+            return
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
         if torch.compiler.is_compiling():
             self._trace(module, given)

@@ -15,7 +15,8 @@ from torch.overrides import _get_current_function_mode
 
 from ...engine.runtime import Runtime
 from ...errors import Unsupported
-from .calls import REASON, Interception, others_of, refusal
+from .calls import REASON, Interception, others_of
+from .processors import refusal
 from .traced import Traced, traceable
 
 _open = threading.local()  # .modes: the modes that this thread has open, innermost last
@@ -74,7 +75,7 @@ class AttentionHooks:
         if self.runtime.plan.inert:
             self.runtime.passed()
             return
-        reason = refusal(module)
+        reason = refusal(module, self.runtime.site.facts["denoiser"])
         if reason is not None:
             raise Unsupported(f"{self.runtime.site.name}: {reason}")
         mode = Interception(self.runtime, module, others_of(self.runtime.site, args, kwargs))

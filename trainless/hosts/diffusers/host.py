@@ -24,12 +24,13 @@ from ...edits.journal import AttributeEdit, HookEdit, Journal
 from ...engine.runtime import ATTRIBUTE, Runtime
 from ...seams import Lease, Site
 from ..modules.around import Tell, nothing
-from .calls import foreign_order, refusal
+from .calls import foreign_order
 from .denoisers import Layout, layout_of, whose
 from .denoisers.words import ROLES, holds_no_image, undeclared
 from .geometry import CONTEXT, Context
 from .hooks import AttentionHooks
 from .pipelines import denoiser_of, denoisers_of, text_encoders_of
+from .processors import refusal
 from .rescaling import ASKED, AskedSize, declared
 from .sizes import size_facts
 
@@ -101,7 +102,7 @@ class DiffusersHost:
                     name=prefix + name, module=module, host=self.name, role=role, parts=group,
                     layer=running[role, group], layers=totals[role, group], heads=heads, kv_heads=kv_heads,
                     head_dim=width, lasting=self.lasting, facts=facts,
-                    refusal=facts.get("whose") or refusal(module),
+                    refusal=facts.get("whose") or refusal(module, facts["denoiser"]),
                 )
             )  # fmt: skip
             running[role, group] += 1

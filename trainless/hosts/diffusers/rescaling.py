@@ -120,7 +120,9 @@ class AskedSize:
     def __deepcopy__(self, memo: dict[int, Any]) -> AskedSize:
         return self
 
-    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+        if kwargs is None:  # taken off since the call began, see ``gate``
+            return
         if torch.compiler.is_compiling():
             return  # the callers of compiled code are not seen; what is declared is said all the same
         _uncompiled(self, module)

@@ -14,7 +14,8 @@ from ...engine.runtime import Runtime
 from ...engine.straight import straight
 from ...kernels.visibility import bias_times
 from ...seams import AttentionCall
-from .calls import SDPA, Catching, refusal
+from .calls import SDPA, Catching
+from .processors import refusal
 
 # Methods of a tensor in which Python calls the parent's: the compiler follows them by name only.
 INHERITED = frozenset({"unflatten"})

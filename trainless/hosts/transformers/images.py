@@ -113,7 +113,9 @@ class ImageReader(threading.local):
     def __reduce__(self) -> Any:
         raise Unsupported("a patched model cannot be pickled: remove the patch first, or use save_pretrained")
 
-    def enter(self, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def enter(self, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+        if kwargs is None:  # taken off since the call began, see ``gate``
+            return
         if not torch.compiler.is_compiling():
             _read(self, owner, args, kwargs)
         elif not self._dispensable(args, kwargs):

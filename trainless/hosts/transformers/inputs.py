@@ -167,7 +167,9 @@ class Reader:
         )
         self.config = model.config
 
-    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+        if kwargs is None:  # taken off since the call began, see ``gate``
+            return
         if not torch.compiler.is_compiling():
             _enter(self, args, kwargs)
         elif not self.given.dispensable(self.rows(args, kwargs)):

@@ -220,21 +220,6 @@ ONE_FRAME = [
 ]  # fmt: skip
 
 TABLE = {layout.name: layout for layout in (*IMAGES, *ONE_FRAME, *ROLES_ONLY)}
-# Processors whose attention never gets to torch's operator, by qualified name -> what to use instead.
-ELSEWHERE = {
-    "diffusers.models.transformers.transformer_qwenimage21.QwenImage21FlexAttnProcessor": (
-        "runs flex attention, which no patch can reach; call set_attn_processor(QwenImage21AttnProcessor()) first"
-    ),
-    "diffusers.models.transformers.transformer_anyflow_far.AnyFlowCausalAttnProcessor": (
-        "runs flex attention, which no patch can reach; this class has no other"
-    ),
-    "diffusers.models.transformers.transformer_kandinsky6_sr.Kandinsky6SRAttnProcessor": (
-        "runs flex attention over blocks that each call chooses, which no patch can reach; this class has no other"
-    ),
-    "diffusers.models.transformers.transformer_wan_animate_2.WanAnimate2AttnProcessor": (
-        "runs flex attention in the calls that paint, which no patch can reach; this class has no other"
-    ),
-}
 
 
 def layout_of(model: Any) -> Layout | None:
