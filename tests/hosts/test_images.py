@@ -193,7 +193,10 @@ def test_where_image_tokens_cannot_be_known():
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        ("florence2", "florence2 reads its images in an encoder"),  # which generate calls alone, before the decoder
+        (
+            "florence2",
+            "florence2 reads its images in an encoder",
+        ),  # which generate calls alone, before the decoder
         ("idefics", "idefics names no token that stands for a visual one"),
     ],
 )

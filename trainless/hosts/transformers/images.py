@@ -61,9 +61,7 @@ def missing_images(models: Mapping[str, PreTrainedModel], name: str, parts: froz
     around = _around(models, name)
     seeing = [m for m in around if _ids(m.config) or getattr(m.config, "vision_config", None) is not None]
     if not seeing:
-        return (
-            "no image tokens: not a vision-language model (if its decoder was given alone, give the whole model)"
-        )
+        return "no image tokens: not a vision-language model (if its decoder was given alone, give the whole model)"
     kind = seeing[0].config.model_type
     if any(getattr(m.config, "is_encoder_decoder", False) for m in around):
         return f"{kind} reads its images in an encoder, and its decoder's own tokens are text"
