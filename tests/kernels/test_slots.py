@@ -9,7 +9,7 @@ from trainless.cache import CompressingLayer
 from trainless.errors import InputError
 from trainless.kernels.common import Terms
 from trainless.kernels.dispatch import numba_missing
-from trainless.kernels.slots import SlotRule, choose, fixed_slots, reference, slot_decode
+from trainless.kernels.slots import SlotRule, SlotStep, choose, fixed_slots, reference, slot_decode
 from trainless.seams import Evict, Lease
 
 STEPS = 6
@@ -28,7 +28,7 @@ def test_steps_are_what_the_reference_says(name, shape):
         given = token(shape)
         terms = Terms(0.3, None, 2.0 if step % 2 else None, torch.randn(shape[1]) if step % 3 else None)
         real = torch.tensor([True, step % 2 == 0])[: shape[0]] if step > 1 else None
-        want = reference.decode(*given, other, rule, terms, real)
+        want = reference.decode(SlotStep(*given, other, rule, terms, real))
         got = slot_decode(
             *given, mine, rule, scale=0.3, softcap=terms.softcap, sink_logits=terms.sink_logits, real=real
         )
@@ -63,7 +63,7 @@ def test_loops_do_what_the_operators_do(name, dtype, monkeypatch):
             given = token(shape, dtype)
             terms = Terms(0.3, None, 2.0 if step % 2 else None, torch.randn(shape[1]) if step % 3 else None)
             real = torch.tensor([True, step % 2 == 0])[: shape[0]] if step > 1 else None
-            want = plain.decode(*given, other, rule, terms, real)
+            want = plain.decode(SlotStep(*given, other, rule, terms, real))
             got = slot_decode(
                 *given, mine, rule, scale=0.3, softcap=terms.softcap, sink_logits=terms.sink_logits, real=real
             )
@@ -147,7 +147,7 @@ def test_lower_precision_is_no_worse_than_the_plain_form(dtype):
     shape, rule = SHAPES[1], RULES["sum"]
     slots, given = make(shape, rule, dtype), token(shape, dtype)
     exact = copied(slots, torch.float64)
-    want = reference.decode(*(t.double() for t in given), exact, rule, Terms(0.3))
+    want = reference.decode(SlotStep(*(t.double() for t in given), exact, rule, Terms(0.3)))
     low = copied(slots)
     low.keys[:, :, 20:21], low.values[:, :, 20:21] = given[1], given[2]
     z = (given[0].view(1, 2, 3, 24) @ low.keys.mT * 0.3).float()

@@ -7,7 +7,7 @@ from kernel_cases import KINDS, Largest, make, oracle
 from trainless.errors import InputError
 from trainless.kernels import attention, visibility
 from trainless.kernels.common import Terms
-from trainless.kernels.spread import NAMES, reference, spread, spread_of
+from trainless.kernels.spread import NAMES, Spread, reference, spread, spread_of
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 SHAPE = (2, 6, 2, 20, 33, 16)
@@ -58,8 +58,8 @@ def test_the_four_are_exact_in_float64(kind, extras):
         agree(spread(*case.qkv[:2], lse, NAMES, rows=counted, heads=heads, **options(case)), truth(p, heads))
         agree(spread_of(a, NAMES, counted), truth(p))
         terms = Terms(case.scale, case.terms.get("position_bias"), case.terms.get("softcap"))
-        plain = {"visibility": case.seen(), "terms": terms, "rows": counted}
-        agree(reference.spread(*case.qkv[:2], lse, NAMES, **plain), truth(p))
+        asked = Spread(*case.qkv[:2], lse, NAMES, case.seen(), terms, counted)
+        agree(reference.spread(asked), truth(p))
 
 
 def test_only_what_is_asked_for_and_parts_join():

@@ -16,6 +16,7 @@ from trainless.kernels.common import Terms
 from trainless.kernels.quant_kv import fixed_pack as pack_form
 from trainless.kernels.quant_kv import fixed_plain, reference, unpack
 from trainless.kernels.quant_kv import fixed_triton as packed_form
+from trainless.kernels.slots import SlotStep
 from trainless.kernels.slots import plain as slots_plain
 from trainless.kernels.slots import reference as slots_reference
 from trainless.kernels.slots import triton as slots_form
@@ -152,9 +153,9 @@ def test_slot_decode(name, shape, dtype, monkeypatch):
         real = torch.tensor([True, False])[:b] if step == 1 else None
         given = slot_cases.token(shape, dtype)
         exact, low = slot_cases.copied(mine, torch.float64), slot_cases.copied(mine)
-        want = slots_reference.decode(*(t.double() for t in given), exact, rule, terms, real)
-        plain = slots_plain.decode(*given, low, rule, terms, real)
-        got = slots_form.decode(*given, mine, rule, terms, real)
+        want = slots_reference.decode(SlotStep(*(t.double() for t in given), exact, rule, terms, real))
+        plain = slots_plain.decode(SlotStep(*given, low, rule, terms, real))
+        got = slots_form.decode(SlotStep(*given, mine, rule, terms, real))
         assert got.dtype == dtype
         no_worse(got, want, plain, factor=4.0)
         for n, t in mine.tensors().items():

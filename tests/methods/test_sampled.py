@@ -79,15 +79,15 @@ def test_chunks_of_a_prefill_are_counted_through():
 
 def test_only_the_sampled_rows_meet_the_keys(monkeypatch):
     """What it costs, counted: 128 rows and a 32nd of the others; the output is the user's own kernel's."""
-    from trainless.engine import softmax
+    from trainless.engine import column_sums
 
-    rows, real = [], softmax.chosen_mass
+    rows, real = [], column_sums.chosen_mass
     monkeypatch.setattr(
-        softmax,
+        column_sums,
         "chosen_mass",
         lambda q, k, index, **more: rows.append(index.shape[1]) or real(q, k, index, **more),
     )
-    monkeypatch.setattr(softmax, "column_mass", None)
+    monkeypatch.setattr(column_sums, "column_mass", None)
     model, ids = models.build("llama", layers=1, exact=False), models.prompt(640)
     want = model(ids).logits
     with trainless.patched(model, "h2o", **KEEPS):

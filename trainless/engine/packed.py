@@ -23,10 +23,10 @@ from ..kernels.spread import Parts, spread
 from ..kernels.visibility import Visibility, visibility
 from ..seams import Entry, MassMove, RowEdit, Statistics
 from .chosen_rows import sampled_mass
+from .column_sums import probe
 from .extra_keys import merge_extra
 from .row_edits import move_edit, on_heads
 from .run import FEW_ROWS, Run
-from .softmax import probe
 from .spread import SPREAD, keep_spread, spread_of_rows, wanted_spread
 
 

@@ -10,7 +10,7 @@ from ..common import Terms
 from ..dispatch import Choice, compiled_form, numba_reasons, triton_missing, triton_reasons
 from . import plain
 from .operator import slot_decode_op
-from .state import FixedSlots, SlotRule
+from .state import FixedSlots, SlotRule, SlotStep
 
 
 def choose(query: Tensor, slots: FixedSlots) -> Choice:
@@ -74,14 +74,14 @@ def slot_decode(
     do not fit.
     """
     _check(query, key, value, slots, rule)
-    terms = Terms(scale, None, softcap, sink_logits)
+    step = SlotStep(query, key, value, slots, rule, Terms(scale, None, softcap, sink_logits), real)
     if not query.is_cuda:
         if not _unlooped(query, key, value, slots):
             form = compiled_form(__package__)[0]
             assert form is not None
-            looped: Tensor = form.decode(query, key, value, slots, rule, terms, real)
+            looped: Tensor = form.decode(step)
             return looped
-        return plain.decode(query, key, value, slots, rule, terms, real)
+        return plain.decode(step)
     s = slots
     out: Tensor = slot_decode_op(
         query, key, value, s.keys, s.values, s.positions, s.scores, s.free, s.age, s.count, s.limit, s.recent,

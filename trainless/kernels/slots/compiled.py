@@ -9,23 +9,16 @@ from .. import openmp
 from ..common import Terms
 from ..lse import widened_product
 from . import loops
-from .state import GROUPS, SCORES, FixedSlots, SlotRule
+from .state import GROUPS, SCORES, FixedSlots, SlotRule, SlotStep
 
 ALONE = 1 << 15  # slots of all heads that are not worth a second thread
 HOW = {name: n for n, name in enumerate(SCORES)}
 SHARED = {name: n for n, name in enumerate(GROUPS)}
 
 
-def decode(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    slots: FixedSlots,
-    rule: SlotRule,
-    terms: Terms,
-    real: Tensor | None = None,
-) -> Tensor:
+def decode(step: SlotStep) -> Tensor:
     """See ``api.slot_decode``: CPU tensors in float32 or half precision, contiguous buffers."""
+    query, key, value, slots, rule, terms, real = step
     b, h, _, d = query.shape
     hkv, size = slots.positions.shape[1:]
     n, r = b * hkv, h // hkv

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..common import Terms
 from ..dispatch import triton_reasons
 from . import plain
-from .state import FixedSlots, SlotRule
+from .state import FixedSlots, SlotRule, SlotStep
 
 WRITTEN = ("keys", "values", "positions", "scores", "free", "age", "count", "tickets")
 
@@ -41,12 +41,13 @@ def slot_decode_op(
     """See ``api.slot_decode``: the buffers of ``state.FixedSlots`` and the fields of ``state.SlotRule``, one by one."""
     slots = FixedSlots(keys, values, positions, free, age, count, limit, recent, tickets, scores, never)
     rule, terms = SlotRule(score, gqa, shared, normalise), Terms(scale, None, softcap, sinks)
+    step = SlotStep(query, key, value, slots, rule, terms, real)
     if not triton_reasons((query, keys)):
         from . import triton as on_triton
 
         if not on_triton.refuses(query, slots):
-            return on_triton.decode(query, key, value, slots, rule, terms, real)
-    return plain.decode(query, key, value, slots, rule, terms, real)
+            return on_triton.decode(step)
+    return plain.decode(step)
 
 
 @slot_decode_op.register_fake

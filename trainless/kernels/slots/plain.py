@@ -11,21 +11,14 @@ from torch import Tensor
 
 from ..common import Terms, statistics_dtype
 from ..lse import widened_product
-from .state import FixedSlots, SlotRule
+from .state import FixedSlots, SlotRule, SlotStep
 
 FAR = torch.iinfo(torch.int32).max  # beyond any position
 
 
-def decode(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    slots: FixedSlots,
-    rule: SlotRule,
-    terms: Terms,
-    real: Tensor | None = None,
-) -> Tensor:
+def decode(step: SlotStep) -> Tensor:
     """See ``api.slot_decode``."""
+    query, key, value, slots, rule, terms, real = step
     write(key, value, slots, real)
     out, p = attend(query, slots, terms)
     settle(p, slots, rule, real)

@@ -7,20 +7,12 @@ import math
 import torch
 from torch import Tensor
 
-from ..common import Terms
-from .state import FixedSlots, SlotRule
+from .state import FixedSlots, SlotRule, SlotStep
 
 
-def decode(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    slots: FixedSlots,
-    rule: SlotRule,
-    terms: Terms,
-    real: Tensor | None = None,
-) -> Tensor:
+def decode(step: SlotStep) -> Tensor:
     """See ``api.slot_decode``; the buffers are written."""
+    query, key, value, slots, rule, terms, real = step
     b, h = query.shape[:2]
     hkv, size = slots.keys.shape[1:3]
     out = query.new_zeros(b, h, 1, value.shape[3])

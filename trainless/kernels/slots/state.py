@@ -7,11 +7,13 @@ know stands in tensors, so that a step can be traced whole and replayed from a C
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...errors import InputError
+from ..common import Terms
 from ..tickets import TICKETS
 
 EVERYTHING = 1 << 30  # a limit in tokens that no buffer reaches
@@ -78,6 +80,18 @@ class FixedSlots:
 
     def tensors(self) -> dict[str, Tensor]:
         return {name: t for name, t in vars(self).items() if t is not None}
+
+
+class SlotStep(NamedTuple):
+    """One step: a token for every row, the buffers, and how they are read and kept; see ``api.slot_decode``."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    slots: FixedSlots
+    rule: SlotRule
+    terms: Terms
+    real: Tensor | None = None
 
 
 def fixed_slots(

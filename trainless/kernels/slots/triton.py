@@ -16,12 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common import Terms
 from ..split import MOST as CLUSTERS
 from ..split import last_lane, merge_parts
 from ..tickets import CLUSTER, MOST
 from ..tiles import tanh
-from .state import GROUPS, FixedSlots, SlotRule
+from .state import GROUPS, FixedSlots, SlotStep
 
 SHARE = 64  # slots per part, at least
 PROGRAMS = 264  # that the slots are shared among: two for each multiprocessor of the largest GPUs
@@ -231,16 +230,9 @@ def plan(slots: FixedSlots, share: int) -> dict[str, int]:
     }
 
 
-def decode(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    slots: FixedSlots,
-    rule: SlotRule,
-    terms: Terms,
-    real: Tensor | None = None,
-) -> Tensor:
+def decode(step: SlotStep) -> Tensor:
     """See ``api.slot_decode``."""
+    query, key, value, slots, rule, terms, real = step
     s, (b, h, _, d) = slots, query.shape
     hkv, size, dv = s.keys.shape[1], s.size, s.values.shape[3]
     r = h // hkv

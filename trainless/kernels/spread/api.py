@@ -10,7 +10,7 @@ from torch import Tensor
 from ...errors import InputError
 from ..common import Terms, check_heads, check_shapes
 from ..visibility import Visibility
-from .blocked import NAMES, Parts, spread_parts
+from .blocked import NAMES, Parts, Spread, spread_parts
 
 
 def spread(
@@ -53,9 +53,7 @@ def spread(
     rows = visibility.real if rows is None else rows
     if rows is not None and (rows.dtype != torch.bool or rows.shape[-1] != lq or rows.dim() != 2):
         raise InputError(f"rows {rows.dtype} {tuple(rows.shape)}: bool {(b, lq)} is needed")
-    parts = spread_parts(
-        query, key, lse, wanted, visibility=visibility, terms=terms, rows=rows, heads=check_heads(heads, h)
-    )
+    parts = spread_parts(Spread(query, key, lse, wanted, visibility, terms, rows, check_heads(heads, h)))
     return parts.finished() if finish else parts
 
 

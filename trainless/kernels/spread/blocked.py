@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +16,19 @@ _KEYS = 4096
 # Stands for the log-sum-exp of a row that does not count: far above any logit, and finite.
 NEVER = 1e30
 NAMES = ("row_entropy", "row_max", "column_max", "column_entropy")
+
+
+class Spread(NamedTuple):
+    """A call of ``spread`` whose arguments have been checked; see ``api.spread``. The sink of ``terms`` is in lse."""
+
+    query: Tensor
+    key: Tensor
+    lse: Tensor
+    wanted: Collection[str]
+    visibility: Visibility
+    terms: Terms
+    rows: Tensor | None = None
+    heads: list[int] | None = None
 
 
 @dataclass
@@ -90,18 +104,9 @@ class Parts:
         return found
 
 
-def spread_parts(
-    query: Tensor,
-    key: Tensor,
-    lse: Tensor,
-    wanted: Collection[str],
-    *,
-    visibility: Visibility,
-    terms: Terms,
-    rows: Tensor | None = None,
-    heads: list[int] | None = None,
-) -> Parts:
+def spread_parts(asked: Spread) -> Parts:
     """The parts of ``api.spread`` for these keys."""
+    query, key, lse, wanted, visibility, terms, rows, heads = asked
     b, h, lq, _ = query.shape
     hkv, lk = key.shape[1], key.shape[2]
     wide = statistics_dtype(query)
@@ -154,20 +159,3 @@ def _uniform(
             log_p = z.sub_(lse[:, :, i0:i1, None])
             parts.add(log_p.exp(), log_p, slice(i0, i1), slice(j0, j1))
     return parts
-
-
-def spread(
-    query: Tensor,
-    key: Tensor,
-    lse: Tensor,
-    wanted: Collection[str],
-    *,
-    visibility: Visibility,
-    terms: Terms,
-    rows: Tensor | None = None,
-    heads: list[int] | None = None,
-) -> dict[str, Tensor]:
-    """See ``api.spread``."""
-    return spread_parts(
-        query, key, lse, wanted, visibility=visibility, terms=terms, rows=rows, heads=heads
-    ).finished()

@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 from torch import Tensor, xlogy
 
-from ..common import Terms
 from ..lse.reference import logits, probabilities
-from ..visibility import Visibility
+from .blocked import Spread
 
 
-def spread(
-    query: Tensor,
-    key: Tensor,
-    lse: Tensor,
-    wanted: Collection[str],
-    *,
-    visibility: Visibility,
-    terms: Terms,
-    rows: Tensor | None = None,
-    heads: list[int] | None = None,
-) -> dict[str, Tensor]:
-    """See ``api.spread``; the sink of ``terms`` is inside lse already."""
+def spread(asked: Spread) -> dict[str, Tensor]:
+    """See ``api.spread``."""
+    query, key, lse, wanted, visibility, terms, rows, heads = asked
     p = probabilities(logits(query, key, visibility, terms), lse.to(query.dtype))
     if rows is not None:
         p = p * rows[:, None, :, None]
