@@ -142,7 +142,9 @@ def _contribution_refusal(site: Site, given: Sequence[Contribution]) -> str | No
         return str(site.facts["no_state"])
     calls = site.facts.get("calls", 1)
     if any("residual" in c.asks for c in active) and (calls > 1 or site.facts.get("no_residual")):
-        return str(site.facts.get("no_residual") or "its attention runs more than once on what enters its layer")
+        return str(
+            site.facts.get("no_residual") or "its attention runs more than once on what enters its layer"
+        )
     own = {"call", site.lasting, "layers" if site.lasting == "sequence" else "call"}
     lasts = next((c.scope for c in active if c.scope not in own), None)
     if lasts is not None:
