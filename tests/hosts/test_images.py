@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from contract.toys import registered, toy
+from oracle import vision_zoo
 from transformers import DynamicCache
 
 import trainless
@@ -187,6 +188,23 @@ def test_where_image_tokens_cannot_be_known():
     model = tiny_vlms.build("llava")
     with pytest.raises(trainless.Unsupported, match="give the whole model"):
         trainless.patch(model.model.language_model, "toy_notes_images")
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (
+            "florence2",
+            "florence2 reads its images in an encoder",
+        ),  # which generate calls alone, before the decoder
+        ("idefics", "idefics names no token that stands for a visual one"),
+    ],
+)
+def test_models_whose_images_are_elsewhere_are_refused_by_name(kind, reason):
+    model = vision_zoo.build(kind, dtype=torch.float32)
+    with pytest.raises(trainless.TrainlessError, match=reason):
+        trainless.patch(model, "var", sink_dims=[1])
+    assert not trainless.explain(model, "var", sink_dims=[1]).ok
 
 
 def test_nothing_is_left_and_nobody_else_pays():

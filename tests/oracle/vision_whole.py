@@ -36,9 +36,10 @@ def _gemma3n() -> dict[str, Any]:
         "vocab_offset": VOCAB + 4, "sscp_conv_channel_size": [4, 4],
     }  # fmt: skip
     return {
-        "text_config": decoder_zoo.config_of("gemma3n_text").to_dict(),
+        "text_config": decoder_zoo.config_of("gemma3n_text", vocab_size=VOCAB + 8).to_dict(),
+        "image_token_id": VOCAB, "audio_token_id": VOCAB + 4,
         "vision_config": {"architecture": "test_convnext", "hidden_size": 64, "vocab_size": 4, "vocab_offset": VOCAB},
-        "audio_config": conformer,
+        "audio_config": conformer, "vision_soft_tokens_per_image": 4,  # of 64 x 64 pixels
     }  # fmt: skip
 
 
@@ -120,7 +121,7 @@ WHOLE = {
     "fast_vlm": lambda: {
         "text_config": {**PLAIN, "model_type": "qwen2"}, "image_token_index": IMAGE,
         "vision_config": _timm(
-            "fastvit_t8", hidden_size=32, model_args={"layers": [1] * 4, "embed_dims": [8, 8, 16, 32]}
+            "fastvit_t8", hidden_size=64, model_args={"layers": [1] * 4, "embed_dims": [8, 8, 16, 32]}
         ),
     },
     "gemma3n": _gemma3n,

@@ -125,6 +125,10 @@ class SinkDims(Measurement):
                 f"{self.name} looks at the residual stream of a decoder, and {type(model).__name__} is no "
                 "decoder-only language model"
             )
+        if reason := next((s.facts["no_residual"] for s in sites if s.facts.get("no_residual")), None):
+            raise Unsupported(
+                f"{self.name} looks at the residual stream of {type(model).__name__}, and {reason}"
+            )
         self.depth = sites[0].layers
         # The module that holds the attention is the layer: its first argument is the residual stream.
         self.blocks = {s.layer: s.name.rpartition(".")[0] for s in sites if not s.refusal}

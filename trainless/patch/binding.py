@@ -140,13 +140,18 @@ def _contribution_refusal(site: Site, given: Sequence[Contribution]) -> str | No
     active = [c for c in given if not c.inert]
     if site.facts.get("no_state") and any(c.stateful or c.statistics for c in active):
         return str(site.facts["no_state"])
+    calls = site.facts.get("calls", 1)
+    if any("residual" in c.asks for c in active) and (calls > 1 or site.facts.get("no_residual")):
+        return str(
+            site.facts.get("no_residual") or "its attention runs more than once on what enters its layer"
+        )
     own = {"call", site.lasting, "layers" if site.lasting == "sequence" else "call"}
     lasts = next((c.scope for c in active if c.scope not in own), None)
     if lasts is not None:
         return f"a State of scope {lasts!r} is asked for, and here it lasts for a {site.lasting}"
     if site.lasting != "run" and any("step" in c.asks for c in active):
         return "there are no denoising steps here"
-    if site.facts.get("calls", 1) > 1 and any(c.in_order for c in active):
+    if calls > 1 and any(c.in_order for c in active):
         return "its attention runs more than once for each token, and the method counts rows in their order"
     return None
 

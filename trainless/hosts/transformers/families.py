@@ -19,7 +19,8 @@ class Family:
     held, which has one. "tiled": the heads that are held, all of them, again and again. "split": the keys are the
     cache's, the values are not. "read": they are the cache's, and the module computes its mask from them.
     calls: attention calls for one update of the cache. no_evict: why no token may be dropped here. no_kv: why its
-    cache can neither evict nor pack. no_state: why nothing can be remembered of a sequence, key by key.
+    cache can neither evict nor pack. no_state: why nothing can be remembered of a sequence, key by key. no_residual: why
+    what enters its layer is not one hidden state of the model's width for each token.
     """
 
     keys: str = "same"
@@ -27,6 +28,7 @@ class Family:
     no_evict: str | None = None
     no_kv: str | None = None
     no_state: str | None = None
+    no_residual: str | None = None
 
     @property
     def whole(self) -> bool:
@@ -38,6 +40,7 @@ SAME = Family()
 LATENT = Family("latent")
 LOOPED = "its model runs it several times in a call, each time on a cache layer of that round"
 FILLED = "it reads the cache that another stack has filled, and keeps nothing of its own"
+STREAMS = "its layers hand on several hidden states for each token"
 TABLE = {
     "transformers.models.blt.modeling_blt.BltSelfAttention": Family(
         no_kv="its cache holds bytes behind a window of the mask's, or patches of bytes, and not a row's tokens"
@@ -50,6 +53,9 @@ TABLE = {
     ),
     "transformers.models.dory.modeling_dory.DoryAttention": Family(no_kv=LOOPED, no_state=LOOPED),
     "transformers.models.jetmoe.modeling_jetmoe.JetMoeAttention": Family("tiled"),
+    "transformers.models.deepseek_v4.modeling_deepseek_v4.DeepseekV4Attention": Family(no_residual=STREAMS),
+    "transformers.models.gemma3n.modeling_gemma3n.Gemma3nTextAttention": Family(no_residual=STREAMS),
+    "transformers.models.qwen4_exp.modeling_qwen4_exp.Qwen4ExpTextAttention": Family(no_residual=STREAMS),
     "transformers.models.diffllama.modeling_diffllama.DiffLlamaAttention": Family(
         "split", 2, "its attention runs twice on the keys of one update, with other values each time"
     ),

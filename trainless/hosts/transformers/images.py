@@ -58,17 +58,18 @@ def missing_images(models: Mapping[str, PreTrainedModel], name: str, parts: froz
     """Why image tokens cannot be known at the attention module ``name``, or None when they can."""
     if "vision" in parts:
         return "a vision tower: image tokens are among the text of a language model"
+    around = _around(models, name)
+    seeing = [m for m in around if _ids(m.config) or getattr(m.config, "vision_config", None) is not None]
+    if not seeing:
+        return "no image tokens: not a vision-language model (if its decoder was given alone, give the whole model)"
+    kind = seeing[0].config.model_type
+    if any(getattr(m.config, "is_encoder_decoder", False) for m in around):
+        return f"{kind} reads its images in an encoder, and its decoder's own tokens are text"
     if owner_of(models, name) is not None:
         return None
-    for module in _around(models, name):
-        if _ids(module.config):
-            return (
-                f"{module.config.model_type} has no placeholder for each visual token: its visual keys do not "
-                "stand among the text"
-            )
-    return (
-        "no image tokens: not a vision-language model (if its decoder was given alone, give the whole model)"
-    )
+    if not _ids(seeing[0].config):
+        return f"{kind} names no token that stands for a visual one (image_token_id in its config)"
+    return f"{kind} has no placeholder for each visual token: its visual keys do not stand among the text"
 
 
 def _around(models: Mapping[str, PreTrainedModel], name: str) -> list[PreTrainedModel]:

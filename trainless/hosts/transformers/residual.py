@@ -63,6 +63,12 @@ def _note(runtime: Runtime, args: tuple[Any, ...], kwargs: dict[str, Any]) -> No
         raise Unsupported(
             f"{runtime.site.name}: its layer takes no hidden states (B, L, D) as first argument"
         )
+    width = runtime.site.facts.get("hidden_size")
+    if "text" in runtime.site.parts and width is not None and states.shape[-1] != width:
+        raise Unsupported(
+            f"{runtime.site.name}: its layer is given {states.shape[-1]} numbers for each token and the model's width is "
+            f"{width}, so which of them are the residual stream is not known"
+        )
     runtime.call.residual = states
 
 

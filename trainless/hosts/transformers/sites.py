@@ -209,7 +209,7 @@ def _site_facts(module: nn.Module, layer: int, held: Held) -> dict[str, Any]:
     facts |= {
         "keys": family.keys, "calls": family.calls, "no_evict": family.no_evict,
         "no_kv": family.no_kv or held.no_kv(chunked), "no_state": family.no_state or held.no_state,
-        "borrows": held.borrows, "depths": held.depths,
+        "no_residual": family.no_residual, "borrows": held.borrows, "depths": held.depths,
         "static_layers": held.static,
     }  # fmt: skip
     return facts
