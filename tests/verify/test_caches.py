@@ -233,6 +233,12 @@ def test_latents_in_the_cache_are_followed_through_their_expansion() -> None:
     made = trainless.patch(model, "streaming", sinks=2, recent=10)
     found = made.verify()
     assert status(found)["streaming", "result"] == status(found)["streaming", "kept"] == "ok", str(found)
+    made.remove()
+    # What is made of codes stands in the order of the slots beside an evictor, and not in that of the tokens.
+    packing = {"use": "kvquant", "with": {"group": 8, "residual": 8}}
+    found = trainless.patch(model, [{"use": "h2o", "with": {"heavy": 16, "recent": 16}}, packing]).verify()
+    assert status(found)["h2o", "result"] == status(found)["kvquant", "precision"] == "ok", str(found)
+    assert found, str(found)
 
 
 @pytest.mark.parametrize("method", ["act", "kvquant"])

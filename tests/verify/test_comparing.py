@@ -231,3 +231,15 @@ def test_paused_removed_and_weightless_patches_are_refused() -> None:
         empty = LlamaForCausalLM(llama().config)
     with pytest.raises(InputError, match="meta device"):
         trainless.patch(empty, "head_gain").verify()
+
+
+def test_two_patches_over_one_cache() -> None:
+    """Each keeps its own identity: beside the other's rule a budget that holds everything rounds in another order."""
+    model = llama()
+    made = [
+        trainless.patch(model, "kvquant", group=8, residual=8),
+        trainless.patch(model, "streaming", recent=20),
+    ]
+    for one in made:
+        found = one.verify()
+        assert found, str(found)

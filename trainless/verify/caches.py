@@ -58,6 +58,9 @@ class History:
         self.worth: Tensor | None = None  # (B, Hc, T): what the last choice went by
         self.prompt: list[int] = []
         self.packed: set[int] = set()  # columns of row 0, head 0 that are codes
+        self.order: Tensor | None = (
+            None  # (B, Hc, S): the column of each slot after the last call, -1 for none
+        )
         self.expanded = False  # whether attention is given something that is made of what is cached
         self.calls = 0
         self.stamp: Any = None
@@ -145,6 +148,22 @@ class History:
         return found[0], found[1]
 
     # ------------------------------------------------------------------ what a call meets
+
+    def placed(self, handed: Tensor) -> Tensor:
+        """(B, H, T, D): what attention was handed (B, Hkv, slots and new tokens, D), each in its column, 0 elsewhere."""
+        assert self.key is not None and self.of_head is not None
+        tokens, held = self.key.shape[2], 0 if self.order is None else self.order.shape[2]
+        new = handed.shape[2] - held
+        if self.order is None or not 0 < new <= tokens:
+            raise Lost(
+                "which token each of the numbers stands for, that were made of its codes, is not known"
+            )
+        fresh = torch.arange(tokens - new, tokens, device=handed.device).expand(*self.order.shape[:2], new)
+        columns = torch.cat([self.order, fresh], 2)[:, self.of_head]
+        handed = handed.repeat_interleave(columns.shape[1] // handed.shape[1], 1)
+        index = columns.masked_fill(columns < 0, tokens)[..., None].expand_as(handed)
+        found = handed.new_zeros(*handed.shape[:2], tokens + 1, handed.shape[3])
+        return found.scatter_(2, index, handed)[:, :, :tokens]
 
     def exists(self) -> Tensor:
         """bool (B, H, 1, T): the columns that are left, for each query head."""
@@ -302,6 +321,7 @@ class History:
         positions = self.shown.positions
         if positions is None:
             return [], 0.0, 0
+        self.order = self._columns(positions).masked_fill(positions < 0, -1)
         problems: list[Problem] = []
         worst, packed, start = 0.0, set[int](), 0
         allowed = {(k, v) for k, v in zip(rule.k_bits, rule.v_bits, strict=True)}

@@ -149,8 +149,10 @@ class Judge:
         key, value = made.key, made.value
         if history is not None and history.key is not None and history.value is not None:
             # What a module makes of numbers that its cache made of codes is taken as it comes.
-            if not (history.expanded and history.packed and made.key.shape[2] == history.key.shape[2]):
+            if not (history.expanded and history.packed):
                 key, value = history.key, history.value
+            elif made.key.shape[2] != history.key.shape[2]:
+                key, value = history.placed(made.key), history.placed(made.value)
         h = made.query.shape[1]
         key, value = (t.repeat_interleave(h // t.shape[1], 1) for t in (key, value))
         causal = bool(getattr(self.runtime.site.module, "is_causal", True)) and made.causal is not False
