@@ -29,8 +29,8 @@ def _fresh_compiler():
 
 
 def _costly(case: Case) -> Any:
-    """One that edits and one that holds a cache; the others with the whole grids (test_fixed.py compiles them too)."""
-    few = {"act", "kvquant"}
+    """One that holds a cache; the others with the whole grids (test_fixed.py and test_static_states.py compile them)."""
+    few = {"kvquant"}
     return pytest.param(case, id=case.label, marks=[] if case.method in few else pytest.mark.grid)
 
 

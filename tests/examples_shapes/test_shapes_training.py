@@ -177,6 +177,7 @@ def test_both_denoisers_share_an_autoencoder_and_its_latents(exported, tmp_path:
         assert all(torch.equal(t, other[n]) for n, t in one.items())
 
 
+@pytest.mark.grid  # half a minute of training
 def test_layouts_are_learnt_where_only_the_caption_says_them(exported, monkeypatch) -> None:
     """At such times, mostly from captions that say where; later at all times, with a share of those."""
     out, _ = exported("pipeline")
