@@ -52,6 +52,15 @@ class ExpandedLayer(PackedLayer):
         self.handed = None
         return super().finish(high)
 
+    # What methods remember of each key lies as the keys are handed out: without an evictor, in the columns.
+
+    def _states_grow(self, before: int, added: int) -> None:
+        super()._states_grow(before if self.drops else self.seen - added, added)
+
+    def _states_gather(self, index: Tensor) -> None:
+        if self.drops:
+            super()._states_gather(index)
+
     def _slots(self) -> tuple[Tensor, Tensor]:
         both = [dequantise(s, 0, s.slots, self.keys.dtype) for s in self.segments if s.slots]
         return torch.cat([k for k, _ in both], 2), torch.cat([v for _, v in both], 2)

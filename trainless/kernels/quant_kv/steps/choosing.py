@@ -31,7 +31,11 @@ def unlooped(
         if section.tail_key.dtype != dtype or dtype not in NUMBERS:
             return (f"numba: buffers of one kind of at most 32 bits are needed, got {dtype}",)
         for t in vars(section).values():
-            if isinstance(t, Tensor) and not t.is_contiguous():
+            if not isinstance(t, Tensor):
+                continue
+            if t.dtype != dtype and t.is_floating_point():  # as under autocast, where keys are wider than values
+                return (f"numba: buffers of one kind are needed, got {t.dtype} beside {dtype}",)
+            if not t.is_contiguous():
                 return ("numba: buffers have gaps",)
     return compiled_form(__package__)[1]
 
