@@ -16,7 +16,7 @@ from torch import Tensor
 
 import trainless
 from trainless.cache import CompressingLayer
-from trainless.engine import attention, softmax
+from trainless.engine import attention, column_sums, few_rows, moved_mass, swept_edits
 from trainless.engine import row_edits as rows
 from trainless.engine.prepared import Prepared
 from trainless.engine.run import Run
@@ -99,7 +99,7 @@ WRONG: dict[str, tuple[Any, str, Any]] = {
     "gain": (attention, "_gain", lambda own: lambda self, out: own(self, out).roll(1, 2)),
     "pattern": (Run, "visibility", lambda own: lambda self, layer, patterns: own(self, layer, [])),
     "keys": (attention, "_extra_keys", lambda own: lambda self: (own(self), [])[1]),
-    "mass": (softmax, "mass_move", lambda own: lambda q, k, v, out, lse, **more: out * 0.999),
+    "mass": (moved_mass, "mass_move", lambda own: lambda q, k, v, out, lse, **more: out * 0.999),
 }
 
 
@@ -134,18 +134,20 @@ def test_a_constant_factor_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatc
 def test_an_edit_of_whole_rows_that_is_applied_wrongly_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     made = trainless.patch(llama(), "act", alpha=1.5, statistics="running")
     assert status(made.verify())["act", "result"] == "ok"
-    monkeypatch.setattr(softmax, "apply", lambda p, v, dtype: rows.apply(p.roll(1, -1), v, dtype))
+    for owner in (few_rows, moved_mass):
+        monkeypatch.setattr(owner, "apply", lambda p, v, dtype: rows.apply(p.roll(1, -1), v, dtype))
     assert "result" in failures(made.verify())
 
 
 def test_statistics_that_are_wrong_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     made = trainless.patch(llama(), "act", alpha=1.5, skip_layers=0)
-    own = softmax._note_mass
+    own = column_sums.keep_column_mass
 
-    def wrong(self: Any, layer: Any, visible: Any, mass: Tensor, heads: Any) -> None:
-        own(self, layer, visible, mass.roll(1, -1), heads)
+    def wrong(run: Any, layer: Any, visible: Any, mass: Tensor, heads: Any) -> None:
+        own(run, layer, visible, mass.roll(1, -1), heads)
 
-    monkeypatch.setattr(softmax, "_note_mass", wrong)
+    for owner in (column_sums, swept_edits):
+        monkeypatch.setattr(owner, "keep_column_mass", wrong)
     assert "shown a column mass that is off" in detail(made.verify(), "result")
 
 

@@ -57,6 +57,7 @@ class History:
         self.scores: Tensor | None = None  # (B, Hc, T)
         self.worth: Tensor | None = None  # (B, Hc, T): what the last choice went by
         self.prompt: list[int] = []
+        self.asked: Tensor | None = None  # (B, T): tokens that came several at a time, which were not generated
         self.packed: set[int] = set()  # columns of row 0, head 0 that are codes
         self.order: Tensor | None = (
             None  # (B, Hc, S): the column of each slot after the last call, -1 for none
@@ -102,6 +103,8 @@ class History:
                 torch.cat([self.original[1], update.value], 2),
             )
             self.alive, self.real = torch.cat([self.alive, alive], 2), torch.cat([self.real, real], 1)
+        several = real & (real.sum(1, keepdim=True) > (1 if self.calls else 0))
+        self.asked = several if self.asked is None else torch.cat([self.asked, several], 1)
         if not self.calls:
             self.prompt = [int(r) for r in self.real.sum(1)]
 
@@ -266,11 +269,15 @@ class History:
         for row, length in enumerate(self.prompt):
             age = int(number[row, -1]) + 1
             parts = policy.parts(length)
-            first = length if policy.protect else parts.sinks
-            held = self.real[row] & ((number[row] >= age - max(parts.recent, 1)) | (number[row] < first))
+            stays = (number[row] >= age - max(parts.recent, 1)) | (number[row] < parts.sinks)
+            limit = policy.total(length)
+            if policy.protect:
+                assert self.asked is not None
+                stays, limit = stays | self.asked[row], limit + int(self.asked[row].sum()) - length
+            held = self.real[row] & stays
             for head in range(kept.shape[1]):
                 before, now = self.alive[row, head], kept[row, head]
-                want = min(int(before.sum()), policy.total(length))
+                want = min(int(before.sum()), limit)
                 where = f"row {row}, head {head}"
                 if int(now.sum()) != want:
                     problems.append(f"keeps {int(now.sum())} tokens where its budget leaves {want} ({where})")
