@@ -66,7 +66,7 @@ def test_a_cache_that_another_stack_reads_is_refused_by_name():
     """DiffusionGemma's decoder takes the keys out of the layers that its encoder has filled, without updating them."""
     pytest.importorskip("transformers.models.diffusion_gemma")
     model = zoo.build("diffusion_gemma", dtype=torch.float32)
-    for part, reason in (("text", "another stack has filled"), ("encoder", "another stack reads its cache")):
+    for part, reason in (("text", "another stack has filled"), ("decoder", "another stack reads its cache")):
         where = {"where": {"part": part}}
         with pytest.raises(trainless.NoMatch, match=reason):
             trainless.patch(model, "kvquant", k_bits=8, v_bits=8, **where)

@@ -57,7 +57,9 @@ class History:
         self.scores: Tensor | None = None  # (B, Hc, T)
         self.worth: Tensor | None = None  # (B, Hc, T): what the last choice went by
         self.prompt: list[int] = []
-        self.asked: Tensor | None = None  # (B, T): tokens that came several at a time, which were not generated
+        self.asked: Tensor | None = (
+            None  # (B, T): tokens that came several at a time, which were not generated
+        )
         self.packed: set[int] = set()  # columns of row 0, head 0 that are codes
         self.order: Tensor | None = (
             None  # (B, Hc, S): the column of each slot after the last call, -1 for none

@@ -33,7 +33,9 @@ def unlooped(
         for t in vars(section).values():
             if not isinstance(t, Tensor):
                 continue
-            if t.dtype != dtype and t.is_floating_point():  # as under autocast, where keys are wider than values
+            if (
+                t.dtype != dtype and t.is_floating_point()
+            ):  # as under autocast, where keys are wider than values
                 return (f"numba: buffers of one kind are needed, got {t.dtype} beside {dtype}",)
             if not t.is_contiguous():
                 return ("numba: buffers have gaps",)
