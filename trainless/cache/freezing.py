@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, Unsupported
+from ..kernels.draws import lots
 from ..kernels.slots import SlotRule
 from ..kernels.turning import Rotates
 from ..seams import Lease
@@ -184,10 +185,18 @@ class Freezing(CompressingLayer):
 
     def _rule(self) -> SlotRule:
         policy = self.policy
+        if policy.seed is not None:
+            return SlotRule("draw")
         if policy.score is None or policy.once:
             return SlotRule()
         how = "last" if policy.last else "sum"
         return SlotRule(how, policy.gqa, policy.shared, policy.normalise)
+
+    def _lots(self) -> Tensor | None:
+        """(Hkv,): by which a rule that draws tells its heads apart."""
+        if self.policy.seed is None:
+            return None
+        return lots(self.policy.seed, torch.arange(self.keys.shape[1], device=self.keys.device))
 
     def _never(self, device: torch.device) -> Tensor | None:
         """(B, R, 2): runs of positions that never go."""
