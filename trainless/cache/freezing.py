@@ -19,6 +19,7 @@ from ..errors import InputError, Unsupported
 from ..kernels.draws import lots
 from ..kernels.slots import SlotRule
 from ..kernels.turning import Rotates
+from ..kernels.visibility import shown_at
 from ..seams import Lease
 from .compressing import CompressingLayer
 
@@ -142,7 +143,7 @@ class Freezing(CompressingLayer):
             return
         shown = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
         columns = shown if shown.dim() == 2 else shown.flatten(1, -2).any(1)
-        earlier = columns.sum(1) - newest.long()
+        earlier = columns.sum(1, dtype=torch.int32) - newest.int()
         torch._assert_async(
             ((earlier >= self.aged) | ~newest).all(),
             f"{self.lease.name}: a mask hides earlier tokens which were no padding when they came, and the cache is one "
@@ -264,11 +265,10 @@ class Freezing(CompressingLayer):
         """(B,) or (1,) bool: whether the newest token is no padding, as far as ``mask`` says."""
         if not isinstance(mask, Tensor):
             return None
-        if self.capacity is None:
-            own = mask[..., -1]
-        else:
+        if self.capacity is not None:
             assert self.fed is not None
-            own = mask.index_select(-1, self.fed[None] - 1)[..., 0]
+            return shown_at(mask, self.fed - 1)
+        own = mask[..., -1]
         shown = own if own.dtype == torch.bool else own > torch.finfo(own.dtype).min / 2
         return shown.flatten(1).any(1) if shown.dim() > 1 else shown
 

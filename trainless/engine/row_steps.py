@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.visibility import shown_at
 from ..seams import State, StepRow
 from .prepared import RowStep
 
@@ -44,9 +45,7 @@ def edited_row(
     stock = torch.softmax(z, 3)
     if sinks is not None:
         stock = stock[..., :-1]
-    own = mask.index_select(3, place[None])
-    shown = own if own.dtype == torch.bool else own > torch.finfo(own.dtype).min / 2
-    row = StepRow(place, shown.flatten(1).any(1).expand(b))
+    row = StepRow(place, shown_at(mask, place).expand(b))
     p: Any = stock
     for step in steps:
         heads, state = step.contribution.heads, states[step.method]

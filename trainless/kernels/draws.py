@@ -1,8 +1,8 @@
 """Numbers drawn for tokens: a function of a seed, a head and a position, and of nothing else.
 
 The three are mixed into 64 bits, x = seed · 0x9E3779B97F4A7C15 + head · 0xC2B2AE3D27D4EB4F + position ·
-0x165667B19E3779F9 modulo 2^64, then twice x ^= x >> 32, x *= 0xD6E8FEB86659FD93, and x ^= x >> 32; the number is the upper
-53 bits, as a float in [0, 1).
+0x165667B19E3779F9 modulo 2^64, then twice x ^= x >> 32, x *= 0xD6E8FEB86659FD93, and x ^= x >> 32; the number is the
+upper 53 bits, as a float in [0, 1).
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..errors import InputError
@@ -89,8 +88,8 @@ class Evict:
     the rows of ``sample`` alone;
     "probe_mass" is what it received from the ``last`` real rows of this call alone, and earlier calls have no
     say. None scores nothing (heavy must then be 0). seed: not attention says what stays but a draw,
-    ``kernels.draws.draws(seed, …)``. gqa: how the query heads of a group share a key/value head's score: sum, first, max, mean;
-    shared: one score for the whole layer, the mean over its heads, so that all key/value heads keep the same
+    ``kernels.draws.draws(seed, …)``. gqa: how the query heads of a group share a key/value head's score: sum, first,
+    max, mean; shared: one score for the whole layer, the mean over its heads, so that all key/value heads keep the same
     tokens. normalise: divide each score by the rows that could see the key. pool: the scores of the tokens that
     are free to go are pooled over so many neighbours first (odd; stride 1, zeros beyond both ends), pooling:
     avg or max.

@@ -3,4 +3,13 @@
 from .api import choose, slot_decode
 from .state import ADDED, EVERYTHING, FixedSlots, SlotRule, SlotStep, fixed_slots
 
-__all__ = ["ADDED", "EVERYTHING", "FixedSlots", "SlotRule", "SlotStep", "choose", "fixed_slots", "slot_decode"]
+__all__ = [
+    "ADDED",
+    "EVERYTHING",
+    "FixedSlots",
+    "SlotRule",
+    "SlotStep",
+    "choose",
+    "fixed_slots",
+    "slot_decode",
+]

@@ -28,8 +28,8 @@ class SlotRule:
     """What is compared when a token has to go; the one with the least goes, among equals the oldest.
 
     score: None compares positions, so that the oldest goes; "sum" adds the probability that each token receives to
-    its score at every step; "last" puts the probability of this step in the place of the score; "draw" compares the number
-    that ``draws.drawn`` gives each token, by the ``lots`` of its head.
+    its score at every step; "last" puts the probability of this step in the place of the score; "draw" compares the
+    number that ``draws.drawn`` gives each token, by the ``lots`` of its head.
     gqa: how the query heads of a key head share one score. shared: one score for all heads of a row, the mean, so
     that all of them keep the same tokens in the same slots. normalise: scores are divided by the number of tokens that
     could have read the key. Raises InputError for unknown names.
@@ -122,7 +122,8 @@ def fixed_slots(
     """Buffers of ``size`` slots, the first of which hold what is given; for the end of a prefill.
 
     keys (B, Hkv, W, D), values (B, Hkv, W, Dv), positions (B, Hkv, W) with -1 for empty slots, W < ``size``; scores
-    (B, Hkv, W), age (B,), limit and recent (B,) or one number, never (B, R, 2), shifts (B, Hkv, W), lots (Hkv,). Everything is copied.
+    (B, Hkv, W), age (B,), limit and recent (B,) or one number, never (B, R, 2), shifts (B, Hkv, W), lots (Hkv,).
+    Everything is copied.
     Raises InputError where that does not fit. Looks at no value, so it may be called while a graph is captured.
     """
     b, hkv, width = positions.shape

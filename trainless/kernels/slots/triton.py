@@ -297,7 +297,7 @@ def decode(step: SlotStep) -> Tensor:
     there = none if real is None else real.view(torch.uint8)
     lse, out = made(b, h), made(b, h, 1, dv, dtype=query.dtype)
     score = SCORES.index(rule.score)
-    scored, drawing = score in (SUM, LAST), score == DRAWN
+    scored = score in (SUM, LAST)
     logits = made(b, h, size) if scored else lse
     _attend[(b * hkv, parts)](
         query, key.contiguous(), value.contiguous(), s.keys, s.values, s.positions, s.free, s.age, there,
@@ -312,7 +312,8 @@ def decode(step: SlotStep) -> Tensor:
     _settle[(b * hkv, blocks)](
         logits, lse, s.positions, s.positions if s.scores is None else s.scores, shifts,
         s.positions if s.lots is None else s.lots, s.free, s.age, s.count, s.limit,
-        s.recent, s.positions if s.never is None else s.never, there, s.tickets, made(b * hkv, blocks, dtype=torch.float64 if drawing else torch.float32),
+        s.recent, s.positions if s.never is None else s.never, there, s.tickets,
+        made(b * hkv, blocks, dtype=torch.float64 if score == DRAWN else torch.float32),
         made(b * hkv, blocks, 3, dtype=torch.int32), hkv, r, size, blocks, runs,
         SCORE=score, GQA=GROUPS.index(rule.gqa), SHARED=rule.shared, NORMALISE=rule.normalise,
         REAL=real is not None, TURN=turn is not None, BN=min(BLOCK, triton.next_power_of_2(size)),
