@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..seams import Evict, Lease, State, draws
+from ..kernels.draws import draws
+from ..seams import Evict, Lease, State
 from . import columns, scores
 from .held import FAR
 from .slots import Slots

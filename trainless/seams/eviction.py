@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..errors import InputError
@@ -89,8 +88,8 @@ class Evict:
     the rows of ``sample`` alone;
     "probe_mass" is what it received from the ``last`` real rows of this call alone, and earlier calls have no
     say. None scores nothing (heavy must then be 0). seed: not attention says what stays but a draw,
-    ``draws(seed, …)``. gqa: how the query heads of a group share a key/value head's score: sum, first, max, mean;
-    shared: one score for the whole layer, the mean over its heads, so that all key/value heads keep the same
+    ``kernels.draws.draws(seed, …)``. gqa: how the query heads of a group share a key/value head's score: sum, first,
+    max, mean; shared: one score for the whole layer, the mean over its heads, so that all key/value heads keep the same
     tokens. normalise: divide each score by the rows that could see the key. pool: the scores of the tokens that
     are free to go are pooled over so many neighbours first (odd; stride 1, zeros beyond both ends), pooling:
     avg or max.
@@ -158,26 +157,3 @@ class Evict:
         """Tokens that every row keeps, whatever the length of its prompt."""
         budgets = (self.sinks, self.recent, self.heavy) if self.capacity is None else (self.capacity,)
         return sum(b for b in budgets if isinstance(b, int))
-
-
-def draws(seed: int, head: Tensor, position: Tensor) -> Tensor:
-    """A number in [0, 1) for every head and position, the same whatever else is in the batch.
-
-    The three are mixed into 64 bits, x = seed · 0x9E3779B97F4A7C15 + head · 0xC2B2AE3D27D4EB4F + position ·
-    0x165667B19E3779F9 modulo 2^64, then twice x ^= x >> 32, x *= 0xD6E8FEB86659FD93, and x ^= x >> 32; the number is
-    the upper 53 bits.
-    """
-
-    def whole(number: int) -> int:
-        number %= 1 << 64
-        return number - (1 << 64) if number >> 63 else number
-
-    def folded(x: Tensor) -> Tensor:
-        return x ^ ((x >> 32) & 0xFFFFFFFF)
-
-    x = head * whole(0xC2B2AE3D27D4EB4F) + position * whole(0x165667B19E3779F9)
-    x = x + whole(seed * 0x9E3779B97F4A7C15)
-    for _ in range(2):
-        x = folded(x) * whole(0xD6E8FEB86659FD93)
-    x = folded(x)
-    return ((x >> 11) & ((1 << 53) - 1)).to(torch.float64) / (1 << 53)

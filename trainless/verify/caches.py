@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from ..cache import ExpandedLayer, Freezing, PackedLayer
+from ..kernels.draws import draws
 from ..kernels.quant_kv import RAW, Segment
 from ..seams import Evict, Quantise
-from ..seams.eviction import draws
 from .dense import wide
 
 Problem = str
