@@ -29,7 +29,7 @@ class Choosing(Slots):
     def scored_by(self) -> str | None:
         """The statistic that the rule needs of the call under way, None when it needs none."""
         policy = self.policy
-        if not self.lease.active or policy.score is None or (policy.once and self.done):
+        if not self.lease.active or policy.score is None or policy.of_keys or (policy.once and self.done):
             return None
         whole = not (self.lease.deferring or self.record_past)
         if policy.last and whole and policy.capacity is not None and self.seen <= policy.fixed:
@@ -275,6 +275,9 @@ class Choosing(Slots):
         if self.policy.seed is not None:
             heads = torch.arange(self.keys.shape[1], device=self.positions.device)[:, None]
             return draws(self.policy.seed, heads, self.positions)
+        if self.policy.of_keys:
+            assert self.keys.shape[2] == self.positions.shape[2]  # nothing is packed before the one choice
+            return scores.of_keys(self.keys, self.positions >= 0, str(self.policy.score))
         if self.scores is None:
             return self.positions.to(torch.float64)
         if self.policy.pool > 1:
