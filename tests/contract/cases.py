@@ -14,6 +14,8 @@ from oracle import (
     AttnTemperature,
     Clear,
     HeadGain,
+    KeyDiff,
+    Knorm,
     KvQuant,
     Random,
     Rule,
@@ -342,6 +344,16 @@ CASES: list[Case] = [
         protect="prompt",
     ),
     _capped("snapkv-fraction", "snapkv", SnapKV, ("llama",), capacity=0.6, window=2, pool=1, once=True),
+    _capped(
+        "keydiff", "keydiff", KeyDiff, ("llama", "gemma2"), capacity=9, sinks=2, recent=3, main=True, once=True,
+        neighbours=(WARM, GAIN), neighbour_rules=_around(warm_rule, gain_rule),
+        clashes=[("streaming", {"recent": 4}, "kv")],
+    ),
+    _capped(
+        "knorm", "knorm", Knorm, ("llama",), capacity=0.6, sinks=1, recent=2, main=True, once=True,
+        neighbours=(WARM, GAIN), neighbour_rules=_around(warm_rule, gain_rule),
+        clashes=[("streaming", {"recent": 4}, "kv")],
+    ),
     _zipvl(
         "zipvl", EVICTABLE, main=True, neighbours=(WARM, GAIN), neighbour_rules=_around(warm_rule, gain_rule),
         clashes=[("kvquant", {}, "kv")],

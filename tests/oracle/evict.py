@@ -86,7 +86,7 @@ class Evictor(Rule):
         if places == 0:
             return held, math.inf
         worst, refused = value[rest[places - 1]], value[rest[places]]
-        return held | set(rest[:places]), (worst - refused) / max(refused, 1e-300)
+        return held | set(rest[:places]), (worst - refused) / max(abs(refused), 1e-300)
 
     def choose(
         self, call: Call, row: int, head: int, candidates: list[int], score: Tensor | None

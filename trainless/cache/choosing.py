@@ -30,7 +30,7 @@ class Choosing(Slots):
     def scored_by(self) -> str | None:
         """The statistic that the rule needs of the call under way, None when it needs none."""
         policy = self.policy
-        if not self.lease.active or policy.score is None or (policy.once and self.done):
+        if not self.lease.active or policy.score is None or policy.of_keys or (policy.once and self.done):
             return None
         whole = not (self.lease.deferring or self.record_past)
         if policy.last and whole and policy.capacity is not None and self.seen <= policy.fixed:
@@ -232,13 +232,37 @@ class Choosing(Slots):
             return False
         if self.positions is None:
             stored = self._ones(self.seen) if self.real is None else self.real
-            if bool(keep[stored].all()):
+            if bool(keep[stored].all() if keep.dim() == 2 else (keep | ~stored[:, None]).all()):
                 return False
             self._locate(stored.sum(1).tolist())
         assert self.positions is not None
+        if keep.dim() == 3:
+            return self.keep_heads(keep)
         left, held = keep[:, None] & (self.positions >= 0), sum(self.counts)
         self._keep_only(left, left[:, 0].sum(1).tolist())
         return sum(self.counts) < held
+
+    def keep_heads(self, keep: Tensor) -> bool:
+        """Drop what is not in ``keep`` (B, Hkv, S) over the stored columns; whether anything was dropped.
+
+        Heads may keep different numbers of tokens. A head that is left with none gives no output until tokens come.
+        """
+        if self.positions is None:
+            if bool((keep if self.real is None else keep | ~self.real[:, None]).all()):
+                return False
+            self._locate(self.real_seen())
+        assert self.positions is not None
+        there = self.positions >= 0
+        left = keep & there
+        if torch.equal(left, there):
+            self.free = None
+            return False
+        numbers = left.sum(2)
+        self._keep_only(left, numbers.amax(1).tolist())
+        self.uneven = self.uneven or bool((numbers != numbers[:, :1]).any())
+        if self.uneven:
+            self._blank()
+        return True
 
     def _keep_only(self, keep: Tensor, after: list[int]) -> None:
         """Drop what is not in ``keep`` (B, Hkv, S), of which each row has ``after`` per head."""
@@ -252,7 +276,7 @@ class Choosing(Slots):
     def _blank(self) -> None:
         """Nothing of a dropped token may linger: its values would still be multiplied by zero."""
         assert self.positions is not None
-        if len(set(self.counts)) > 1:
+        if self.uneven or len(set(self.counts)) > 1:
             empty = (self.positions < 0)[..., None]
             self.keys, self.values = self.keys.masked_fill(empty, 0), self.values.masked_fill(empty, 0)
 
@@ -276,6 +300,9 @@ class Choosing(Slots):
         if self.policy.seed is not None:
             heads = torch.arange(self.keys.shape[1], device=self.positions.device)[:, None]
             return draws(self.policy.seed, heads, self.positions)
+        if self.policy.of_keys:
+            assert self.keys.shape[2] == self.positions.shape[2]  # nothing is packed before the one choice
+            return scores.of_keys(self.keys, self.positions >= 0, str(self.policy.score))
         if self.scores is None:
             return self.positions.to(torch.float64)
         if self.policy.pool > 1:

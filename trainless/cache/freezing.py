@@ -160,7 +160,7 @@ class Freezing(CompressingLayer):
         """Whether the layer cannot settle now, whatever its rule is."""
         remembers = any(state.tensors for state in self.states.values())
         waits = self.record_past or self.deferred or remembers or self.pending is not None or self.unplaced
-        return self.fed is not None or waits or self.strayed or self.keys.requires_grad
+        return self.fed is not None or waits or self.strayed or self.keys.requires_grad or self.uneven
 
     def _froze(self, held: Tensor) -> None:
         """The buffers are filled: count tokens on the device from now on. held (B,): those that each row holds."""

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import InputError
 from ..seams import (
     AttentionCall,
+    Budget,
     Cache,
     Contribution,
     Evict,
@@ -18,6 +20,7 @@ from ..seams import (
     Site,
     State,
     Statistics,
+    check_budget,
 )
 from .base import option
 
@@ -34,6 +37,28 @@ def protect_option() -> Any:
     """The parameter ``protect``, the same for every evicting method that goes on after the prompt."""
     help = '"prompt": only what was generated may go, and the budgets are for that'
     return option("none", help=help, origin="ours")
+
+
+def by_keys(score: str, capacity: Budget, sinks: int, recent: int) -> Evict:
+    """The rule of a method that chooses once, by the keys alone; ``score``: see ``Evict``."""
+    return Evict(sinks=sinks, recent=recent, capacity=capacity, score=score, once=True)
+
+
+def check_by_keys(capacity: Budget, sinks: int, recent: int) -> None:
+    """InputError for budgets of ``by_keys`` that keep nothing, or less than always stays."""
+    check_budget("capacity", capacity)
+    if isinstance(capacity, int) and capacity < max(1, sinks + recent):
+        raise InputError(
+            f"capacity={capacity} is less than the {max(1, sinks + recent)} tokens that always stay (sinks={sinks}, "
+            f"recent={recent}); raise capacity or lower them"
+        )
+
+
+def no_keys(site: Site) -> str | None:
+    """Why nothing can be said of the keys that the cache of ``site`` holds; None where it holds them as they are."""
+    if site.facts.get("keys") == "latent":
+        return "its cache holds latents that keys are made of, and the rule compares keys"
+    return None
 
 
 def evicting(rule: Evict, site: Site, ratio: float | None = None) -> list[Contribution]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import InputError
 
+KEY_SCORES = frozenset({"key_norm", "key_difference"})  # of a rule on the keys alone
 Budget = int | float  # a float in (0, 1] is a fraction of the row's own prompt; an int is tokens
 
 
@@ -87,9 +88,12 @@ class Evict:
     score: "column_mass" adds up the probability that each key received from every row so far, or of each turn from
     the rows of ``sample`` alone;
     "probe_mass" is what it received from the ``last`` real rows of this call alone, and earlier calls have no
-    say. None scores nothing (heavy must then be 0). seed: not attention says what stays but a draw,
-    ``kernels.draws.draws(seed, …)``. gqa: how the query heads of a group share a key/value head's score: sum, first,
-    max, mean; shared: one score for the whole layer, the mean over its heads, so that all key/value heads keep the same
+    say. "key_norm" and "key_difference" need no attention: the layer computes them from the keys that it holds when it
+    chooses. The first is minus a key's Euclidean norm, the second minus its cosine with the mean of the row's keys of
+    that head, each divided by its norm; only with ``once``, since every later choice would compare anew.
+    None scores nothing (heavy must then be 0). seed: not attention says what stays but a draw,
+    ``kernels.draws.draws(seed, …)``. gqa: how the query heads of a group share a key/value head's score: sum, first, max, mean;
+    shared: one score for the whole layer, the mean over its heads, so that all key/value heads keep the same
     tokens. normalise: divide each score by the rows that could see the key. pool: the scores of the tokens that
     are free to go are pooled over so many neighbours first (odd; stride 1, zeros beyond both ends), pooling:
     avg or max.
@@ -130,6 +134,11 @@ class Evict:
             raise InputError('sample= names rows for score="column_mass" alone')
         if self.protect and (self.once or self.chosen):
             raise InputError("protect needs a rule with a budget that goes on after the prompt")
+        if self.of_keys and (not self.once or self.shared or self.normalise or self.pool > 1):
+            raise InputError(
+                f'score="{self.score}" compares the keys of a prompt, head by head: with once=True, and without shared=, '
+                "normalise= and pool="
+            )
         if self.pool % 2 == 0 or (self.pool > 1 and not self.once):
             raise InputError(f"pool={self.pool}: an odd number of neighbours, with once=True")
 
@@ -151,6 +160,11 @@ class Evict:
             half = total // 2
             return BudgetParts(total, min(sinks, half), min(recent, half), min(self.last, max(1, half)))
         return BudgetParts(max(total, min(length, sinks + recent)), sinks, recent, self.last)
+
+    @property
+    def of_keys(self) -> bool:
+        """Whether what stays is chosen by the keys alone."""
+        return self.score in KEY_SCORES
 
     @property
     def fixed(self) -> int:

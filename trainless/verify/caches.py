@@ -233,6 +233,8 @@ class History:
 
     def _worth(self, policy: Evict, mass: Tensor | None) -> Tensor | None:
         """(B, Hc, T): the scores of all columns after this call, by the dense probabilities."""
+        if policy.of_keys:
+            return self._by_keys(str(policy.score))
         if policy.score is None or mass is None:
             return None
         assert self.alive is not None and self.real is not None and self.of_head is not None
@@ -256,6 +258,16 @@ class History:
             readers = (number[:, -1:] - number + 1).clamp_min(1)
             return found / readers[:, None]
         return found
+
+    def _by_keys(self, how: str) -> Tensor:
+        """(B, Hc, T): the same by the keys of a prompt, as they were fed."""
+        assert self.original is not None and self.alive is not None
+        key, there = wide(self.original[0]), self.alive[..., None]
+        if how == "key_norm":
+            return -key.square().sum(-1).sqrt()
+        unit = torch.nn.functional.normalize(key, dim=-1)
+        mean = torch.where(there, unit, 0).sum(2, keepdim=True) / there.sum(2, keepdim=True).clamp_min(1)
+        return -torch.nn.functional.cosine_similarity(unit, mean, dim=-1)
 
     def _against(
         self, policy: Evict, kept: Tensor, worth: Tensor | None, chosen: Any, slack: float
