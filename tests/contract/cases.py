@@ -341,6 +341,14 @@ CASES: list[Case] = [
         "tova-protect", "tova", lambda **m: Tova(m.pop("capacity", 1), **m), {"capacity": 60}, ratio=0.1,
         protect="prompt",
     ),
+    _capped(
+        "snapkv-adaptive", "snapkv", lambda budgets, **m: SnapKV(**m).adaptive(), ("llama", "qwen2"), capacity=8,
+        window=3, pool=1, once=True, budgets="adaptive",
+    ),
+    _capped(
+        "tova-adaptive", "tova", lambda budgets, **m: Tova(**m).adaptive(), ("llama",), capacity=7, shared=False,
+        budgets="adaptive",
+    ),
     _capped("snapkv-fraction", "snapkv", SnapKV, ("llama",), capacity=0.6, window=2, pool=1, once=True),
     _zipvl(
         "zipvl", EVICTABLE, main=True, neighbours=(WARM, GAIN), neighbour_rules=_around(warm_rule, gain_rule),

@@ -298,8 +298,8 @@ class CompressingLayer(Choosing):
         if self.uneven:
             names = " and ".join(sorted({lease.name for lease in self.leases}))
             raise Unsupported(
-                f"{names}: this cache holds another number of tokens in each head, which the model's own attention cannot "
-                "tell apart; use it with the patch on the model, or start a new cache"
+                f"{names}: this cache holds another number of tokens in each head, which the model's own attention "
+                "cannot tell apart; use it with the patch on the model, or start a new cache"
             )
         cache = None if self.home is None else self.home()
         offset = 0 if cache is None else columns.reported(cache, self.seen)

@@ -25,7 +25,7 @@ from typing import Any, ClassVar, Literal
 
 from ..errors import InputError
 from ..seams import Budget, Contribution, Evict, Site, check_budget, check_ratio
-from ._eviction import evicting, ratio_option
+from ._eviction import budgets_of, budgets_option, evicting, ratio_option
 from .base import Method, option, register
 
 
@@ -53,6 +53,7 @@ class SnapKV(Method):
     pool: int = option(5, help="neighbours that share a score; odd, 1 for none", origin="published", low=1)
     pooling: Literal["avg", "max"] = option("avg", help="how neighbours share a score", origin="published")
     ratio: float | None = ratio_option()
+    budgets: Literal["uniform", "adaptive", "pyramid"] = budgets_option()
 
     def check(self) -> None:
         check_ratio(self.ratio)
@@ -70,5 +71,6 @@ class SnapKV(Method):
         rule = Evict(
             recent=self.window, capacity=capacity, score="probe_mass", last=self.window, gqa="mean",
             pool=self.pool, pooling=self.pooling, once=True,
+            budgets=budgets_of(self.budgets, site),
         )  # fmt: skip
         return evicting(rule, site, self.ratio)

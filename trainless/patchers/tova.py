@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Literal
 
 from ..errors import InputError
 from ..seams import Budget, Contribution, Evict, Site, check_budget, check_ratio
-from ._eviction import evicting, protect_option, ratio_option
+from ._eviction import budgets_of, budgets_option, check_budgets, evicting, protect_option, ratio_option
 from .base import Method, option, register
 
 
@@ -49,16 +49,26 @@ class Tova(Method):
 
     ratio: float | None = ratio_option()
     protect: Literal["none", "prompt"] = protect_option()
+    budgets: Literal["uniform", "adaptive", "pyramid"] = budgets_option()
 
     def check(self) -> None:
         check_ratio(self.ratio)
         check_budget("capacity", self.capacity)
         if self.capacity == 0:
             raise InputError("capacity=0 keeps nothing; keep at least one token")
+        check_budgets(
+            self.budgets, protect=(self.protect, "none", "what is protected is the same in every head")
+        )
+        if self.budgets == "adaptive" and self.shared:
+            raise InputError(
+                'budgets="adaptive" with shared=True: heads that keep the same tokens have nothing to share; use '
+                "shared=False"
+            )
 
     def contribute(self, site: Site) -> Sequence[Contribution]:
         rule = Evict(
             capacity=self.capacity if self.ratio is None else self.ratio, score="probe_mass", last=1, gqa="mean",
             shared=self.shared, protect=self.protect == "prompt",
+            budgets=budgets_of(self.budgets, site),
         )  # fmt: skip
         return evicting(rule, site, self.ratio)
