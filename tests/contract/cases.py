@@ -86,6 +86,11 @@ class Case:
         return [self.method, cache, self.chunks, self.assisted, self.replaces, self.late]
 
     @property
+    def by_head(self) -> bool:
+        """Whether heads may hold different numbers of tokens."""
+        return self.parameters.get("budgets") == "adaptive"
+
+    @property
     def even(self) -> bool:
         """Whether all layers hold equally many tokens after one prefill."""
         return not self.pattern or "ratio" in self.parameters

@@ -22,9 +22,9 @@ def own(worth: Tensor, limits: Tensor) -> Tensor:
 def shared(worth: Tensor, even: Tensor, floor: float) -> Tensor:
     """bool (B, Hkv, S): the best Hkv · even[row] slots of each row, whatever head they are of.
 
-    worth (B, Hkv, S), slots in the order of the text: inf where a token always stays, -inf in empty slots. even (B,): what
-    each head would keep if all kept as much; at least floor · even of its best stay in every head. Among equals the newer
-    token stays, then that of the first head.
+    worth (B, Hkv, S), slots in the order of the text: inf where a token always stays, -inf in empty slots. even (B,):
+    what each head would keep if all kept as much; at least floor · even of its best stay in every head. Among equals the
+    newer token stays, then that of the first head.
     """
     b, hkv, length = worth.shape
     least = (even.to(torch.float64) * floor + 1e-9).long()[:, None, None]

@@ -78,8 +78,8 @@ class Budgets:
 
     among: "head": every head of a layer keeps as much as the others. "layer": the heads of a layer share one budget, so
     that the tokens of highest score stay whatever head they are of, but each head keeps its best ``floor`` of an equal
-    share ("Ada-KV: Optimizing KV Cache Eviction by Adaptive Budget Allocation for Efficient LLM Inference"). It is decided
-    when something has to go for the first time; after that each head has the budget that it then got.
+    share ("Ada-KV: Optimizing KV Cache Eviction by Adaptive Budget Allocation for Efficient LLM Inference"). That is
+    decided when something has to go for the first time; after that each head has the budget that it then got.
 
     pyramid: (layer, layers): budgets fall linearly from the first layer to the last ("PyramidKV: Dynamic KV Cache
     Compression based on Pyramidal Information Funneling"). Of n tokens that a layer would keep beside w that always stay,
