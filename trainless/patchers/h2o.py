@@ -17,6 +17,8 @@ Differs  The paper adds up every row of the prompt: scores="full". With "sampled
          Scores are plain sums, so old tokens, which more rows see, are favoured, as in the paper;
          normalise=True divides by the rows that saw a key. Sequences are scored by the rows of every
          call, several turns included.
+         budgets="adaptive" and "pyramid" (see ``Budgets``) are of other papers, which choose once by the end of a
+         prompt; here heads go on by h2o's rule within what they got.
 """
 
 from __future__ import annotations

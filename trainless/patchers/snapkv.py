@@ -15,6 +15,7 @@ Differs  The code repeats keys over the query heads before caching them, so its 
          the code orders them by score. Where the capacity is a fraction, as by default, the window is at most half
          of it, and a shorter window both chooses and stays; a number of tokens below the window is refused.
          The code keeps 2048 tokens, so that it leaves ordinary prompts alone; half of the prompt here.
+         budgets="adaptive": the heads of a layer share their budgets (see ``Budgets``); "pyramid": by depth.
 """
 
 from __future__ import annotations

@@ -11,6 +11,8 @@ Differs  A prompt is attended to densely and then compressed once by its last ro
          token a step from the beginning. The newest token always stays, where the paper lets it compete.
          shared=False gives every key/value head its own set, by the mean over its query heads; the paper
          averages over all heads of a layer, as here by default.
+         budgets="adaptive" and "pyramid" (see ``Budgets``) are of other papers, which choose once by the end of a
+         prompt; here heads go on by this rule within what they got.
 """
 
 from __future__ import annotations

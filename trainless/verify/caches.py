@@ -278,10 +278,8 @@ class History:
                 assert self.asked is not None
                 stays, limit = stays | self.asked[row], limit + int(self.asked[row].sum()) - length
             held = self.real[row] & stays
-            budgets = [limit] * kept.shape[1]
-            if policy.by_head:
-                budgets, said = self._shared(policy, row, kept[row], worth, held, limit, slack)
-                problems += said
+            budgets, said = self._budgets(policy, row, kept[row], worth, held, limit, slack)
+            problems += said
             for head in range(kept.shape[1]):
                 before, now = self.alive[row, head], kept[row, head]
                 want = min(int(before.sum()), budgets[head])
@@ -312,7 +310,7 @@ class History:
                     )
         return problems
 
-    def _shared(
+    def _budgets(
         self,
         policy: Evict,
         row: int,
@@ -325,6 +323,8 @@ class History:
         """(the budget of each head of a row, what is wrong with how they shared theirs): kept (Hc, T), held (T,)."""
         assert self.alive is not None
         before, heads = self.alive[row], kept.shape[0]
+        if not policy.by_head:
+            return [even] * heads, []
         if row in self.shares:
             return self.shares[row], []
         if int(before.sum(1).max()) <= even:
