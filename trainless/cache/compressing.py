@@ -250,8 +250,8 @@ class CompressingLayer(Choosing):
             heads = self.positions >= 0
             return heads[:, :, None, :], False
         held = self.positions.shape[2] - rows
-        heads = slice(None) if self.uneven else slice(1)
-        return with_new(self.positions[:, heads, :held] >= 0, mask, rows, self.seen), False
+        wide = self.positions.shape[1] if self.uneven else 1
+        return with_new(self.positions[:, :wide, :held] >= 0, mask, rows, self.seen), False
 
     def shifts(self) -> Tensor | None:
         """(B, Hkv, S): how far each key must move so that kept tokens look contiguous; None for nowhere."""
@@ -298,8 +298,8 @@ class CompressingLayer(Choosing):
         if self.uneven:
             names = " and ".join(sorted({lease.name for lease in self.leases}))
             raise Unsupported(
-                f"{names}: this cache holds another number of tokens in each head, which the model's own attention cannot "
-                "tell apart; use it with the patch on the model, or start a new cache"
+                f"{names}: the heads of this cache hold different numbers of tokens, which the model's own attention "
+                "cannot tell apart; use it with the patch on the model, or start a new cache"
             )
         cache = None if self.home is None else self.home()
         offset = 0 if cache is None else columns.reported(cache, self.seen)
