@@ -14,6 +14,8 @@ from oracle import (
     AttnTemperature,
     Clear,
     HeadGain,
+    KeyDiff,
+    Knorm,
     KvQuant,
     Random,
     Rule,
@@ -84,6 +86,11 @@ class Case:
         """What tests tell cases apart by: the method, and what it does to a cache and to calls."""
         cache = self.evicts, self.pattern, self.protects, self.once, self.parameters.get("positions")
         return [self.method, cache, self.chunks, self.assisted, self.replaces, self.late]
+
+    @property
+    def by_head(self) -> bool:
+        """Whether heads may hold different numbers of tokens."""
+        return self.parameters.get("budgets") == "adaptive"
 
     @property
     def even(self) -> bool:
@@ -341,7 +348,25 @@ CASES: list[Case] = [
         "tova-protect", "tova", lambda **m: Tova(m.pop("capacity", 1), **m), {"capacity": 60}, ratio=0.1,
         protect="prompt",
     ),
+    _capped(
+        "snapkv-adaptive", "snapkv", lambda budgets, **m: SnapKV(**m).adaptive(), ("llama", "qwen2"), capacity=8,
+        window=3, pool=1, once=True, budgets="adaptive",
+    ),
+    _capped(
+        "tova-adaptive", "tova", lambda budgets, **m: Tova(**m).adaptive(), ("llama",), capacity=7, shared=False,
+        budgets="adaptive",
+    ),
     _capped("snapkv-fraction", "snapkv", SnapKV, ("llama",), capacity=0.6, window=2, pool=1, once=True),
+    _capped(
+        "keydiff", "keydiff", KeyDiff, ("llama", "gemma2"), capacity=9, sinks=2, recent=3, main=True, once=True,
+        neighbours=(WARM, GAIN), neighbour_rules=_around(warm_rule, gain_rule),
+        clashes=[("streaming", {"recent": 4}, "kv")],
+    ),
+    _capped(
+        "knorm", "knorm", Knorm, ("llama",), capacity=0.6, sinks=1, recent=2, main=True, once=True,
+        neighbours=(WARM, GAIN), neighbour_rules=_around(warm_rule, gain_rule),
+        clashes=[("streaming", {"recent": 4}, "kv")],
+    ),
     _zipvl(
         "zipvl", EVICTABLE, main=True, neighbours=(WARM, GAIN), neighbour_rules=_around(warm_rule, gain_rule),
         clashes=[("kvquant", {}, "kv")],

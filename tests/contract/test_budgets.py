@@ -49,6 +49,7 @@ METHODS: dict[str, tuple[dict[str, Any], Budget]] = {
     "h2o": ({"use": "h2o", "with": {"heavy": QUARTER / 2, "recent": QUARTER / 2}}, Budget(-2, 0, 53, 0.265)),
     "tova": ({"use": "tova", "with": {"capacity": QUARTER}}, Budget(-2, 0, 53, 0.265)),
     "snapkv": ({"use": "snapkv", "with": {"capacity": QUARTER}}, Budget(-2, 0, 53, 0.26)),
+    "keydiff": ({"use": "keydiff", "with": {"capacity": QUARTER}}, Budget(-2, 0, 53, 0.26)),
     "act": (
         {"use": "act", "with": {"skip_layers": 0, "heads": "all", "theta": 1e-3}},
         Budget(1, 0, 134, 1.07),

@@ -7,7 +7,7 @@ from oracle import H2O, Act, AttnTemperature, HeadGain, Streaming, install, mode
 import trainless
 from trainless.cache import CompressingLayer
 from trainless.patchers import get
-from trainless.seams import Site
+from trainless.seams import Evict, Site
 
 from .cases import CASES, GAIN, HEADS, KEEP, MAIN, WARM, Case, named
 from .tools import EXACT, Snapshot, arranged, build, dense, outputs, same, text, wide
@@ -235,7 +235,10 @@ def _rules(case: Case) -> set[type]:
 def _chosen_beside_statistics(first: Case, second: Case) -> bool:
     """One chooses its tokens from statistics, and the other reads some of the same attention."""
     for case, other in ((first, second), (second, first)):
-        reads = any(c.statistics or getattr(c.policy, "score", None) for c in _given(other))
+        reads = any(
+            c.statistics or (isinstance(c.policy, Evict) and c.policy.score and not c.policy.of_keys)
+            for c in _given(other)
+        )
         if case.pattern and reads:
             return True
     return False

@@ -29,6 +29,7 @@ RULES: dict[str, dict[str, Any]] = {
     "streaming-rolled": {"use": "streaming", "with": {"recent": 8, "positions": "rolled"}},
     "random": {"use": "random", "with": {"capacity": 9}},
     "tova": {"use": "tova", "with": {"capacity": 0.5}},
+    "keydiff": {"use": "keydiff", "with": {"capacity": 0.5, "recent": 3}},
     "snapkv": {"use": "snapkv", "with": {"capacity": 0.5}},
 }
 NEAR = 1e-12  # float64

@@ -38,6 +38,7 @@ WRONG = [
     ("streaming", {"positions": "absolute"}, trainless.InputError, "rolled"),
     ("tova", {"capacity": 0}, trainless.InputError, "nothing"),
     ("tova", {"capacity": 1.5}, trainless.InputError, "fraction"),
+    ("keydiff", {"capacity": 16}, trainless.InputError, "sinks"),
     ("snapkv", {"capacity": 16}, trainless.InputError, "window"),
     ("snapkv", {"pool": 4}, trainless.InputError, "odd"),
     ("snapkv", {"window": 0}, trainless.InputError, "window"),

@@ -12,7 +12,20 @@ from typing import Any
 
 import torch
 from contract.cases import ProbedZipCache, SeededZipVL
-from oracle import Act, AttnTemperature, HeadGain, KvQuant, Random, Rule, SnapKV, Tova, dense, install
+from oracle import (
+    Act,
+    AttnTemperature,
+    HeadGain,
+    KeyDiff,
+    Knorm,
+    KvQuant,
+    Random,
+    Rule,
+    SnapKV,
+    Tova,
+    dense,
+    install,
+)
 from oracle import decoder_zoo as zoo
 from oracle.h2o import H2O
 from oracle.streaming import Streaming
@@ -57,6 +70,7 @@ ACT: dict[str, Any] = {"beta": 0.3, "alpha": 1.5, "skip_layers": 0, "min_rows": 
 ZIP: dict[str, Any] = {"interval": 3, "probes": (2, 0.3), "bits": (8, 8)}
 ZIPVL: dict[str, Any] = {"tau": 0.7, "probes": (2, 3), "interval": 3, "min_tokens": 6}
 QUANT: dict[str, Any] = {"k_bits": 8, "v_bits": 8, "group": 4, "residual": 4}
+KEYS: dict[str, Any] = {"capacity": 12, "sinks": 2, "recent": 4}
 H2O_: dict[str, Any] = {"heavy": 4, "recent": 5}
 TRIES: dict[str, Try] = {
     "act": Try(ACT, {"beta": 1.0}, lambda sites: Act(**ACT), cache=False),
@@ -67,6 +81,10 @@ TRIES: dict[str, Try] = {
         H2O_, {"recent": 1 << 20}, lambda sites: H2O(**H2O_, reduce="call"), dense={"heavy": 4, "recent": 5}
     ),
     "head_gain": Try({"gain": 0.5}, {"gain": 1.0}, _gain, cache=False),
+    "keydiff": Try(
+        KEYS, {"capacity": 1 << 20}, lambda sites: KeyDiff(**KEYS)
+    ),
+    "knorm": Try(KEYS, {"capacity": 1 << 20}, lambda sites: Knorm(**KEYS)),
     "kvquant": Try(QUANT, {"k_bits": 16, "v_bits": 16}, lambda sites: KvQuant(**QUANT), near=True),
     "random": Try({"ratio": 0.5}, {"ratio": 1.0}, lambda sites: Random().shares(ratio=0.5)),
     "snapkv": Try(

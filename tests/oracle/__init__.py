@@ -23,6 +23,7 @@ from .evict import Evictor, Kept
 from .float64 import float64_math
 from .h2o import H2O
 from .head_gain import HeadGain
+from .keys import KeyDiff, Knorm
 from .kvquant import KvQuant
 from .linfusion import LinFusion, install_linfusion, linear_attention, random_weights
 from .packing import Block, Packed
@@ -47,6 +48,8 @@ __all__ = [
     "Evictor",
     "HeadGain",
     "Kept",
+    "KeyDiff",
+    "Knorm",
     "KvQuant",
     "LinFusion",
     "Oracle",

@@ -27,6 +27,8 @@ EVICTORS: list[tuple[str, dict[str, Any]]] = [
     ("tova", {"capacity": 12, "shared": False}),
     ("snapkv", {"capacity": 16, "window": 4}),
     ("snapkv", {"capacity": 16, "window": 4, "pooling": "max", "pool": 3}),
+    ("keydiff", {"capacity": 16, "sinks": 2, "recent": 4}),
+    ("knorm", {"capacity": 0.5, "recent": 4}),
     ("zipvl", {"min_tokens": 8, "probes": (4, 4), "interval": 2, "mode": "discard"}),
 ]
 PACKERS: list[tuple[str, dict[str, Any]]] = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ from trainless.hosts.transformers import traced as transformers_traced
 from trainless.kernels.quant_kv import fixed_operator
 from trainless.kernels.quant_kv import tiers as packed_tiers
 from trainless.kernels.slots import plain
+from trainless.verify import settled
 
 from .toys import detail, failures, llama, status
 
@@ -53,6 +55,25 @@ def test_methods_without_a_rule_for_the_cache(use: Any) -> None:
     found = trainless.patch(llama(layers=2), [use]).verify()
     assert found and status(found)[use["use"], STEPS] == "ok", str(found)
     assert "as a compiler traces it" in detail(found, STEPS)
+
+
+def test_of_a_deep_model_all_sites_are_compared_and_some_computed_in_full(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(settled, "FULL", 2)
+    patch = trainless.patch(llama(layers=4), [STREAMING])
+    said = detail(patch.verify(), STEPS)
+    assert "steps at 4 sites" in said and "the long way and, at 2 of them, as computed in full" in said
+    # A fault at a site that is not among those two is one against the long way. Layers step in turn.
+    own, turn = FixedLayer.attend, itertools.count()
+
+    def attend(self: Any, query: Tensor, mask: Any, *, scale: float, **more: Any) -> Tensor:
+        return own(self, query, mask, scale=scale * (1.05 if next(turn) % 4 == 1 else 1.0), **more)
+
+    monkeypatch.setattr(FixedLayer, "attend", attend)
+    found = patch.verify()
+    assert status(found)["streaming", STEPS] == "failed", str(found)
+    assert "layers.1.self_attn" in detail(found, STEPS) and "from the long way" in detail(found, STEPS)
 
 
 def test_what_cannot_settle_is_said_with_the_reason() -> None:

@@ -25,6 +25,7 @@ from .fixed_tiers import FixedTiersLayer
 from .freezing import Freezing
 from .hybrid import beside_recurrence
 from .packed import PackedLayer
+from .ragged import RaggedLayer
 from .standing import StaticStatefulMixin
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "FixedTiersLayer",
     "Freezing",
     "PackedLayer",
+    "RaggedLayer",
     "StatefulMixin",
     "StaticStatefulMixin",
     "beside_recurrence",

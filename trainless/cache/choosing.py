@@ -7,11 +7,12 @@ from torch import Tensor
 
 from ..kernels.draws import draws
 from ..seams import Evict, Lease, State
-from . import columns, scores
+from . import columns, head_budgets, scores
 from .held import FAR
 from .slots import Slots
 
 APART = "scores per query head"  # a state of the layer's own
+UNDECIDED = -1  # the budget of a head whose row has dropped nothing yet
 
 
 class Choosing(Slots):
@@ -30,7 +31,7 @@ class Choosing(Slots):
     def scored_by(self) -> str | None:
         """The statistic that the rule needs of the call under way, None when it needs none."""
         policy = self.policy
-        if not self.lease.active or policy.score is None or (policy.once and self.done):
+        if not self.lease.active or policy.score is None or policy.of_keys or (policy.once and self.done):
             return None
         whole = not (self.lease.deferring or self.record_past)
         if policy.last and whole and policy.capacity is not None and self.seen <= policy.fixed:
@@ -216,6 +217,8 @@ class Choosing(Slots):
             if all(n <= b for n, b in zip(stored, self._limits(), strict=True)):
                 return False
             self._locate(stored)
+        if self.policy.by_head:
+            return self._over_by_head()
         over = [c - b for c, b in zip(self.counts, self._limits(), strict=True)]
         if self.free is not None and max(over) <= 1:
             self._evict_one([o > 0 for o in over])
@@ -225,6 +228,30 @@ class Choosing(Slots):
             self._select()
         return any(o > 0 for o in over)
 
+    def _over_by_head(self) -> bool:
+        """The same where heads share a budget, until something goes for the first time, or have one each, afterwards."""
+        assert self.positions is not None
+        device, shape = self.positions.device, self.positions.shape[:2]
+        if self.limits is None:
+            self.limits = torch.full(shape, UNDECIDED, device=device)
+        even, counts = torch.tensor(self.budgets, device=device), torch.tensor(self.counts, device=device)
+        there = self.positions >= 0
+        decided = self.limits[:, 0] != UNDECIDED
+        first = ~decided & (counts > even)
+        if not bool((first | (decided & (there.sum(2) > self.limits).any(1))).any()):
+            self.free = None
+            return False
+        if not self.ordered:
+            self._compact()
+            there = self.positions >= 0
+        worth = self._worth().masked_fill(self._protected(), float("inf")).masked_fill(~there, float("-inf"))
+        keep = head_budgets.own(worth, torch.where(decided[:, None], self.limits, FAR))
+        if bool(first.any()):
+            best = head_budgets.shared(worth, even, self.policy.floor)
+            keep = torch.where(first[:, None, None], best, keep)
+            self.limits = torch.where(first[:, None], best.sum(2), self.limits)
+        return self.keep_heads(keep)
+
     def _keep_chosen(self) -> bool:
         keep, self.keep = self.keep, None
         if keep is None:
@@ -232,13 +259,37 @@ class Choosing(Slots):
             return False
         if self.positions is None:
             stored = self._ones(self.seen) if self.real is None else self.real
-            if bool(keep[stored].all()):
+            if bool(keep[stored].all() if keep.dim() == 2 else (keep | ~stored[:, None]).all()):
                 return False
             self._locate(stored.sum(1).tolist())
         assert self.positions is not None
+        if keep.dim() == 3:
+            return self.keep_heads(keep)
         left, held = keep[:, None] & (self.positions >= 0), sum(self.counts)
         self._keep_only(left, left[:, 0].sum(1).tolist())
         return sum(self.counts) < held
+
+    def keep_heads(self, keep: Tensor) -> bool:
+        """Drop what is not in ``keep`` (B, Hkv, S) over the stored columns; whether anything was dropped.
+
+        Heads may keep different numbers of tokens. A head that is left with none gives no output until tokens come.
+        """
+        if self.positions is None:
+            if bool((keep if self.real is None else keep | ~self.real[:, None]).all()):
+                return False
+            self._locate(self.real_seen())
+        assert self.positions is not None
+        there = self.positions >= 0
+        left = keep & there
+        if torch.equal(left, there):
+            self.free = None
+            return False
+        numbers = left.sum(2)
+        self._keep_only(left, numbers.amax(1).tolist())
+        self.uneven = self.uneven or bool((numbers != numbers[:, :1]).any())
+        if self.uneven:
+            self._blank()
+        return True
 
     def _keep_only(self, keep: Tensor, after: list[int]) -> None:
         """Drop what is not in ``keep`` (B, Hkv, S), of which each row has ``after`` per head."""
@@ -252,7 +303,7 @@ class Choosing(Slots):
     def _blank(self) -> None:
         """Nothing of a dropped token may linger: its values would still be multiplied by zero."""
         assert self.positions is not None
-        if len(set(self.counts)) > 1:
+        if self.uneven or len(set(self.counts)) > 1:
             empty = (self.positions < 0)[..., None]
             self.keys, self.values = self.keys.masked_fill(empty, 0), self.values.masked_fill(empty, 0)
 
@@ -276,6 +327,9 @@ class Choosing(Slots):
         if self.policy.seed is not None:
             heads = torch.arange(self.keys.shape[1], device=self.positions.device)[:, None]
             return draws(self.policy.seed, heads, self.positions)
+        if self.policy.of_keys:
+            assert self.keys.shape[2] == self.positions.shape[2]  # nothing is packed before the one choice
+            return scores.of_keys(self.keys, self.positions >= 0, str(self.policy.score))
         if self.scores is None:
             return self.positions.to(torch.float64)
         if self.policy.pool > 1:

@@ -230,7 +230,9 @@ class CompressingLayer(Choosing):
 
     def valid(self) -> Tensor | None:
         """(B, Hkv, S) bool: which slots hold a token; None when all of them do."""
-        if self.positions is None or all(c == self.positions.shape[2] for c in self.counts):
+        if self.positions is None:
+            return None
+        if not self.uneven and all(c == self.positions.shape[2] for c in self.counts):
             return None
         return self.positions >= 0
 
@@ -248,7 +250,8 @@ class CompressingLayer(Choosing):
             heads = self.positions >= 0
             return heads[:, :, None, :], False
         held = self.positions.shape[2] - rows
-        return with_new(self.positions[:, :1, :held] >= 0, mask, rows, self.seen), False
+        wide = self.positions.shape[1] if self.uneven else 1
+        return with_new(self.positions[:, :wide, :held] >= 0, mask, rows, self.seen), False
 
     def shifts(self) -> Tensor | None:
         """(B, Hkv, S): how far each key must move so that kept tokens look contiguous; None for nowhere."""
@@ -261,7 +264,7 @@ class CompressingLayer(Choosing):
 
     def altered(self) -> set[Lease]:
         """Whose rules have changed what a call on this layer finds of the tokens before it, or how precisely."""
-        dropped = any(count < age for count, age in zip(self.counts, self.ages, strict=True))
+        dropped = self.uneven or any(count < age for count, age in zip(self.counts, self.ages, strict=True))
         return {self.lease} if dropped else set()
 
     def settle(self) -> set[Lease]:
@@ -292,6 +295,12 @@ class CompressingLayer(Choosing):
 
     def _hand_out(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """All that is held and the new tokens, for an attention that applies the model's mask as it is."""
+        if self.uneven:
+            names = " and ".join(sorted({lease.name for lease in self.leases}))
+            raise Unsupported(
+                f"{names}: the heads of this cache hold different numbers of tokens, which the model's own attention "
+                "cannot tell apart; use it with the patch on the model, or start a new cache"
+            )
         cache = None if self.home is None else self.home()
         offset = 0 if cache is None else columns.reported(cache, self.seen)
         low, high = self.admissible() if self.evicted else (0, 0)

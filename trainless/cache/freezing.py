@@ -58,6 +58,7 @@ class Freezing(CompressingLayer):
     """
 
     _layer_type = None
+    settles_uneven = False  # whether its buffers can hold heads with different numbers of tokens
     capacity: int | None
     fed: Tensor | None  # int64 (): tokens fed so far, while frozen
     _seen: int
@@ -160,7 +161,8 @@ class Freezing(CompressingLayer):
         """Whether the layer cannot settle now, whatever its rule is."""
         remembers = any(state.tensors for state in self.states.values())
         waits = self.record_past or self.deferred or remembers or self.pending is not None or self.unplaced
-        return self.fed is not None or waits or self.strayed or self.keys.requires_grad
+        uneven = self.uneven and not self.settles_uneven
+        return self.fed is not None or waits or self.strayed or self.keys.requires_grad or uneven
 
     def _froze(self, held: Tensor) -> None:
         """The buffers are filled: count tokens on the device from now on. held (B,): those that each row holds."""

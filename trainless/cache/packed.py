@@ -104,7 +104,7 @@ class PackedLayer(CompressingLayer):
         return super().nbytes + self.store.nbytes + mine
 
     def valid(self) -> Tensor | None:
-        if self.tail is None or all(c == self.slots for c in self.counts):
+        if self.tail is None or (not self.uneven and all(c == self.slots for c in self.counts)):
             return None
         positions = self.positions
         assert positions is not None
@@ -208,7 +208,8 @@ class PackedLayer(CompressingLayer):
     def _numbers(self) -> list[list[int]]:
         """How many tokens each row and head are to pack now."""
         hkv = self.keys.shape[1]
-        whole = self.counts == self.ages and not any(self.pads) and self.real is None
+        even = not self.uneven and self.counts == self.ages
+        whole = even and not any(self.pads) and self.real is None
         if whole and not self.lease.active:
             # Nobody evicts and nothing is padding: all that stands in the tail waits.
             waiting = [[self.keys.shape[2]] * hkv] * self._batch()
@@ -318,12 +319,16 @@ class PackedLayer(CompressingLayer):
         found = mine.gather(3, order).mean(1, keepdim=True).expand_as(mine)
         return torch.empty_like(mine).scatter_(3, order, found)
 
+    def _keep_only(self, keep: Tensor, after: list[int]) -> None:
+        positions = self.positions
+        assert positions is not None
+        self.positions, self.counts, self.loose = positions.masked_fill(~keep, -1), after, True
+
     def _select(self) -> None:
         best, surplus, after = self._best()
         positions = self.positions
         assert positions is not None
-        keep = torch.zeros_like(positions, dtype=torch.bool).scatter_(2, best, ~surplus)
-        self.positions, self.counts, self.loose = positions.masked_fill(~keep, -1), after, True
+        self._keep_only(torch.zeros_like(positions, dtype=torch.bool).scatter_(2, best, ~surplus), after)
 
     def _take(self, index: Tensor) -> None:
         """What is not to be kept has no position any more: ``_tidy`` moves the rest together."""
@@ -345,7 +350,7 @@ class PackedLayer(CompressingLayer):
         self._follow(torch.cat([index, self._keep_tail(keep[:, :, packed:]) + packed], 2))
 
     def _tensors(self, change: Any) -> None:
-        for name in ("real", "scores", "pending", "tail"):
+        for name in ("real", "scores", "pending", "tail", "limits"):
             tensor = getattr(self, name)
             if tensor is not None:
                 setattr(self, name, change(tensor, 0))

@@ -1,4 +1,4 @@
-"""Scores of stored tokens: what heads share, what neighbours share, and the best of them."""
+"""Scores of stored tokens: what heads share, what keys alone say, what neighbours share, and the best of them."""
 
 from __future__ import annotations
 
@@ -29,6 +29,23 @@ def pooled(free: Tensor, policy: Evict) -> Tensor:
     """Scores (B, Hkv, S), zero where a token is not free to go, each pooled with its neighbours."""
     pool = torch.nn.functional.max_pool1d if policy.pooling == "max" else torch.nn.functional.avg_pool1d
     return pool(free, policy.pool, stride=1, padding=policy.pool // 2)
+
+
+def of_keys(keys: Tensor, exists: Tensor, how: str) -> Tensor:
+    """What a rule on keys alone compares, (B, Hkv, S) in float32 (float64 of float64 keys).
+
+    keys (B, Hkv, S, D); exists (B, Hkv, S): which slots hold a token. how: see ``Evict.score``.
+    """
+    wide = torch.float64 if keys.dtype == torch.float64 else torch.float32
+    held = keys.detach().to(wide).masked_fill(~exists[..., None], 0)
+    norm = torch.linalg.vector_norm(held, dim=-1)
+    if how == "key_norm":
+        return -norm
+    # A key of norm zero has no direction: its cosine is 0, whatever the mean.
+    direction = held / norm.clamp_min(torch.finfo(wide).tiny)[..., None]
+    mean = direction.sum(2) / exists.sum(2).clamp_min(1)[..., None]
+    along = (direction * mean[:, :, None]).sum(-1)
+    return -along / torch.linalg.vector_norm(mean, dim=-1).clamp_min(torch.finfo(wide).tiny)[..., None]
 
 
 def best(worth: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor]:

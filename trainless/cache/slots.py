@@ -50,7 +50,11 @@ class Slots(Carrier, DynamicLayer):
         self.budgets: list[int] = []
         self.recents: list[int] = []
         self.firsts: list[int] = []
-        self.counts: list[int] = []  # real tokens stored, per row
+        self.counts: list[int] = []  # real tokens stored, per row; in the fullest head where heads differ
+        self.uneven = False  # whether the heads of a row may hold different numbers of tokens
+        self.limits: Tensor | None = (
+            None  # (B, Hkv) int64: tokens that each may hold, where heads have shared a budget
+        )
         self.ages: list[int] = []  # real tokens seen, per row
         self.keep: Tensor | None = None  # (B, S): what a method chose to keep after the call under way
         self.done = False  # whether a prefill has been through the rule
@@ -266,6 +270,7 @@ class Slots(Carrier, DynamicLayer):
         if self.real is not None:
             self.real = self.real[:, :-count]
         if self.positions is not None:
+            # New tokens stand at the right in every head, also where heads hold different numbers.
             gone = (self.positions[:, 0, -count:] >= 0).sum(1).tolist()
             self.positions = self.positions[:, :, :-count]
             self.ages = [a - g for a, g in zip(self.ages, gone, strict=True)]
@@ -297,7 +302,7 @@ class Slots(Carrier, DynamicLayer):
             self.given = [columns.cut(row, age) for row, age in zip(self.given, real, strict=True)]
 
     def _tensors(self, change: Callable[[Tensor, int], Tensor]) -> None:
-        for name in ("real", "positions", "scores", "pending", "free"):
+        for name in ("real", "positions", "scores", "pending", "free", "limits"):
             tensor = getattr(self, name)
             if tensor is not None:
                 setattr(self, name, change(tensor, 0))

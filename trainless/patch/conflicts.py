@@ -79,7 +79,8 @@ def _stands_against(one: Contribution, other: Contribution) -> str | None:
             return f"seam {one.kind} needs every key as it is, and seam kv packs them; give them different layers"
         if one.groups is not None:
             return f"seam {one.kind} names groups of keys, and seam kv packs them; give them different layers"
-    scored = isinstance(other.policy, Evict) and other.policy.score is not None
+    rule = other.policy
+    scored = isinstance(rule, Evict) and rule.score is not None and not rule.of_keys
     if one.kind == "pattern" and one.dynamic and (other.statistics or scored):
         return f"seam pattern is chosen from statistics that seam {other.kind} reads as well"
     return None

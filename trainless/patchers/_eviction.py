@@ -8,8 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import InputError
 from ..seams import (
     AttentionCall,
+    Budget,
+    Budgets,
     Cache,
     Contribution,
     Evict,
@@ -18,6 +21,7 @@ from ..seams import (
     Site,
     State,
     Statistics,
+    check_budget,
 )
 from .base import option
 
@@ -30,10 +34,57 @@ def ratio_option() -> Any:
     return option(None, help=help, origin="ours")
 
 
+def budgets_option() -> Any:
+    """The parameter ``budgets``, the same for every method that scores the tokens of each head."""
+    help = (
+        '"uniform": every head keeps as much; "adaptive": the heads of a layer share what they may keep; '
+        '"pyramid": earlier layers keep more'
+    )
+    return option("uniform", help=help, origin="published")
+
+
+def budgets_of(kind: str, site: Site) -> Budgets | None:
+    """What the parameter ``budgets`` says of the layer of ``site``."""
+    if kind == "adaptive":
+        return Budgets("layer")
+    return Budgets(pyramid=(site.layer, site.layers)) if kind == "pyramid" else None
+
+
+def check_budgets(kind: str, **others: Any) -> None:
+    """InputError where ``others`` (parameter=(value, the only one that fits, why)) do not go with budgets that differ."""
+    for name, (value, fits, why) in others.items():
+        if kind != "uniform" and value != fits:
+            raise InputError(
+                f'budgets={kind!r} with {name}={value!r}: {why}; use {name}={fits!r}, or budgets="uniform"'
+            )
+
+
 def protect_option() -> Any:
     """The parameter ``protect``, the same for every evicting method that goes on after the prompt."""
     help = '"prompt": only what was generated may go, and the budgets are for that'
     return option("none", help=help, origin="ours")
+
+
+def by_keys(score: str, capacity: Budget, sinks: int, recent: int) -> Evict:
+    """The rule of a method that chooses once, by the keys alone; ``score``: see ``Evict``."""
+    return Evict(sinks=sinks, recent=recent, capacity=capacity, score=score, once=True)
+
+
+def check_by_keys(capacity: Budget, sinks: int, recent: int) -> None:
+    """InputError for budgets of ``by_keys`` that keep nothing, or less than always stays."""
+    check_budget("capacity", capacity)
+    if isinstance(capacity, int) and capacity < max(1, sinks + recent):
+        raise InputError(
+            f"capacity={capacity} is less than the {max(1, sinks + recent)} tokens that always stay (sinks={sinks}, "
+            f"recent={recent}); raise capacity or lower them"
+        )
+
+
+def no_keys(site: Site) -> str | None:
+    """Why nothing can be said of the keys that the cache of ``site`` holds; None where it holds them as they are."""
+    if site.facts.get("keys") == "latent":
+        return "its cache holds latents that keys are made of, and the rule compares keys"
+    return None
 
 
 def evicting(rule: Evict, site: Site, ratio: float | None = None) -> list[Contribution]:

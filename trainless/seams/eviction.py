@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
 from ..errors import InputError
 
+KEY_SCORES = frozenset({"key_norm", "key_difference"})  # of a rule on the keys alone
 Budget = int | float  # a float in (0, 1] is a fraction of the row's own prompt; an int is tokens
 
 
@@ -72,6 +73,46 @@ class RowSample:
 
 
 @dataclass(frozen=True)
+class Budgets:
+    """How what a row may keep is spread over its layers and heads; the sum over the heads of a model stays the same.
+
+    among: "head": every head of a layer keeps as much as the others. "layer": the heads of a layer share one budget, so
+    that the tokens of highest score stay whatever head they are of, but each head keeps its best ``floor`` of an equal
+    share ("Ada-KV: Optimizing KV Cache Eviction by Adaptive Budget Allocation for Efficient LLM Inference"). That is
+    decided when something has to go for the first time; after that each head has the budget that it then got.
+
+    pyramid: (layer, layers): budgets fall linearly from the first layer to the last ("PyramidKV: Dynamic KV Cache
+    Compression based on Pyramidal Information Funneling"). Of n tokens that a layer would keep beside w that always stay,
+    the last layer keeps n / steepness and the first 2n less that; where that is more than the prompt has, it keeps all of
+    the prompt, and the last as much less. None: every layer keeps the same.
+    """
+
+    among: str = "head"
+    floor: float = 0.2
+    pyramid: tuple[int, int] | None = None
+    steepness: float = 20.0
+
+    def __post_init__(self) -> None:
+        if self.among not in ("head", "layer") or not 0.0 <= self.floor <= 1.0:
+            raise InputError(
+                f"budgets among {self.among!r} with floor={self.floor!r}: head or layer, and 0 to 1"
+            )
+
+    def of_layer(self, total: int, always: int, length: int) -> int:
+        """What this layer keeps of a prompt of ``length``, where equal layers keep ``total``, ``always`` among them."""
+        if self.pyramid is None or self.pyramid[1] < 2 or total >= length or total <= always:
+            return total
+        layer, layers = self.pyramid
+        free = total - always
+        least = free / self.steepness
+        most = 2 * free - least
+        if most > length - always:
+            most = float(length - always)
+            least = 2 * free - most
+        return always + round(most - layer * (most - least) / (layers - 1))
+
+
+@dataclass(frozen=True)
 class Evict:
     """A rule for what a cache layer keeps after each call: first + recent + the best of the rest.
 
@@ -87,7 +128,10 @@ class Evict:
     score: "column_mass" adds up the probability that each key received from every row so far, or of each turn from
     the rows of ``sample`` alone;
     "probe_mass" is what it received from the ``last`` real rows of this call alone, and earlier calls have no
-    say. None scores nothing (heavy must then be 0). seed: not attention says what stays but a draw,
+    say. "key_norm" and "key_difference" need no attention: the layer computes them from the keys that it holds when it
+    chooses. The first is minus a key's Euclidean norm, the second minus its cosine with the mean of the row's keys of
+    that head, each divided by its norm; only with ``once``, since every later choice would compare anew.
+    None scores nothing (heavy must then be 0). seed: not attention says what stays but a draw,
     ``kernels.draws.draws(seed, …)``. gqa: how the query heads of a group share a key/value head's score: sum, first,
     max, mean; shared: one score for the whole layer, the mean over its heads, so that all key/value heads keep the same
     tokens. normalise: divide each score by the rows that could see the key. pool: the scores of the tokens that
@@ -101,6 +145,7 @@ class Evict:
 
     once: choose at the end of the first prefill, and keep everything that comes after it.
     rolled: keys are presented as if the kept tokens were contiguous.
+    budgets: how they are spread over layers and heads; None: evenly.
     """
 
     sinks: Budget = 0
@@ -120,6 +165,7 @@ class Evict:
     rolled: bool = False
     protect: bool = False
     seed: int | None = None
+    budgets: Budgets | None = None
 
     def __post_init__(self) -> None:
         if (self.score == "probe_mass") != (self.last > 0):
@@ -130,8 +176,35 @@ class Evict:
             raise InputError('sample= names rows for score="column_mass" alone')
         if self.protect and (self.once or self.chosen):
             raise InputError("protect needs a rule with a budget that goes on after the prompt")
+        if self.of_keys and (not self.once or self.shared or self.normalise or self.pool > 1):
+            raise InputError(
+                f'score="{self.score}" compares the keys of a prompt, head by head: with once=True, and without shared=, '
+                "normalise= and pool="
+            )
+        if self.budgets is not None:
+            self._check_budgets(self.budgets)
         if self.pool % 2 == 0 or (self.pool > 1 and not self.once):
             raise InputError(f"pool={self.pool}: an odd number of neighbours, with once=True")
+
+    def _check_budgets(self, budgets: Budgets) -> None:
+        if self.chosen or self.protect or self.rolled:
+            raise InputError(
+                "budgets that differ need a rule of this layer's own, without protect= and rolled="
+            )
+        if budgets.among == "layer" and (self.shared or self.score is None):
+            raise InputError(
+                "heads that share one budget need a score of each head's own: shared=False and score="
+            )
+
+    @property
+    def by_head(self) -> bool:
+        """Whether the heads of a row may end up with different numbers of tokens."""
+        return self.budgets is not None and self.budgets.among == "layer"
+
+    @property
+    def floor(self) -> float:
+        """The share of an equal budget that each head keeps where heads share one."""
+        return 0.0 if self.budgets is None else self.budgets.floor
 
     def total(self, length: int) -> int:
         """Tokens that a row with a prompt of ``length`` tokens keeps: at least 1, the newest."""
@@ -141,6 +214,14 @@ class Evict:
 
     def parts(self, length: int) -> BudgetParts:
         """The budget of a row with a prompt of ``length`` tokens; the given ones come on top of it under ``protect``."""
+        even = self._even(length)
+        if self.budgets is None:
+            return even
+        total = self.budgets.of_layer(even.total, max(even.sinks + even.recent, 1), length)
+        return replace(even, total=total)
+
+    def _even(self, length: int) -> BudgetParts:
+        """The same where all layers keep as much."""
         sinks, recent, heavy = (tokens_of(b, length) for b in (self.sinks, self.recent, self.heavy))
         if self.protect:
             sinks = 0  # they are among those that never go
@@ -151,6 +232,11 @@ class Evict:
             half = total // 2
             return BudgetParts(total, min(sinks, half), min(recent, half), min(self.last, max(1, half)))
         return BudgetParts(max(total, min(length, sinks + recent)), sinks, recent, self.last)
+
+    @property
+    def of_keys(self) -> bool:
+        """Whether what stays is chosen by the keys alone."""
+        return self.score in KEY_SCORES
 
     @property
     def fixed(self) -> int:

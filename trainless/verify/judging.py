@@ -395,7 +395,7 @@ class Judge:
             )
             return
         mass = None
-        if isinstance(policy, Evict) and policy.score is not None:
+        if isinstance(policy, Evict) and policy.score is not None and not policy.of_keys:
             mass = self._scored(policy, found, real)
         chosen = None
         if plan.evictor is not None and policy is not None and policy.chosen:

@@ -3,11 +3,15 @@
 The first time the calls are noted. The second time each call is held against the dense rule, as ever, and against what
 was noted, and the model goes on with the outputs of the first time: so both see the same tokens, and a difference
 belongs to the call at which it shows.
+
+In a deep model most layers run the same code with other numbers, and computing each of their calls in full is most of the
+time that the check takes. So some sites of each kind are held against the dense rule, and all of them against what was
+noted the long way, which has a check of its own at every site.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +31,7 @@ from .watch import SiteWatch, Watching
 # How far what a module makes of the same inputs may be apart, as a share of the largest number.
 ALIKE = {torch.float64: 1e-6, torch.float32: 1e-3}
 ROUGH = 0.1
+FULLY = "computed in full"
 # The seam to which what a check finds belongs.
 SEAMS = {
     "kept": "kv",
@@ -71,10 +76,13 @@ class Notes:
 
 
 class SettledWatching(Watching):
-    """All sites of a patch while one sequence is read in one way."""
+    """All sites of a patch while one sequence is read in one way; full: modules whose calls are computed in full."""
 
-    def __init__(self, runtimes: Iterable[Runtime], tops: Iterable[nn.Module], way: Way, notes: Notes):
-        self.way, self.notes = way, notes
+    def __init__(
+        self, runtimes: Iterable[Runtime], tops: Iterable[nn.Module], way: Way, notes: Notes,
+        full: Collection[nn.Module],
+    ):  # fmt: skip
+        self.way, self.notes, self.full = way, notes, full
         super().__init__(runtimes, tops)
 
     def _site(self, runtime: Runtime) -> SiteWatch:
@@ -95,6 +103,7 @@ class SettledSite(SiteWatch):
         self.streams: dict[int, History] = {}  # of layers that keep everything, by their id
         self.number = 0  # of the call
         self.parted = False  # whether the two ways have kept different tokens, where either was right
+        self.full = module in watching.full
 
     def around(self, made: Made, proceed: Callable[[], Tensor], stock: Callable[[], Tensor]) -> Tensor:
         module, here = self.runtime.site.module, self.runtime
@@ -102,7 +111,7 @@ class SettledSite(SiteWatch):
         heard = Heard(made, self.watching.updates_of(module), again)
         layer = here.compiled_layer if self.traced else here.call.step
         own = None
-        if self.settles and layer is None and self._fits_stock(made, heard.updates):
+        if self.settles and self.full and layer is None and self._fits_stock(made, heard.updates):
             with torch.no_grad():
                 own = stock()
         self.inside, self.heard = True, heard
@@ -152,7 +161,10 @@ class SettledSite(SiteWatch):
             if record.wrong:
                 self._lose(heard)  # whatever comes of other inputs is no further news
                 return self._say(record, straight, judge)
-            if straight:
+            if not self.full:
+                straight = straight or self._in_numbers(out)
+                self._beside(heard, out, held, judge, record)
+            elif straight:
                 judge.step(layer, out, held.published if held is not None else None)
             else:
                 judge.follow()
@@ -160,8 +172,8 @@ class SettledSite(SiteWatch):
                 # Whether its result is right is the affair of the check of that name.
                 record.wrong.pop("result", None)
                 record.reasons.pop("result", None)
-                straight = self.traced and self.runtime.prepared.numbers and out.shape[1] == 1
-            if held is not None and not self.parted and not record.wrong:
+                straight = self._in_numbers(out)
+            if self.full and held is not None and not self.parted and not record.wrong:
                 self._came_out(heard, out, held, judge, record)
         except (Lost, TrainlessError) as error:
             self._lose(heard)
@@ -170,6 +182,35 @@ class SettledSite(SiteWatch):
             self._lose(heard)
             record.skip("result", "the whole matrix of a call does not fit into memory")
         self._say(record, straight, judge)
+
+    def _in_numbers(self, out: Tensor) -> bool:
+        """Whether it is a traced step of a plan that is numbers only, which needs no layer."""
+        return self.traced and self.runtime.prepared.numbers and out.shape[1] == 1
+
+    def _beside(
+        self, heard: Heard, out: Tensor, held: LongCall | None, judge: StepJudge, record: Record
+    ) -> None:
+        """A call at a site that is not computed in full: what came out of it, and what stays, as the long way."""
+        if held is None:
+            record.skip("result", "a call that the long way did not have")
+            return
+        if not self.parted:
+            gap = (
+                _gap(out.transpose(1, 2), held.out.transpose(1, 2), judge.real)
+                if out.shape == held.out.shape
+                else float("inf")
+            )
+            record.gap = gap
+            if gap > ALIKE.get(out.dtype, ROUGH):
+                record.fail("result", f"off by {gap:.2g} of the largest value from the long way")
+                return
+            layer = heard.updates[-1].layer if heard.updates else None
+            if held.kept is not None and isinstance(layer, CompressingLayer):
+                self.parted = answering(layer).kept() != held.kept
+        if self.parted:
+            record.skip(
+                "result", "other tokens were kept than the long way, at a site that is not computed in full"
+            )
 
     def _lose(self, heard: Heard) -> None:
         """A call that was not followed: nor can those after it be."""
@@ -240,6 +281,7 @@ class SettledSite(SiteWatch):
         if record.wrong or record.reasons or not straight:
             return
         found.held["settled"] += 1
+        found.held[FULLY] += self.full
         found.held[self.watching.way.name] += 1
         found.gap = max(found.gap, record.gap)
 
