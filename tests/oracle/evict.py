@@ -79,7 +79,7 @@ class Evictor(Rule):
         start, heads = int(call.real_keys[row].int().argmax()), len(present)
         columns = [head.nonzero().flatten().tolist() for head in present]
         mine = self.state(call).setdefault("own", {}).get(row)
-        if self.once and self.state(call)["calls"] > 1:
+        if self.once and self.state(call)["forwards"] > 1:
             return [set(c) for c in columns], [math.inf] * heads
         if mine is None and max(map(len, columns)) <= total:
             return [set(c) for c in columns], [math.inf] * heads
@@ -198,7 +198,7 @@ class Evictor(Rule):
         batch, hkv, _ = present.shape
         kept = torch.zeros_like(present)
         margin = torch.full((batch, hkv), math.inf, dtype=torch.float64)
-        state["calls"] = state.get("calls", 0) + 1 if call.past else 1
+        state["forwards"] = state.get("forwards", 0) + 1 if call.past else 1
         if not call.past:
             state["own"] = {}
         for row in range(batch):
