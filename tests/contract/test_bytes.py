@@ -62,6 +62,9 @@ def test_bytes_after_a_prefill_and_along_a_generation(case: Case, dtype: torch.d
         # One slot more than stay, for the token that comes.
         exact = len(lengths) * KV_HEADS * (budget + settled) * WIDTH * 2 * dtype.itemsize
         buffers = list(layer.fixed.tensors().values()) if settled else [layer.keys, layer.values]
+        if not settled:
+            buffers += [t for t in (layer.positions, layer.scores) if t is not None]
+            assert layer.positions is None or layer.positions.dtype == torch.int32
         assert _storage([layer.keys, layer.values]) == exact
         assert layer.nbytes == _storage(buffers)
         # Tables of turns are the model's, whatever is cached: one for all layers.
@@ -126,7 +129,8 @@ def test_bytes_of_a_choice_without_a_budget_are_those_of_the_kept_tokens(case: C
         widths.append(max(len(head) for row in layer.kept() for head in row))
         assert widths[-1] < max(lengths)
         exact = len(lengths) * KV_HEADS * widths[-1] * WIDTH * 2 * 4
-        assert _storage([layer.keys, layer.values]) == exact == layer.nbytes
+        assert _storage([layer.keys, layer.values]) == exact
+        assert layer.nbytes == exact + 4 * layer.positions.numel()
         held = {k: v for k, v in vars(layer).items() if k not in ("keys", "values")}
         assert _storage(_tensors(held)) <= 40 * len(lengths) * KV_HEADS * widths[-1]
     if case.even:

@@ -129,7 +129,9 @@ def test_explain_counts_the_bytes_of_a_share_and_of_tiers():
     whole = trainless.explain(model, "zipvl", mode="discard").cache.points[0]
     share = trainless.explain(model, "zipvl", ratio=0.25, mode="discard").cache.points[0]
     tiers = [trainless.explain(model, "zipvl", ratio=r).cache.points[0].patched for r in (0.25, 0.75)]
-    assert whole.patched is None and share.patched == share.unpatched / 4
+    # Beside keys and values of 4 bytes a number, a position of 4 for each token and head.
+    positions = share.unpatched / 4 / (2 * model.config.head_dim)
+    assert whole.patched is None and share.patched == share.unpatched / 4 + positions
     assert tiers[0] < tiers[1] < share.unpatched
 
 

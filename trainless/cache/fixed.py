@@ -106,7 +106,7 @@ class FixedLayer(Freezing):
             return
         self.fixed = None
         self._thaws(fixed.age.tolist(), fixed.count.tolist())
-        self.positions, self.scores = fixed.positions.long(), fixed.scores
+        self.positions, self.scores = fixed.positions, fixed.scores
         self.free, self.ordered = None, False
         self._compact()
 
@@ -165,11 +165,9 @@ class FixedLayer(Freezing):
 
     @property
     def nbytes(self) -> int:
-        held = super().nbytes
         if self.fixed is None:
-            return held
-        beside = (t for name, t in self.fixed.tensors().items() if name not in ("keys", "values"))
-        return held + sum(t.untyped_storage().nbytes() for t in beside)
+            return super().nbytes
+        return sum(t.untyped_storage().nbytes() for t in self.fixed.tensors().values())
 
     @property
     def width(self) -> int:

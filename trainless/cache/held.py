@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..kernels.dense import evaluate
 
-FAR = torch.iinfo(torch.int64).max
+FAR = torch.iinfo(torch.int32).max  # beyond any position
 
 
 def with_new(held: Tensor, mask: Any, rows: int, seen: int) -> Tensor:

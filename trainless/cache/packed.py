@@ -99,9 +99,10 @@ class PackedLayer(CompressingLayer):
     @property
     def nbytes(self) -> int:
         """Bytes of every storage that is held: codes, parameters, what waits, positions and scores."""
-        beside = (self.tail, self.scores, self.pending, self.real)
-        mine = sum(t.untyped_storage().nbytes() for t in beside if t is not None)
-        return super().nbytes + self.store.nbytes + mine
+        return super().nbytes + self.store.nbytes
+
+    def _beside(self) -> tuple[Tensor | None, ...]:
+        return self.tail, self.scores, self.pending, self.real
 
     def valid(self) -> Tensor | None:
         if self.tail is None or (not self.uneven and all(c == self.slots for c in self.counts)):

@@ -23,7 +23,7 @@ NUMBERS = ("lengths", "budgets", "recents", "firsts", "counts", "ages", "pads", 
 
 
 class Slots(Carrier, DynamicLayer):
-    """Shapes: keys, values (B, Hkv, S, D); positions (B, Hkv, S) int64, -1 for empty slots; scores
+    """Shapes: keys, values (B, Hkv, S, D); positions (B, Hkv, S) int32, -1 for empty slots; scores
     (B, Hkv, S) in float32 (float64 for a float64 model); free (B, Hkv), the slot the next token goes to.
     """
 
@@ -80,10 +80,15 @@ class Slots(Carrier, DynamicLayer):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values, from the storages themselves."""
+        """Bytes of keys and values, positions and scores, from the storages themselves."""
         if not isinstance(self.keys, Tensor) or not isinstance(self.values, Tensor):
             return 0
-        return sum(t.untyped_storage().nbytes() for t in (self.keys, self.values))
+        held = (self.keys, self.values, *self._beside())
+        return sum(t.untyped_storage().nbytes() for t in held if t is not None)
+
+    def _beside(self) -> tuple[Tensor | None, ...]:
+        """What is held beside keys and values, with an entry for each token."""
+        return self.positions, self.scores, self.pending, self.real
 
     @property
     def stock_nbytes(self) -> int:
@@ -182,7 +187,7 @@ class Slots(Carrier, DynamicLayer):
         if real is None and isinstance(ages, int):
             self.positions.scatter_(2, slot, ages)
         else:
-            positions = torch.zeros_like(slot) + ages
+            positions = (torch.zeros_like(slot) + ages).to(self.positions.dtype)
             if real is not None:
                 positions = torch.where(real[:, :1, None], positions, -1)
             self.positions.scatter_(2, slot, positions)
@@ -322,7 +327,7 @@ class Slots(Carrier, DynamicLayer):
         """Give every stored token its position; from here on the layer counts as compressed."""
         length, hkv = self.keys.shape[2], self.keys.shape[1]
         real = self.real if self.real is not None else self._ones(length)
-        positions = torch.where(real, real.long().cumsum(1) - 1, -1)
+        positions = torch.where(real, real.cumsum(1, dtype=torch.int32) - 1, -1)
         self.positions = positions[:, None].expand(-1, hkv, -1).contiguous()
         self.pads = [] if self.real is None else columns.runs(self.real)
         self.real = None

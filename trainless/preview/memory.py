@@ -125,8 +125,12 @@ def _bytes(plan: AttentionPlan, held: int, tokens: int, site: Site, per_token: i
     # Scores that are kept from call to call are float32, one per token and head.
     sums = evict is not None and evict.score is not None and not (evict.last or evict.once)
     if rule is None or tokens < rule.start:
-        if evict is None or held >= tokens or not _settles(evict):
+        if evict is None:
             return held * per_token
+        if held >= tokens:  # positions are told apart from the first token on that goes
+            return held * (per_token + heads * (4 if sums else 0))
+        if not _settles(evict):
+            return held * (per_token + heads * (8 if sums else 4))
         scored = evict.score is not None
         # Slots of fixed number: one more than stay, each with its position and its score.
         return (held + 1) * (per_token + heads * (8 if scored else 4))

@@ -166,7 +166,7 @@ def ragged_slots(
 
 
 def padded(slots: RaggedSlots) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """(keys (B, Hkv, W, D), values, positions (B, Hkv, W) int64, scores or None) of all that the lanes hold."""
+    """(keys (B, Hkv, W, D), values, positions (B, Hkv, W) int32, scores or None) of all that the lanes hold."""
     width = max(slots.sizes)
 
     def whole(t: Tensor, fill: float) -> Tensor:
@@ -177,7 +177,7 @@ def padded(slots: RaggedSlots) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
             start += size
         return made.unflatten(0, (slots.rows, slots.heads))
 
-    positions = whole(slots.positions, -1).long()
+    positions = whole(slots.positions, -1)
     empty = (positions < 0)[..., None]
     keys, values = (whole(t, 0).masked_fill(empty, 0) for t in (slots.keys, slots.values))
     return keys, values, positions, None if slots.scores is None else whole(slots.scores, 0)
