@@ -235,12 +235,12 @@ def _settle(
             if TURN:
                 for start in range(0, slots, BN):
                     each_place = start + tl.arange(0, BN)
-                    there_is = each_place < slots
+                    within = each_place < slots
                     held_at = lane * slots + each_place
-                    older = tl.load(positions + held_at, mask=there_is, other=-1)
-                    moved = tl.load(shifts + held_at, mask=there_is, other=0)
+                    older = tl.load(positions + held_at, mask=within, other=-1)
+                    moved = tl.load(shifts + held_at, mask=within, other=0)
                     moved += ((older >= 0) & (older < first_age)).to(tl.int32)
-                    tl.store(shifts + held_at, moved, mask=there_is)
+                    tl.store(shifts + held_at, moved, mask=within)
         tl.store(free + lane, next_free)
         if last_lane(tickets, batch, hkv):
             tl.store(age + batch, now)
@@ -273,7 +273,8 @@ def plan(slots: FixedSlots, share: int) -> dict[str, int]:
         "share": each,
         "clusters": triton.cdiv(parts, CLUSTER),
         "BR": 8 if share <= 8 else 16,
-        "BN": 64 if slots.keys.dtype.itemsize == 2 else 32,
+        # Keys that are turned come twice, and the tables with them.
+        "BN": 64 if slots.keys.dtype.itemsize == 2 and slots.shifts is None else 32,
         "BD": power(d),
         "BV": power(slots.values.shape[3]),
     }
