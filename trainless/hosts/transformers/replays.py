@@ -61,7 +61,7 @@ def current() -> Reading | None:
 
 
 @dataclass
-class Part:
+class GivenPart:
     """What a decoder was given for one call, or one chunk, of a prompt."""
 
     name: str  # of TOKENS
@@ -161,7 +161,7 @@ class Replays:
                 found.append((runtime, layer))
         return found
 
-    def _prompt(self, given: dict[str, Any]) -> Part:
+    def _prompt(self, given: dict[str, Any]) -> GivenPart:
         """What has to be given again of a call; Unsupported for what is not known to be repeatable."""
         method = self._method()
         strange = next(
@@ -189,7 +189,7 @@ class Replays:
                 f"{method}: {type(self.owner).__name__} was given neither tokens nor embeddings"
             )
         positions = given.get("position_ids")
-        return Part(name, given[name].detach(), positions if isinstance(positions, Tensor) else None)
+        return GivenPart(name, given[name].detach(), positions if isinstance(positions, Tensor) else None)
 
     def _method(self) -> str:
         return next(r.plan.evictor.method for r in self.runtimes if _replay(r) and r.plan.evictor is not None)
@@ -226,7 +226,7 @@ class Replays:
                 )
         self._choose(reading, sinks, replay)
 
-    def _check(self, cache: Cache, parts: Sequence[Part], length: int) -> None:
+    def _check(self, cache: Cache, parts: Sequence[GivenPart], length: int) -> None:
         method = self._method()
         if sum(p.tokens.shape[1] for p in parts) != length or len({p.name for p in parts}) > 1:
             raise Unsupported(
