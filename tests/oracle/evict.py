@@ -63,13 +63,13 @@ class Evictor(Rule):
         self.ratio, self.protect = ratio, protect == "prompt"
         return self
 
-    floor: float | None = None
+    least_share: float | None = None
 
     def adaptive(self, floor: float = 0.2) -> Evictor:
         """The heads of a layer share one budget, Hkv times what each would have: the best stay, whatever head they are
         of, after the best ``int(floor · budget)`` of each head, and what always stays. From the first time that a row
         drops something, each head keeps as many as it kept then. Ties: newer first, then the lower head."""
-        self.floor = floor
+        self.least_share = floor
         return self
 
     def _choose_adaptive(
@@ -97,7 +97,7 @@ class Evictor(Rule):
             ]
             return chosen, gaps
         forced = [
-            set(order[: max(len(held), int(self.floor * total + 1e-9))])
+            set(order[: max(len(held), int(self.least_share * total + 1e-9))])
             for order, held in zip(ranked, always, strict=True)
         ]
         pool = [(float(score[h, j]), j, -h) for h in range(heads) for j in ranked[h] if j not in forced[h]]
@@ -202,7 +202,7 @@ class Evictor(Rule):
         if not call.past:
             state["shares of heads"] = {}
         for row in range(batch):
-            if self.floor is not None:
+            if self.least_share is not None:
                 sets, gaps = self._choose_adaptive(
                     call, row, present[row], None if score is None else score[row]
                 )

@@ -47,7 +47,7 @@ class RaggedLayer(FixedLayer):
             super().freeze()
 
     def freeze_heads(self) -> None:
-        """Give each head storage of its own length, where they hold different numbers of tokens and nothing has to wait."""
+        """Give each head storage of its own length, where heads differ and nothing has to wait."""
         if not self.uneven:
             return
         if self._unsettled() or not (self.lease.active and self.budgets):
