@@ -17,6 +17,7 @@ from oracle import (
     KeyDiff,
     Knorm,
     KvQuant,
+    KVzip,
     Random,
     Rule,
     SnapKV,
@@ -95,7 +96,7 @@ class Case:
     @property
     def even(self) -> bool:
         """Whether all layers hold equally many tokens after one prefill."""
-        return not self.pattern or "ratio" in self.parameters
+        return self.method != "kvzip" and (not self.pattern or "ratio" in self.parameters)
 
     def acted_layers(self, family: str) -> Sequence[int]:
         return self.layers_of.get(family, self.layers)
@@ -367,6 +368,12 @@ CASES: list[Case] = [
         neighbours=(WARM, GAIN), neighbour_rules=_around(warm_rule, gain_rule),
         clashes=[("streaming", {"recent": 4}, "kv")],
     ),
+    Case(
+        "kvzip", "kvzip", {"ratio": 0.4, "sinks": 2}, lambda: KVzip(ratio=0.4, sinks=2), ("llama", "gemma2"),
+        {"ratio": 1.0}, None, layers_of={"gemma2": (1,)}, evicts=True, once=True, main=True, assisted="refused",
+        neighbours=(WARM, GAIN), neighbour_rules=_around(warm_rule, gain_rule),
+        clashes=[("streaming", {"recent": 4}, "kv")],
+    ),
     _zipvl(
         "zipvl", EVICTABLE, main=True, neighbours=(WARM, GAIN), neighbour_rules=_around(warm_rule, gain_rule),
         clashes=[("kvquant", {}, "kv")],
@@ -419,7 +426,7 @@ LANGUAGE = [c for c in CASES if set(c.families) & {*CAUSAL, *ENCODERS}]
 MAIN = [c for c in CASES if c.main]
 MAIN_CAUSAL = [c for c in MAIN if set(c.families) & set(CAUSAL)]
 EVICTORS = [c for c in CASES if c.evicts]
-BUDGETED = [c for c in EVICTORS if not (c.pattern or c.protects)]
+BUDGETED = [c for c in EVICTORS if c.even and not (c.pattern or c.protects)]
 
 
 def pairs(kinds: Sequence[str], cases: Sequence[Case] = ()) -> list[Any]:

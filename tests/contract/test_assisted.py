@@ -67,7 +67,7 @@ def test_assisted_with_eviction_stays_within_its_budget(case: Case, way: str):
         assert set(kept) == {layer.budgets[0] + grown}
 
 
-@pytest.mark.parametrize(**named(BUDGETED))
+@pytest.mark.parametrize(**named([*BUDGETED, *[c for c in EVICTORS if not (c.even or c.pattern)]]))
 @pytest.mark.parametrize("rejected", [0, 1, 3])
 def test_rejected_drafts_leave_no_trace(case: Case, rejected: int):
     """Draft of 4 tokens, the last ones taken back: as if only the accepted ones had come as one turn."""

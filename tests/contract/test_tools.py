@@ -64,7 +64,8 @@ def test_flex_attention_with_its_block_masks(case: Case, padded: bool):
         patch.remove()
         same(outputs(model, "llama", padded), stock)
     watch.remove()
-    assert met == [BlockMask] * (3 * len(CALLS))
+    again = 1 if case.method == "kvzip" else 0  # a prompt that is read a second time
+    assert met == [BlockMask] * (3 * len(CALLS) + again)
 
 
 def test_output_attentions_stay_available_where_the_method_delegates():

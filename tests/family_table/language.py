@@ -19,6 +19,7 @@ from oracle import (
     KeyDiff,
     Knorm,
     KvQuant,
+    KVzip,
     Random,
     Rule,
     SnapKV,
@@ -85,6 +86,7 @@ TRIES: dict[str, Try] = {
         KEYS, {"capacity": 1 << 20}, lambda sites: KeyDiff(**KEYS)
     ),
     "knorm": Try(KEYS, {"capacity": 1 << 20}, lambda sites: Knorm(**KEYS)),
+    "kvzip": Try({"ratio": 0.5, "sinks": 2}, {"ratio": 1.0}, lambda sites: KVzip(ratio=0.5, sinks=2)),
     "kvquant": Try(QUANT, {"k_bits": 16, "v_bits": 16}, lambda sites: KvQuant(**QUANT), near=True),
     "random": Try({"ratio": 0.5}, {"ratio": 1.0}, lambda sites: Random().shares(ratio=0.5)),
     "snapkv": Try(

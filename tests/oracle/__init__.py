@@ -25,6 +25,7 @@ from .h2o import H2O
 from .head_gain import HeadGain
 from .keys import KeyDiff, Knorm
 from .kvquant import KvQuant
+from .kvzip import KVzip
 from .linfusion import LinFusion, install_linfusion, linear_attention, random_weights
 from .packing import Block, Packed
 from .random import Random
@@ -47,6 +48,7 @@ __all__ = [
     "EntropyOracle",
     "Evictor",
     "HeadGain",
+    "KVzip",
     "Kept",
     "KeyDiff",
     "Knorm",

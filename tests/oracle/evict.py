@@ -63,13 +63,13 @@ class Evictor(Rule):
         self.ratio, self.protect = ratio, protect == "prompt"
         return self
 
-    floor: float | None = None
+    least_share: float | None = None
 
     def adaptive(self, floor: float = 0.2) -> Evictor:
         """The heads of a layer share one budget, Hkv times what each would have: the best stay, whatever head they are
         of, after the best ``int(floor · budget)`` of each head, and what always stays. From the first time that a row
         drops something, each head keeps as many as it kept then. Ties: newer first, then the lower head."""
-        self.floor = floor
+        self.least_share = floor
         return self
 
     def _choose_adaptive(
@@ -78,8 +78,8 @@ class Evictor(Rule):
         total, first, last = self.parts(self.length(call, row))
         start, heads = int(call.real_keys[row].int().argmax()), len(present)
         columns = [head.nonzero().flatten().tolist() for head in present]
-        mine = self.state(call).setdefault("own", {}).get(row)
-        if self.once and self.state(call)["forwards"] > 1:
+        mine = self.state(call).setdefault("shares of heads", {}).get(row)
+        if self.once and self.state(call)["calls of this rule"] > 1:
             return [set(c) for c in columns], [math.inf] * heads
         if mine is None and max(map(len, columns)) <= total:
             return [set(c) for c in columns], [math.inf] * heads
@@ -97,7 +97,7 @@ class Evictor(Rule):
             ]
             return chosen, gaps
         forced = [
-            set(order[: max(len(held), int(self.floor * total + 1e-9))])
+            set(order[: max(len(held), int(self.least_share * total + 1e-9))])
             for order, held in zip(ranked, always, strict=True)
         ]
         pool = [(float(score[h, j]), j, -h) for h in range(heads) for j in ranked[h] if j not in forced[h]]
@@ -105,7 +105,7 @@ class Evictor(Rule):
         places = heads * total - sum(map(len, forced))
         for _, j, h in pool[:places]:
             forced[-h].add(j)
-        self.state(call)["own"][row] = [len(f) for f in forced]
+        self.state(call)["shares of heads"][row] = [len(f) for f in forced]
         refused = pool[places][0] if places < len(pool) else 0.0
         gap = (pool[places - 1][0] - refused) / max(refused, 1e-300) if places else math.inf
         return forced, [gap] * heads
@@ -198,11 +198,11 @@ class Evictor(Rule):
         batch, hkv, _ = present.shape
         kept = torch.zeros_like(present)
         margin = torch.full((batch, hkv), math.inf, dtype=torch.float64)
-        state["forwards"] = state.get("forwards", 0) + 1 if call.past else 1
+        state["calls of this rule"] = state.get("calls of this rule", 0) + 1 if call.past else 1
         if not call.past:
-            state["own"] = {}
+            state["shares of heads"] = {}
         for row in range(batch):
-            if self.floor is not None:
+            if self.least_share is not None:
                 sets, gaps = self._choose_adaptive(
                     call, row, present[row], None if score is None else score[row]
                 )

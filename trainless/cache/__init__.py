@@ -25,6 +25,7 @@ from .fixed_tiers import FixedTiersLayer
 from .freezing import Freezing
 from .hybrid import beside_recurrence
 from .packed import PackedLayer
+from .pairs import chosen_pairs
 from .ragged import RaggedLayer
 from .standing import StaticStatefulMixin
 
@@ -43,6 +44,7 @@ __all__ = [
     "StatefulMixin",
     "StaticStatefulMixin",
     "beside_recurrence",
+    "chosen_pairs",
     "in_place",
     "plain",
     "stateful",

@@ -72,6 +72,11 @@ class CompressingLayer(Choosing):
         if not self.served:
             return self._hand_out(key_states, value_states)
         self._check_seen()
+        if self.waits and not self.lease.deferring:
+            raise Unsupported(
+                f"{self.lease.name}: the prompt was not read a second time, since its call ended otherwise than in its "
+                "model's forward; start a new cache, and call the model"
+            )
         if self.deferred and not self.lease.deferring:
             self.settle()  # the prefill in chunks is over, and nobody has said so
         self._came(key_states.shape[-2])
@@ -109,6 +114,11 @@ class CompressingLayer(Choosing):
 
     def activate_past_recording(self) -> None:
         """From now on evict only at crop(), which comes after every draft that may be rejected."""
+        if self.policy.replay is not None and self.lease.active and not self.done:
+            raise Unsupported(
+                f"{self.lease.name}: the prompt is read a second time, and the first call of assisted decoding brings a "
+                "draft along with it; do without assisted decoding"
+            )
         if self.policy.chosen and self.lease.active:
             raise Unsupported(
                 f"{self.lease.name}: it chooses what stays from the tokens that it has seen, and drafts that are taken "
@@ -250,8 +260,8 @@ class CompressingLayer(Choosing):
             heads = self.positions >= 0
             return heads[:, :, None, :], False
         held = self.positions.shape[2] - rows
-        wide = self.positions.shape[1] if self.uneven else 1
-        return with_new(self.positions[:, :wide, :held] >= 0, mask, rows, self.seen), False
+        told = self.positions if self.uneven else self.positions[:, :1]
+        return with_new(told[:, :, :held] >= 0, mask, rows, self.seen), False
 
     def shifts(self) -> Tensor | None:
         """(B, Hkv, S): how far each key must move so that kept tokens look contiguous; None for nowhere."""
@@ -269,7 +279,7 @@ class CompressingLayer(Choosing):
 
     def settle(self) -> set[Lease]:
         """Evict what the rule says, now that the call is over; returns the leases that changed something."""
-        if not self.lease.active or self.lease.deferring or self.record_past:
+        if not self.lease.active or self.lease.deferring or self.record_past or self.waits:
             self.free = None  # the slot is taken, and the next token needs another
             self.deferred = self.lease.deferring
             return set()
@@ -279,6 +289,18 @@ class CompressingLayer(Choosing):
             self._add_scores(self._grouped(apart.tensors["mass"][:, :, None])[:, :, 0])
         self._commit()
         return {self.lease} if self._evict() else set()
+
+    @property
+    def waits(self) -> bool:
+        """Whether its prompt is there and still has to be read a second time, before which nothing goes."""
+        return self.policy.replay is not None and self.lease.active and not self.done and self.seen > 0
+
+    def keep_pairs(self, keep: Tensor) -> set[Lease]:
+        """Keep of the prompt what was chosen after its second reading, bool (B, Hkv, S); what ``settle`` returns."""
+        self._freeze()
+        self.done, self.deferred = True, False
+        dropped = {self.lease} if self.keep_heads(keep) else set()
+        return dropped | self.settle()
 
     def kept(self) -> list[list[list[int]]]:
         """Positions kept, ascending, per row and key/value head."""

@@ -56,7 +56,7 @@ class FixedLayer(Freezing):
     @staticmethod
     def suits(policy: Evict, capacity: int | None) -> bool:
         """Whether what stays under this rule fits into slots whose number is known after the prompt."""
-        return not (policy.chosen or policy.by_head)
+        return not (policy.chosen or policy.by_head or policy.replay is not None)
 
     def freeze(self) -> None:
         """Settle into slots, now that a call is over and what stays is known; does nothing where that has to wait."""

@@ -168,7 +168,7 @@ class PackedLayer(CompressingLayer):
 
     def finish(self, high: Tensor | None) -> set[Lease]:
         """The second half: pack what is due; ``high`` (B, Hkv or 1, W): tokens for the high tier (None: all)."""
-        if self.record_past or self.packer.deferring or self.lease.deferring:
+        if self.record_past or self.packer.deferring or self.lease.deferring or self.waits:
             return set()
         if high is not None:
             self.high = high.expand(self._batch(), self.keys.shape[1], -1).to(self.keys.device)

@@ -33,8 +33,7 @@ class RaggedLayer(FixedLayer):
 
     @staticmethod
     def suits(policy: Evict, capacity: int | None) -> bool:
-        apart = policy.by_head or (policy.chosen and policy.once)
-        return capacity is None and apart and policy.seed is None
+        return capacity is None and policy.parts_heads
 
     def _buffers(self) -> list[Tensor]:
         return super()._buffers() if self.ragged is None else list(self.ragged.tensors().values())
@@ -42,8 +41,15 @@ class RaggedLayer(FixedLayer):
     # ------------------------------------------------------------------ freezing and thawing
 
     def freeze(self) -> None:
+        if self.uneven:
+            self.freeze_heads()
+        else:
+            super().freeze()
+
+    def freeze_heads(self) -> None:
+        """Give each head storage of its own length, where heads differ and nothing has to wait."""
         if not self.uneven:
-            return super().freeze()
+            return
         if self._unsettled() or not (self.lease.active and self.budgets):
             return
         goes_on = not self.policy.once

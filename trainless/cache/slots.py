@@ -66,6 +66,7 @@ class Slots(Carrier, DynamicLayer):
         self.idle = 0  # tokens that came since a rule was last active
         self.missed: set[Any] = set()  # leases that were not active when the first tokens came
         self.strayed = False  # whether tokens came that the engine did not attend to
+        self.prompt: list[Any] = []  # inputs of a prompt that is to be read a second time
         self.reported: tuple[int, int] | None = None  # (tokens seen, first column) of the mask asked for last
 
     @property

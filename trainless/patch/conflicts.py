@@ -80,10 +80,28 @@ def _stands_against(one: Contribution, other: Contribution) -> str | None:
         if one.groups is not None:
             return f"seam {one.kind} names groups of keys, and seam kv packs them; give them different layers"
     rule = other.policy
+    if (why := _replayed(one, other)) is not None:
+        return why
     scored = isinstance(rule, Evict) and rule.score is not None and not rule.of_keys
     if one.kind == "pattern" and one.dynamic and (other.statistics or scored):
         return f"seam pattern is chosen from statistics that seam {other.kind} reads as well"
     return None
+
+
+def _replayed(one: Contribution, other: Contribution) -> str | None:
+    """Why ``one``, if it has the prompt read a second time, cannot stand beside ``other``."""
+    if not (isinstance(one.policy, Evict) and one.policy.replay is not None) or other.kind in BESIDE:
+        return None
+    if isinstance(other.policy, Quantise):
+        if not other.policy.chosen:
+            return None
+        return (
+            "seam kv has a prompt read a second time before any token goes, and the other rule chooses at its first "
+            "call; use `where` to part them"
+        )
+    if getattr(other, "constant", None) is not None:
+        return None
+    return f"seam kv has a prompt read a second time, in which seam {other.kind} would act once more; use one of them"
 
 
 def _heads_meet(x: Contribution, y: Contribution) -> bool:

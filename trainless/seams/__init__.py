@@ -30,7 +30,7 @@ from .contributions import (
     Value,
     Weights,
 )
-from .eviction import Budget, Budgets, Evict, RowSample, check_budget, check_ratio, tokens_of
+from .eviction import Budget, Budgets, Evict, Replay, RowSample, check_budget, check_ratio, tokens_of
 from .kinds import BESIDE, EXCLUSIVE, FACTS, KINDS, SCOPES, STATISTICS
 from .lease import Lease
 from .parameters import layer_of, parameter_of, unwrapped, why_not_plain
@@ -74,6 +74,7 @@ __all__ = [
     "Position",
     "Probes",
     "Quantise",
+    "Replay",
     "RowEdit",
     "RowSample",
     "Scale",

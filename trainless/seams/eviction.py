@@ -113,6 +113,32 @@ class Budgets:
 
 
 @dataclass(frozen=True)
+class Replay:
+    """Score what a prompt has cached by reading it a second time, and choose among all layers together.
+
+    When the call over an empty cache is over (of a prefill in chunks, the last), its own inputs are given to the model
+    again, ``chunk`` tokens of each row at a time, at the positions that follow the prompt's. A pair, the key and value of
+    one token in one key/value head, has as score the largest probability that a row of its own chunk, in any query head
+    of the group, has for it; the softmax is over the ``sinks`` of the rule, the cached keys of the chunk and the chunk's
+    own keys up to the row. Nothing of the second reading stays.
+
+    among: of a row's pairs the best of the whole "model" stay, of each "layer", or of each "head". floor: the share of
+    what a head would have of an equal split that its best tokens get in any case.
+    """
+
+    chunk: int = 2048
+    among: str = "model"
+    floor: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.among not in ("model", "layer", "head") or not 0.0 <= self.floor <= 1.0 or self.chunk < 1:
+            raise InputError(
+                f"a replay among {self.among!r} with floor={self.floor!r} and chunk={self.chunk!r}: model, layer or "
+                "head, 0 to 1, and at least 1 token"
+            )
+
+
+@dataclass(frozen=True)
 class Evict:
     """A rule for what a cache layer keeps after each call: first + recent + the best of the rest.
 
@@ -146,6 +172,7 @@ class Evict:
     once: choose at the end of the first prefill, and keep everything that comes after it.
     rolled: keys are presented as if the kept tokens were contiguous.
     budgets: how they are spread over layers and heads; None: evenly.
+    replay: the prompt is read a second time, which says what of it stays; ``capacity`` is then the share of the pairs.
     """
 
     sinks: Budget = 0
@@ -166,8 +193,19 @@ class Evict:
     protect: bool = False
     seed: int | None = None
     budgets: Budgets | None = None
+    replay: Replay | None = None
 
     def __post_init__(self) -> None:
+        if self.replay is not None and not (
+            self.once
+            and isinstance(self.capacity, float)
+            and isinstance(self.sinks, int)
+            and self.score is None
+            and not (self.recent or self.heavy or self.rolled)
+        ):
+            raise InputError(
+                "replay chooses once, by scores of its own, a share (capacity) of what is cached, beside sinks in tokens"
+            )
         if (self.score == "probe_mass") != (self.last > 0):
             raise InputError(
                 'score="probe_mass" needs last=, the number of rows to score by, and only it does'
@@ -195,6 +233,11 @@ class Evict:
             raise InputError(
                 "heads that share one budget need a score of each head's own: shared=False and score="
             )
+
+    @property
+    def parts_heads(self) -> bool:
+        """Whether heads may hold different numbers of tokens, by budgets that they share or by a choice made once."""
+        return self.by_head or self.replay is not None or (self.chosen and self.once)
 
     @property
     def by_head(self) -> bool:

@@ -388,6 +388,12 @@ class Judge:
             history.lose()
             record.skip("kept", "the call itself could not be computed in full")
             return
+        if isinstance(policy, Evict) and policy.replay is not None:
+            history.lose()
+            record.skip(
+                "kept", "what stays is decided when the prompt has been read a second time, after the call"
+            )
+            return
         if layer.record_past or layer.lease.deferring:
             history.lose()
             record.skip(

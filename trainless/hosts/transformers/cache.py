@@ -31,7 +31,7 @@ from ...edits.journal import mark
 from ...engine.runtime import Runtime
 from ...errors import InputError, Unsupported
 from ...seams import AttentionPlan, Entry, Lease
-from . import traced
+from . import replays, traced
 from .contract import GENERATE, problem
 from .inputs import noted
 from .layers import PLAIN, depths_of, index_of
@@ -43,6 +43,8 @@ from .version import DummyLayer, cache_in, layers_of
 
 def before(runtime: Runtime, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Note which cache layer this call will use, replacing a stock layer that is still empty by ours."""
+    if replays.current() is not None:
+        return  # the cache of a second reading is nobody's
     if not torch.compiler.is_compiling():
         watch = runtime.watch
         if watch is None or not watch.traced or not traced.note(runtime, module, args, kwargs):
@@ -294,7 +296,11 @@ def prefill_wrapper(model: nn.Module, runtimes: Sequence[Runtime]) -> Callable[.
         finally:
             for lease in leases:
                 lease.deferring = False
-        for layer in layers_of(cache_in(model_kwargs)):
+        cache = cache_in(model_kwargs)
+        for again in {id(found): found for r in runtimes if (found := r.asked.get("replay"))}.values():
+            if isinstance(cache, Cache):
+                again.finish(cache)
+        for layer in layers_of(cache):
             if isinstance(layer, CompressingLayer):
                 layer.settle()
         return outputs

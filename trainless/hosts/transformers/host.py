@@ -32,8 +32,8 @@ from ...seams import AttentionCall, AttentionPlan, Contribution, Site
 from ..modules.around import Tell, nothing
 from . import images as images
 from . import inputs as inputs
+from . import replays, sequences, traced
 from . import residual as residual
-from . import sequences, traced
 from .cache import before, cache_wrapper, continuous_wrapper, prefill_wrapper
 from .calls import PACKED, call_of, tell
 from .dispatch import unmatched
@@ -92,12 +92,33 @@ def _attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, An
     """The one registered attention function."""
     if torch.compiler.is_compiling():
         return _traced(module, *args, **kwargs)
+    if replays.current() is not None:
+        return _read_again(module, *args, **kwargs)
     runtime = module.__dict__.get(ATTRIBUTE)
     if runtime is not None and runtime.plan.inert and not runtime.hooked and runtime.watch is None:
         # Nothing to do, and nothing is noted of calls here either: this is to cost no more than the count.
         runtime.passed()
         return _user_function(module)(module, *args, **kwargs)
     return _routed(module, *args, **kwargs)
+
+
+def _read_again(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Any]:
+    """A call in which a prompt is read a second time."""
+    runtime, reading = runtime_of(module), replays.current()
+    assert runtime is not None and reading is not None
+    given = query, key, value
+    return reading.attend(
+        runtime, _user_function(module), module, given, attention_mask, scaling, dropout, kwargs
+    )
 
 
 def _traced(
@@ -420,6 +441,8 @@ class TransformersHost:
         if runtime.site.facts.get("keys") == "tiled":
             _refuse_heads(runtime)
         self._find_out(runtime, model, station)
+        if any(replays.asked(e.contribution) for e in runtime.entries):
+            replays.watch(runtime, model, station)
         if not self._calls_differ(runtime):
             return
         inputs.watch(runtime, model, station)

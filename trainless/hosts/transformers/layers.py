@@ -20,6 +20,7 @@ from transformers.cache_utils import (
     LinearAttentionAndFullAttentionLayer,
 )
 
+from .replayable import refusal
 from .version import DummyLayer, WindowBesideRecurrence
 
 # Layers that can be replaced by ones that evict or pack; the second also holds the state of a recurrence.
@@ -91,15 +92,33 @@ class Layers:
     def __init__(self, ancestors: Mapping[str, PreTrainedModel]):
         self.ancestors = ancestors
         self.built: dict[int, tuple[list[Any], list[Any]]] = {}
+        self.replays: dict[tuple[int, str], str | None] = {}
 
-    def of(self, name: str, module: nn.Module) -> Held:
+    def owner(self, name: str) -> PreTrainedModel | None:
+        """The model nearest around the module called so."""
         around = [n for n in self.ancestors if n in ("", name) or name.startswith(f"{n}.")]
-        if not around:
-            return Held()
-        owner = self.ancestors[max(around, key=len)]
+        return self.ancestors[max(around, key=len)] if around else None
+
+    def no_replay(self, name: str, keys: str) -> str | None:
+        """Why the prompt of a module called so cannot be read a second time; None where it can."""
+        owner = self.owner(name)
+        if owner is None:
+            return "it stands in no model that could be given its prompt again"
+        if (id(owner), keys) not in self.replays:
+            self.replays[id(owner), keys] = refusal(owner, self.layers_of(owner)[0], keys)
+        return self.replays[id(owner), keys]
+
+    def layers_of(self, owner: PreTrainedModel) -> tuple[list[Any], list[Any]]:
+        """The layers of a dynamic cache of its config, and of a static one."""
         if id(owner) not in self.built:
             self.built[id(owner)] = _build(owner.config)
-        layers, static = self.built[id(owner)]
+        return self.built[id(owner)]
+
+    def of(self, name: str, module: nn.Module) -> Held:
+        owner = self.owner(name)
+        if owner is None:
+            return Held()
+        layers, static = self.layers_of(owner)
         parameters = inspect.signature(type(module).forward).parameters
         index, depths = getattr(module, "layer_idx", None), 1.0
         if "layer_idx" in parameters or not isinstance(index, int) or index < 0:

@@ -115,6 +115,8 @@ def _numbered(ancestors: Mapping[str, PreTrainedModel], found: list[Found], pref
         heads, kv_heads, width = _head_counts(module)
         held = caches.of(name, module) if "decoder" in parts and kind == "self" else Held()
         facts = {**_site_facts(module, layer, held), "no_images": missing_images(ancestors, name, parts)}
+        if "decoder" in parts and kind == "self":
+            facts["no_replay"] = caches.no_replay(name, family_of(module).keys)
         if kind == "self" and assumed(module):
             facts["undeclared"] = type(module).__name__
         facts["cache_shape"] = _cache_shape(module, family_of(module), kv_heads, width)

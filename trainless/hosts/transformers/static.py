@@ -33,7 +33,7 @@ def fixed_kind(plan: AttentionPlan) -> type[FixedPackedLayer]:
 
 def evicting_kind(policy: Evict) -> type[FixedLayer]:
     """The class of a layer that evicts by this rule and may settle."""
-    return RaggedLayer if policy.by_head or (policy.chosen and policy.once) else FixedLayer
+    return RaggedLayer if policy.parts_heads else FixedLayer
 
 
 def settles(plan: AttentionPlan, site: Site, capacity: int | None) -> bool:
