@@ -34,7 +34,7 @@ class Budget(NamedTuple):
 
 
 METHODS: dict[str, tuple[dict[str, Any], Budget]] = {
-    "identity": ({"use": "attn_temperature", "with": {"temperature": 1.0}}, Budget(0, 0, 7, 3.01)),
+    "identity": ({"use": "attn_temperature", "with": {"temperature": 1.0}}, Budget(0, 0, 8, 3.01)),
     "attn_temperature": ({"use": "attn_temperature", "with": {"temperature": 0.8}}, Budget(0, 0, 17, 3.01)),
     "head_gain": ({"use": "head_gain", "with": {"gain": 0.9}}, Budget(1, 0, 18, 3.01)),
     "head_gain, one head": (
@@ -52,7 +52,7 @@ METHODS: dict[str, tuple[dict[str, Any], Budget]] = {
     "keydiff": ({"use": "keydiff", "with": {"capacity": QUARTER}}, Budget(-2, 0, 53, 0.26)),
     "act": (
         {"use": "act", "with": {"skip_layers": 0, "heads": "all", "theta": 1e-3}},
-        Budget(1, 0, 134, 1.07),
+        Budget(1, 0, 135, 1.07),
     ),
     "kvquant": ({"use": "kvquant", "with": {"group": 16, "residual": 16}}, Budget(-2, 0, 58, 0.37)),
     "zipcache": ({"use": "zipcache"}, Budget(-2, 0, 62, 0.24)),
