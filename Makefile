@@ -33,7 +33,7 @@ demo: $(MADE)/demo
 
 test: $(MADE)/dev $(MADE)/demo $(MADE)/encoder $(MADE)/oldest
 	@echo "== a slice with the oldest transformers"
-	OMP_NUM_THREADS=1 PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest -p no:cacheprovider -n $(JOBS) $(SLICE) -k "$(SLICE_OF)"
+	OMP_NUM_THREADS=1 TRAINLESS_SAMPLED=1 PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest -p no:cacheprovider -n $(JOBS) $(SLICE) -k "$(SLICE_OF)"
 	@echo "== everything with the newest"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(TESTS)
 

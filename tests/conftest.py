@@ -4,7 +4,8 @@ A test over several parameters is a grid. By default a combination runs only if 
 before it has had, so that no value and no kind of check is left out; ``make test-all`` runs the whole grids. Values that
 say which ``kinds`` they are of (the contract's cases) count by those: one of each kind runs, all of them in tests that
 are marked ``every``; tests that are marked ``whole`` are never cut down. What is marked ``grid`` runs with
-TRAINLESS_ALL=1 only. Tests that are named (``-k``, a node id) run whatever they are.
+TRAINLESS_ALL=1 only. Tests that are named (``-k``, a node id) run whatever they are; with TRAINLESS_SAMPLED=1 they are
+cut down too, as the slice with the oldest transformers is.
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ from typing import Any
 import pytest
 
 
+@pytest.hookimpl(
+    trylast=True
+)  # of what -k has left, or a value could be lost with the test that stands for it
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     named = config.getoption("keyword") or any("::" in arg for arg in config.args)
-    if os.environ.get("TRAINLESS_ALL") or named:
+    if os.environ.get("TRAINLESS_ALL") or (named and not os.environ.get("TRAINLESS_SAMPLED")):
         return
     seen: dict[Any, set[tuple[str, Any]]] = defaultdict(set)
     kept, left = [], []

