@@ -49,11 +49,16 @@ FORM = "trainless.kernels.{}"
 TYPES = {
     **dict.fromkeys("q k v new_k new_v keys_bf values_bf tail_k tail_v ek ev bias sinks out".split(), "bf16"),
     **dict.fromkeys("keys mask valid real".split(), "u8"),
-    **dict.fromkeys("lse logits scores part_out part_lse state total records found_worth".split(), "fp32"),
-    **dict.fromkeys("packed age tickets positions free count limit recent never found_slot".split(), "i32"),
+    **dict.fromkeys(
+        "lse logits scores part_out part_lse state total records found_worth near_turns far_turns".split(),
+        "fp32",
+    ),
+    **dict.fromkeys(
+        "packed age tickets positions free count limit recent never found_slot shifts partner".split(), "i32"
+    ),
     **dict.fromkeys("key_step key_min value_step value_min value_root".split(), "u32"),
     **dict.fromkeys("key value".split(), "u16"),
-    **dict.fromkeys("rows_of cols_of limits index spans".split(), "i64"),
+    **dict.fromkeys("rows_of cols_of limits index spans lots".split(), "i64"),
 }
 PARAMETERS = ("key_step", "key_min", "value_step", "value_min", "value_root")
 FLOATS = {"scale", "softcap", "hidden", "eps"}
@@ -131,12 +136,12 @@ def cases() -> Iterator[Case]:
         )  # fmt: skip
     for d in (64, 128):
         wide = {"FEATURE": 0, "KEYS": False, "EXACT": False, "BD": d, "BV": 64}
-        sums, chunks = {"BN": 64, "WHOLE": True, "CLUSTER": 8}, {"BN": 32, "CUT": True}
+        sums, chunks = {"BN": 64, "WHOLE": True, "CLUSTER": 8}, {"BN": 32 if d == 64 else 16, "CUT": True}
         yield Case(f"linear, sums, width {d}", "linear.triton", "_reduce", {**wide, **sums}, limits=kept)
         yield Case(f"linear, apply, width {d}", "linear.triton", "_apply", {**wide, "BM": 64}, limits=kept)
         yield Case(
             f"linear, causal, width {d}", "linear.triton", "_causal", {**wide, **chunks}, 4 if d == 64 else 8, 2,
-            limits=kept if d == 64 else {},
+            limits=kept,
         )  # fmt: skip
     yield Case(
         "lse", "lse.triton", "_attention", {**masks, "BM": 64, "BN": 64, "BD": 128, "MODE": 0}, 4, 3, 4096
@@ -191,6 +196,21 @@ def slot_cases() -> Iterator[Case]:
     rule = {"SCORE": 1, "GQA": 0, "SHARED": False, "NORMALISE": False, "REAL": False}
     rule |= {"TURN": False, "BN": 1024, "BB": 8}
     yield Case("slot_decode, settle", "slots.triton", "_settle", rule, limits={"spills": 0})
+    turned = {**of, "LOGITS": True, "TURN": True, "BN": 32}
+    yield Case(
+        "slot_decode, attend, keys turned",
+        "slots.triton",
+        "_attend",
+        turned,
+        types=types,
+        limits={"spills": 0},
+    )
+    rolled, drawn = rule | {"TURN": True}, rule | {"SCORE": 3}
+    yield Case("slot_decode, settle, keys turned", "slots.triton", "_settle", rolled, limits={"spills": 0})
+    types = {"found_worth": "fp64"}
+    yield Case(
+        "slot_decode, settle, drawn", "slots.triton", "_settle", drawn, types=types, limits={"spills": 0}
+    )
 
 
 def old_packed_cases() -> Iterator[Case]:

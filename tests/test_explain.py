@@ -241,7 +241,7 @@ def test_a_cache_that_depends_on_the_prompt_is_not_estimated():
         ("jetmoe", "h2o", "repeats the heads"),
         ("diffllama", "act", "more than once"),
         ("jamba", "h2o", None),
-        ("llama", "random", "does not fit into buffers"),
+        ("llama", "zipvl", "does not fit into buffers"),
     ],
 )
 def test_a_static_cache_that_a_call_refuses_is_a_note(kind: str, what: str, why: str | None) -> None:

@@ -89,6 +89,11 @@ class Case:
         return [self.method, cache, self.chunks, self.assisted, self.replaces, self.late]
 
     @property
+    def by_head(self) -> bool:
+        """Whether heads may hold different numbers of tokens."""
+        return self.parameters.get("budgets") == "adaptive"
+
+    @property
     def even(self) -> bool:
         """Whether all layers hold equally many tokens after one prefill."""
         return self.method != "kvzip" and (not self.pattern or "ratio" in self.parameters)
@@ -343,6 +348,14 @@ CASES: list[Case] = [
     _shared(
         "tova-protect", "tova", lambda **m: Tova(m.pop("capacity", 1), **m), {"capacity": 60}, ratio=0.1,
         protect="prompt",
+    ),
+    _capped(
+        "snapkv-adaptive", "snapkv", lambda budgets, **m: SnapKV(**m).adaptive(), ("llama", "qwen2"), capacity=8,
+        window=3, pool=1, once=True, budgets="adaptive",
+    ),
+    _capped(
+        "tova-adaptive", "tova", lambda budgets, **m: Tova(**m).adaptive(), ("llama",), capacity=7, shared=False,
+        budgets="adaptive",
     ),
     _capped("snapkv-fraction", "snapkv", SnapKV, ("llama",), capacity=0.6, window=2, pool=1, once=True),
     _capped(

@@ -34,8 +34,8 @@ class Budget(NamedTuple):
 
 
 METHODS: dict[str, tuple[dict[str, Any], Budget]] = {
-    "identity": ({"use": "attn_temperature", "with": {"temperature": 1.0}}, Budget(0, 0, 10, 3.01)),
-    "attn_temperature": ({"use": "attn_temperature", "with": {"temperature": 0.8}}, Budget(0, 0, 18, 3.01)),
+    "identity": ({"use": "attn_temperature", "with": {"temperature": 1.0}}, Budget(0, 0, 7, 3.01)),
+    "attn_temperature": ({"use": "attn_temperature", "with": {"temperature": 0.8}}, Budget(0, 0, 17, 3.01)),
     "head_gain": ({"use": "head_gain", "with": {"gain": 0.9}}, Budget(1, 0, 18, 3.01)),
     "head_gain, one head": (
         {"use": "head_gain", "with": {"gain": 0.9, "heads": [[0, 1]]}},

@@ -1,5 +1,6 @@
 """Bytes: what an evicting layer stores after a prefill is its budget, measured on the storages."""
 
+import copy
 import math
 
 import pytest
@@ -8,8 +9,9 @@ from oracle import models
 from transformers import DynamicCache
 
 import trainless
-from trainless.cache import FixedLayer
+from trainless.cache import FixedLayer, RaggedLayer
 from trainless.cache.fixed import ROOM
+from trainless.kernels.ragged import PAGE
 from trainless.patch.report import size
 from trainless.seams import tokens_of
 
@@ -46,7 +48,7 @@ def _storage(tensors) -> int:
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-@pytest.mark.parametrize(**named(BUDGETED))
+@pytest.mark.parametrize(**named([c for c in BUDGETED if not c.by_head]))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 @pytest.mark.parametrize("lengths", [[24], [24, 24], [24, 15, 9]], ids=str)
 def test_bytes_after_a_prefill_and_along_a_generation(case: Case, dtype: torch.dtype, lengths: list[int]):
@@ -79,6 +81,36 @@ def test_bytes_after_a_prefill_and_along_a_generation(case: Case, dtype: torch.d
             grown = ROOM + 2 if case.once else 1  # it settles after a step, and keeps a slot empty
             most = len(lengths) * KV_HEADS * (budget + grown) * WIDTH * 2 * dtype.itemsize
             assert _storage([layer.keys, layer.values]) <= most
+
+
+@pytest.mark.parametrize(**named([c for c in BUDGETED if c.by_head]))
+@pytest.mark.parametrize("lengths", [[24], [24, 15, 9]], ids=str)
+def test_bytes_of_heads_that_share_a_budget_are_those_of_what_each_holds(case: Case, lengths: list[int]):
+    model = build("llama", dtype=torch.float32, exact=False)
+    patch = trainless.patch(model, case.method, **case.parameters)
+    ids, mask = models.left_padded(lengths)
+    budget, cache = max(_budget(case, n) for n in lengths), DynamicCache()
+    model(ids, attention_mask=mask, past_key_values=cache)
+    kept = [[len(head) for row in copy.deepcopy(layer).kept() for head in row] for layer in cache.layers]
+    assert all(sum(numbers[:KV_HEADS]) == KV_HEADS * budget for numbers in kept)
+    # In the layers whose heads differ, each has a slot that stays empty, room for later tokens, and whole pages.
+    assert any(len(set(numbers)) > 1 for numbers in kept)
+    for step in range(1, 3):
+        mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+        model(
+            ids[:, -1:],
+            attention_mask=mask,
+            position_ids=mask.sum(1, keepdim=True) - 1,
+            past_key_values=cache,
+        )
+        for layer in (layer for layer in cache.layers if layer.uneven):
+            assert isinstance(layer, RaggedLayer) and layer.ragged is not None
+            assert layer.ragged.keys.shape[0] < len(lengths) * KV_HEADS * (budget + step + 2 * PAGE)
+            assert layer.nbytes == _storage(list(layer.ragged.tensors().values()))
+            held = {k: v for k, v in vars(layer).items() if k != "ragged"}
+            assert _storage(_tensors(held)) <= 64 * len(lengths) * KV_HEADS
+        total = sum(layer.nbytes for layer in cache.layers)
+        assert sum(layer["bytes_kept"] for layer in patch.report().methods[0].layers) == total
 
 
 @pytest.mark.parametrize(**named([c for c in EVICTORS if c.pattern]))

@@ -27,6 +27,7 @@ RULES: dict[str, dict[str, Any]] = {
     "h2o-protect": {"use": "h2o", "with": {"heavy": 3, "recent": 3, "protect": "prompt"}},
     "streaming": {"use": "streaming", "with": {"recent": 8}},
     "streaming-rolled": {"use": "streaming", "with": {"recent": 8, "positions": "rolled"}},
+    "random": {"use": "random", "with": {"capacity": 9}},
     "tova": {"use": "tova", "with": {"capacity": 0.5}},
     "keydiff": {"use": "keydiff", "with": {"capacity": 0.5, "recent": 3}},
     "snapkv": {"use": "snapkv", "with": {"capacity": 0.5}},

@@ -26,7 +26,9 @@ VAR = {
 USES = {
     "act": [{"use": "act", "with": ACT}],
     "act, heads": [{"use": "act", "with": {**ACT, "heads": [[0, 1], [1, 0], [1, 3]]}}],
-    "act, running": [{"use": "act", "with": {**ACT, "statistics": "running"}}],
+    "act, running": [
+        {"use": "act", "with": {**ACT, "statistics": "running", "heads": [[0, 1], [1, 0], [1, 3]]}}
+    ],
     "act and a scale and a gain": [
         {"use": "attn_temperature", "with": {"temperature": 0.8}},
         {"use": "act", "with": ACT},
@@ -92,7 +94,7 @@ def decoded(model: Any, cache: Any, ids: Any, steps: Any) -> list[torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("use", ["act", "act and a scale and a gain"])
+@pytest.mark.parametrize("use", ["act, running", "act and a scale and a gain"])
 def test_steps_are_one_graph(use: str):
     model, ids = build("llama"), models.prompt(22, 2)
     patch = trainless.patch(model, USES[use])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from trainless.kernels.slots import FixedSlots, SlotRule, fixed_slots
+from trainless.kernels.draws import lots
+from trainless.kernels.slots import ADDED, FixedSlots, SlotRule, fixed_slots
 from trainless.kernels.turning import NEAR, Turn
 
 RULES = {
@@ -14,6 +15,7 @@ RULES = {
     "sum-first": SlotRule("sum", gqa="first"),
     "last-mean": SlotRule("last", gqa="mean"),
     "last-shared": SlotRule("last", gqa="mean", shared=True),
+    "draw": SlotRule("draw"),
 }
 # (B, H, Hkv, slots, held, D): one lane, a group of heads, rows of different lengths, a slot for one token only
 SHAPES = [(2, 4, 2, 13, 12, 16), (1, 6, 2, 40, 20, 24), (1, 1, 1, 2, 1, 8)]
@@ -29,12 +31,13 @@ def make(shape, rule: SlotRule, dtype=torch.float64, never=None, short=False, tu
         positions[-1, :, : held // 2] = -1
     limit = torch.full((b,), held)
     scores = None
-    if rule.score is not None:
+    if rule.score in ADDED:
         scores = torch.rand(b, hkv if not rule.shared else 1, held).expand(b, hkv, held).to(wide).clone()
         scores[..., held // 3 : held // 3 * 2] = 0.0  # equal ones, of which the oldest goes
     return fixed_slots(
         keys, values, positions, size, age=torch.full((b,), 3 + held), limit=limit, recent=min(3, held),
         scores=scores, never=never, shifts=_gone(positions, 3 + held) if turned else None,
+        lots=lots(1 << 70, torch.arange(hkv)) if rule.score == "draw" else None,
     )  # fmt: skip
 
 

@@ -190,7 +190,7 @@ def test_the_operator_is_registered_correctly(name):
     s = make(shape, rule, torch.float32, never=torch.tensor([[[0, 4]]]).expand(2, 1, 2))
     call = (
         *token(shape, torch.float32), s.keys, s.values, s.positions, s.scores, s.free, s.age, s.count, s.limit,
-        s.recent, s.tickets, s.never, s.shifts, None, None, None, torch.tensor([True, False]), torch.randn(4),
+        s.recent, s.tickets, s.never, s.shifts, s.lots, None, None, None, torch.tensor([True, False]), torch.randn(4),
         0.3, 2.0, rule.score, rule.gqa, rule.shared, rule.normalise,
     )  # fmt: skip
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")

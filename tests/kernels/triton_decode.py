@@ -133,7 +133,15 @@ def test_pack_group(shape, dtype):
 
 # (B, H, Hkv, slots, held, D): several parts and blocks, a group of heads, one slot to spare
 SLOTS = [(2, 4, 2, 161, 160, 16), (1, 6, 2, 70, 20, 24), (1, 1, 1, 2, 1, 8)]
-FEW = {"oldest": 1, "sum": 0, "sum-max-normalised": 1, "sum-first": 0, "last-mean": 2, "last-shared": 0}
+FEW = {
+    "oldest": 1,
+    "sum": 0,
+    "sum-max-normalised": 1,
+    "sum-first": 0,
+    "last-mean": 2,
+    "last-shared": 0,
+    "draw": 0,
+}
 SLOT_CASES = [
     (name, s, DTYPES[(n + m) % 2])
     for n, name in enumerate(slot_cases.RULES)

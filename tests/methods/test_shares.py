@@ -9,7 +9,7 @@ from oracle.random import drawn
 from transformers import DynamicCache
 
 import trainless
-from trainless.seams import draws
+from trainless.kernels.draws import draws
 
 CALLS = [14, 1, 1, 3, 1, 1, 1]
 LENGTHS = [22, 17, 13]

@@ -63,6 +63,55 @@ class Evictor(Rule):
         self.ratio, self.protect = ratio, protect == "prompt"
         return self
 
+    least_share: float | None = None
+
+    def adaptive(self, floor: float = 0.2) -> Evictor:
+        """The heads of a layer share one budget, Hkv times what each would have: the best stay, whatever head they are
+        of, after the best ``int(floor · budget)`` of each head, and what always stays. From the first time that a row
+        drops something, each head keeps as many as it kept then. Ties: newer first, then the lower head."""
+        self.least_share = floor
+        return self
+
+    def _choose_adaptive(
+        self, call: Call, row: int, present: Tensor, score: Tensor | None
+    ) -> tuple[list[set[int]], list[float]]:
+        total, first, last = self.parts(self.length(call, row))
+        start, heads = int(call.real_keys[row].int().argmax()), len(present)
+        columns = [head.nonzero().flatten().tolist() for head in present]
+        mine = self.state(call).setdefault("shares of heads", {}).get(row)
+        if self.once and self.state(call)["calls of this rule"] > 1:
+            return [set(c) for c in columns], [math.inf] * heads
+        if mine is None and max(map(len, columns)) <= total:
+            return [set(c) for c in columns], [math.inf] * heads
+        assert score is not None
+        ranked, always = [], []
+        for head, candidates in enumerate(columns):
+            held = set(candidates[-max(1, last) :]) | {j for j in candidates if j - start < first}
+            rest = sorted(set(candidates) - held, key=lambda j: (float(score[head, j]), j), reverse=True)
+            always.append(held)
+            ranked.append([*sorted(held, reverse=True), *rest])
+        if mine is not None:
+            chosen = [set(order[:n]) for order, n in zip(ranked, mine, strict=True)]
+            gaps = [
+                _gap(score[h], ranked[h][: mine[h]], ranked[h][mine[h] :], always[h]) for h in range(heads)
+            ]
+            return chosen, gaps
+        forced = [
+            set(order[: max(len(held), int(self.least_share * total + 1e-9))])
+            for order, held in zip(ranked, always, strict=True)
+        ]
+        pool = [(float(score[h, j]), j, -h) for h in range(heads) for j in ranked[h] if j not in forced[h]]
+        pool.sort(reverse=True)
+        places = heads * total - sum(map(len, forced))
+        for _, j, h in pool[:places]:
+            forced[-h].add(j)
+        self.state(call)["shares of heads"][row] = [len(f) for f in forced]
+        refused = pool[places][0] if places < len(pool) else 0.0
+        gap = (pool[places - 1][0] - refused) / max(refused, 1e-300) if places else math.inf
+        return forced, [gap] * heads
+
+    once = False  # whether nothing goes after the first call
+
     def parts(self, length: int) -> tuple[int, int, int]:
         """(tokens in all, first ones, last ones) of a row whose prompt has ``length`` tokens."""
         raise NotImplementedError
@@ -149,7 +198,18 @@ class Evictor(Rule):
         batch, hkv, _ = present.shape
         kept = torch.zeros_like(present)
         margin = torch.full((batch, hkv), math.inf, dtype=torch.float64)
+        state["calls of this rule"] = state.get("calls of this rule", 0) + 1 if call.past else 1
+        if not call.past:
+            state["shares of heads"] = {}
         for row in range(batch):
+            if self.least_share is not None:
+                sets, gaps = self._choose_adaptive(
+                    call, row, present[row], None if score is None else score[row]
+                )
+                for head, (chosen, gap) in enumerate(zip(sets, gaps, strict=True)):
+                    kept[row, head, sorted(chosen)] = True
+                    margin[row, head] = gap
+                continue
             for head in range(hkv):
                 candidates = present[row, head].nonzero().flatten().tolist()
                 column = None if score is None else score[row, head]
@@ -159,6 +219,14 @@ class Evictor(Rule):
                 margin[row, head] = gap
         state["kept"] = kept
         self.turns[call.site.layer].append(Turn(kept, call.real_keys, score, margin))
+
+
+def _gap(score: Tensor, stays: list[int], goes: list[int], always: set[int]) -> float:
+    chosen = [float(score[j]) for j in stays if j not in always]
+    if not (chosen and goes):
+        return math.inf
+    best = max(float(score[j]) for j in goes)
+    return (min(chosen) - best) / max(best, 1e-300)
 
 
 class Kept(Evictor):

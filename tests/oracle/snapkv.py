@@ -74,6 +74,11 @@ class SnapKV(Evictor):
         around = torch.nn.functional.pad(c, (half, half)).unfold(-1, self.pool, 1)
         return around.amax(dim=-1) if self.pooling == "max" else around.sum(dim=-1) / self.pool
 
+    once = True
+
+    def parts(self, length: int) -> tuple[int, int, int]:
+        return max(1, tokens(self.capacity, length)), 0, self.window_of(length)
+
     def choose(
         self, call: Call, row: int, head: int, candidates: list[int], score: Tensor | None
     ) -> tuple[set[int], float]:

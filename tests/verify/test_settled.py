@@ -77,9 +77,9 @@ def test_of_a_deep_model_all_sites_are_compared_and_some_computed_in_full(
 
 
 def test_what_cannot_settle_is_said_with_the_reason() -> None:
-    found = trainless.patch(llama(layers=2), "random", capacity=12).verify()
-    assert status(found)["random", STEPS] == "not checked" and found
-    assert "dynamic caches: what this rule keeps has no size" in detail(found, STEPS)
+    found = trainless.patch(llama(layers=2), "zipvl").verify()
+    assert status(found)["zipvl", STEPS] == "not checked" and found
+    assert "static caches: what this rule keeps does not fit into buffers" in detail(found, STEPS)
     found = trainless.patch(models.build("bert", dtype=torch.float32), "attn_temperature").verify()
     assert not any(name == STEPS for _, name in status(found))
 

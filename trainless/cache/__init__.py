@@ -26,6 +26,7 @@ from .freezing import Freezing
 from .hybrid import beside_recurrence
 from .packed import PackedLayer
 from .pairs import chosen_pairs
+from .ragged import RaggedLayer
 from .standing import StaticStatefulMixin
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "FixedTiersLayer",
     "Freezing",
     "PackedLayer",
+    "RaggedLayer",
     "StatefulMixin",
     "StaticStatefulMixin",
     "beside_recurrence",

@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..seams import Evict, Lease, State, draws
-from . import columns, scores
+from ..kernels.draws import draws
+from ..seams import Evict, Lease, State
+from . import columns, head_budgets, scores
 from .held import FAR
 from .slots import Slots
 
 APART = "scores per query head"  # a state of the layer's own
+UNDECIDED = -1  # the budget of a head whose row has dropped nothing yet
 
 
 class Choosing(Slots):
@@ -215,6 +217,8 @@ class Choosing(Slots):
             if all(n <= b for n, b in zip(stored, self._limits(), strict=True)):
                 return False
             self._locate(stored)
+        if self.policy.by_head:
+            return self._over_by_head()
         over = [c - b for c, b in zip(self.counts, self._limits(), strict=True)]
         if self.free is not None and max(over) <= 1:
             self._evict_one([o > 0 for o in over])
@@ -223,6 +227,30 @@ class Choosing(Slots):
                 self._compact()  # many may have come while nobody evicted
             self._select()
         return any(o > 0 for o in over)
+
+    def _over_by_head(self) -> bool:
+        """The same where heads share a budget, until something goes for the first time, or have one each, afterwards."""
+        assert self.positions is not None
+        device, shape = self.positions.device, self.positions.shape[:2]
+        if self.limits is None:
+            self.limits = torch.full(shape, UNDECIDED, device=device)
+        even, counts = torch.tensor(self.budgets, device=device), torch.tensor(self.counts, device=device)
+        there = self.positions >= 0
+        decided = self.limits[:, 0] != UNDECIDED
+        first = ~decided & (counts > even)
+        if not bool((first | (decided & (there.sum(2) > self.limits).any(1))).any()):
+            self.free = None
+            return False
+        if not self.ordered:
+            self._compact()
+            there = self.positions >= 0
+        worth = self._worth().masked_fill(self._protected(), float("inf")).masked_fill(~there, float("-inf"))
+        keep = head_budgets.own(worth, torch.where(decided[:, None], self.limits, FAR))
+        if bool(first.any()):
+            best = head_budgets.shared(worth, even, self.policy.floor)
+            keep = torch.where(first[:, None, None], best, keep)
+            self.limits = torch.where(first[:, None], best.sum(2), self.limits)
+        return self.keep_heads(keep)
 
     def _keep_chosen(self) -> bool:
         keep, self.keep = self.keep, None

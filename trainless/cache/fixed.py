@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.slots import EVERYTHING, FixedSlots, SlotRule, fixed_slots, slot_decode
+from ..kernels.slots import ADDED, EVERYTHING, FixedSlots, SlotRule, fixed_slots, slot_decode
 from ..kernels.turning import Rotates, Turn
 from ..seams import Evict, Lease
 from .freezing import Freezing, statistics
@@ -56,7 +56,7 @@ class FixedLayer(Freezing):
     @staticmethod
     def suits(policy: Evict, capacity: int | None) -> bool:
         """Whether what stays under this rule fits into slots whose number is known after the prompt."""
-        return not (policy.chosen or policy.seed is not None or policy.replay is not None)
+        return not (policy.chosen or policy.by_head or policy.replay is not None)
 
     def freeze(self) -> None:
         """Settle into slots, now that a call is over and what stays is known; does nothing where that has to wait."""
@@ -84,7 +84,7 @@ class FixedLayer(Freezing):
         size = max(room, max(self.counts)) + 1
         rule = self.how = self._rule()
         scores = None
-        if rule.score is not None:
+        if rule.score in ADDED:
             scores = self.scores
             if scores is None:
                 scores = self.positions.new_zeros(self.positions.shape, dtype=statistics(self.keys))
@@ -93,6 +93,7 @@ class FixedLayer(Freezing):
             age=torch.tensor(self.ages, device=device), limit=torch.tensor(limits, device=device),
             recent=torch.tensor(self.recents, device=device), scores=scores, never=self._never(device),
             shifts=shifts(self.positions, self.ages, self.counts) if policy.rolled else None,
+            lots=self._lots(),
         )  # fmt: skip
         self.keys, self.values = self.fixed.keys, self.fixed.values
         self.positions, self.scores, self.free = self.fixed.positions, self.fixed.scores, None

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.quant_kv import fixed_packed, pack_group, packed_decode
-from ..kernels.slots import EVERYTHING, FixedSlots, plain
+from ..kernels.slots import ADDED, EVERYTHING, FixedSlots, plain
 from ..seams import Evict, Lease, Quantise, tokens_of
 from .fixed import FixedLayer
 from .fixed_packed import FixedPackedLayer
@@ -113,7 +113,7 @@ class FixedEvictingLayer(FixedPackedLayer):
 
         positions = spread(None if run is None else run.positions, self.tail, -1, torch.int32)
         scores, wide = None, statistics(self.keys)
-        if self._rule().score is not None:
+        if self._rule().score in ADDED:
             held = self.scores
             if held is None:
                 held = torch.zeros(b, hkv, packed + self.tail.shape[2], dtype=wide, device=device)
@@ -124,11 +124,11 @@ class FixedEvictingLayer(FixedPackedLayer):
         def rowwise(numbers: list[int]) -> Tensor:
             return torch.tensor(numbers, dtype=torch.int32, device=device)
 
-        never = self._never(device)
+        never, own = self._never(device), self._lots()
         return FixedSlots(
             none, none, positions, positions.new_zeros(b, hkv), rowwise(self.ages), rowwise(self.counts),
             rowwise(limits), rowwise(self.recents), positions.new_zeros(b, hkv, 0), scores,
-            None if never is None else never.to(torch.int32),
+            None if never is None else never.to(torch.int32), None, None if own is None else own.repeat(b, 1),
         )  # fmt: skip
 
     def _show(self) -> None:

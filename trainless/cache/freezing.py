@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, Unsupported
+from ..kernels.draws import lots
 from ..kernels.slots import SlotRule
 from ..kernels.turning import Rotates
+from ..kernels.visibility import shown_at
 from ..seams import Lease
 from .compressing import CompressingLayer
 
@@ -56,6 +58,7 @@ class Freezing(CompressingLayer):
     """
 
     _layer_type = None
+    settles_uneven = False  # whether its buffers can hold heads with different numbers of tokens
     capacity: int | None
     fed: Tensor | None  # int64 (): tokens fed so far, while frozen
     _seen: int
@@ -141,7 +144,7 @@ class Freezing(CompressingLayer):
             return
         shown = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
         columns = shown if shown.dim() == 2 else shown.flatten(1, -2).any(1)
-        earlier = columns.sum(1) - newest.long()
+        earlier = columns.sum(1, dtype=torch.int32) - newest.int()
         torch._assert_async(
             ((earlier >= self.aged) | ~newest).all(),
             f"{self.lease.name}: a mask hides earlier tokens which were no padding when they came, and the cache is one "
@@ -158,7 +161,8 @@ class Freezing(CompressingLayer):
         """Whether the layer cannot settle now, whatever its rule is."""
         remembers = any(state.tensors for state in self.states.values())
         waits = self.record_past or self.deferred or remembers or self.pending is not None or self.unplaced
-        return self.fed is not None or waits or self.strayed or self.keys.requires_grad or self.uneven
+        uneven = self.uneven and not self.settles_uneven
+        return self.fed is not None or waits or self.strayed or self.keys.requires_grad or uneven
 
     def _froze(self, held: Tensor) -> None:
         """The buffers are filled: count tokens on the device from now on. held (B,): those that each row holds."""
@@ -184,10 +188,18 @@ class Freezing(CompressingLayer):
 
     def _rule(self) -> SlotRule:
         policy = self.policy
+        if policy.seed is not None:
+            return SlotRule("draw")
         if policy.score is None or policy.once:
             return SlotRule()
         how = "last" if policy.last else "sum"
         return SlotRule(how, policy.gqa, policy.shared, policy.normalise)
+
+    def _lots(self) -> Tensor | None:
+        """(Hkv,): by which a rule that draws tells its heads apart."""
+        if self.policy.seed is None:
+            return None
+        return lots(self.policy.seed, torch.arange(self.keys.shape[1], device=self.keys.device))
 
     def _never(self, device: torch.device) -> Tensor | None:
         """(B, R, 2): runs of positions that never go."""
@@ -255,11 +267,10 @@ class Freezing(CompressingLayer):
         """(B,) or (1,) bool: whether the newest token is no padding, as far as ``mask`` says."""
         if not isinstance(mask, Tensor):
             return None
-        if self.capacity is None:
-            own = mask[..., -1]
-        else:
+        if self.capacity is not None:
             assert self.fed is not None
-            own = mask.index_select(-1, self.fed[None] - 1)[..., 0]
+            return shown_at(mask, self.fed - 1)
+        own = mask[..., -1]
         shown = own if own.dtype == torch.bool else own > torch.finfo(own.dtype).min / 2
         return shown.flatten(1).any(1) if shown.dim() > 1 else shown
 

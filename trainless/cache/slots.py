@@ -52,7 +52,9 @@ class Slots(Carrier, DynamicLayer):
         self.firsts: list[int] = []
         self.counts: list[int] = []  # real tokens stored, per row; in the fullest head where heads differ
         self.uneven = False  # whether the heads of a row may hold different numbers of tokens
-        self.limits: Tensor | None = None  # (B, Hkv) int64: tokens that each may hold, where a rule said so
+        self.limits: Tensor | None = (
+            None  # (B, Hkv) int64: tokens that each may hold, where heads have shared a budget
+        )
         self.ages: list[int] = []  # real tokens seen, per row
         self.keep: Tensor | None = None  # (B, S): what a method chose to keep after the call under way
         self.done = False  # whether a prefill has been through the rule

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ class StaticStatefulMixin(StatefulMixin):
     """Added to the class of a stock static layer, for one instance.
 
     While the engine runs a call, states have a column for each token so far (``fit``), as in a dynamic cache. Behind a
-    call they are as wide as the layer (``settle``), so that steps of one token, which only read them, change nothing.
+    call they are as wide as the layer (``settle``), so that steps of one token change no size: they read them, and write
+    in place what adds up over tokens.
     """
 
     settled = False
@@ -40,6 +42,19 @@ class StaticStatefulMixin(StatefulMixin):
         """A column for every slot of the layer: those without a token have what a new token has."""
         self._widen(self.max_cache_len)
         self.settled = True
+        for tensor in self._written():
+            if tensor.is_cuda:  # or a CUDA graph would not be recorded around what is written to
+                torch._dynamo.mark_static_address(tensor)
+
+    @property
+    def only_inferred(self) -> bool:
+        """Whether steps write what was made under inference_mode."""
+        return any(tensor.is_inference() for tensor in self._written())
+
+    def _written(self) -> Iterator[Tensor]:
+        """The tensors that steps write in place."""
+        for state in self.states.values():
+            yield from (state.tensors[name] for name in state.cumulative if name in state.tensors)
 
     def _widen(self, width: int) -> None:
         def wide(t: Tensor, batch: int | None, keys: int | None, fill: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""One row of attention with edits that read frozen states only: a decode step that a compiler can trace."""
+"""One row of attention with edits by what is remembered of a sequence: a decode step that a compiler can trace."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..seams import State
+from ..kernels.visibility import shown_at
+from ..seams import State, StepRow
 from .prepared import RowStep
 
 
@@ -19,6 +20,7 @@ def edited_row(
     key: Tensor,
     value: Tensor,
     mask: Tensor,
+    place: Tensor,
     *,
     scale: float,
     softcap: float | None = None,
@@ -26,8 +28,9 @@ def edited_row(
 ) -> tuple[Tensor, Tensor]:
     """The output (B, 1, H, D) of one query row, and whether an edit changed a probability: bool ().
 
-    query (B, H, 1, D), key, value (B, Hkv, Lk, D). mask (B, 1 or H, 1, Lk): bool, or added to the logits. softcap, sinks
-    (H,): of the model. Products are in the dtype of the cache, the softmax in float32 at least.
+    query (B, H, 1, D), key, value (B, Hkv, Lk, D). mask (B, 1 or H, 1, Lk): bool, or added to the logits. place (): the
+    number of the row's own key. softcap, sinks (H,): of the model. Products are in the dtype of the cache, the softmax in
+    float32 at least.
     """
     b, h, _, _ = query.shape
     hkv = key.shape[1]
@@ -42,16 +45,17 @@ def edited_row(
     stock = torch.softmax(z, 3)
     if sinks is not None:
         stock = stock[..., :-1]
+    row = StepRow(place, shown_at(mask, place).expand(b))
     p: Any = stock
     for step in steps:
         heads, state = step.contribution.heads, states[step.method]
         given: Any = step.contribution
         edit = given.step
         if heads is None:
-            p = edit(p, state)
+            p = edit(p, state, row)
         else:
             index = torch.tensor(heads, device=p.device)
-            p = p.index_copy(1, index, edit(p.index_select(1, index), state))
+            p = p.index_copy(1, index, edit(p.index_select(1, index), state, row))
     moved = (p != stock).any()
     out = p.to(value.dtype).view(b, hkv, h // hkv, -1) @ value
     return out.view(b, 1, h, -1).to(query.dtype), moved

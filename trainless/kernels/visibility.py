@@ -23,7 +23,7 @@ from ..errors import InputError
 from .dense import hidden_apart
 from .masks import STEP, Visibility
 
-__all__ = ["Visibility", "adds_bias", "bias_times", "visibility"]
+__all__ = ["Visibility", "adds_bias", "bias_times", "shown_at", "visibility"]
 
 # A model passes the same mask object to all its layers: remember what the last few were.
 _RECOGNISED: OrderedDict[tuple[Any, ...], tuple[Any, int, Visibility]] = OrderedDict()
@@ -88,6 +88,18 @@ def adds_bias(mask: Any, lq: int) -> bool:
     if not isinstance(mask, Tensor) or not mask.is_floating_point() or mask.dim() != 4:
         return False
     return _recognise(mask, lq, mask.shape[-1]).additive
+
+
+def shown_at(mask: Tensor, place: Tensor) -> Tensor:
+    """(B or 1,) bool: whether any row of a mask (B or 1, …, Lk) shows the key at ``place`` (), on the device."""
+    if not torch.compiler.is_compiling():
+        own = mask.index_select(-1, place[None])
+        shown = own if own.dtype == torch.bool else own > torch.finfo(own.dtype).min / 2
+        return shown.flatten(1).any(1)
+    # A sum over the columns: inductor (torch 2.13) makes C++ that does not compile of one column of a mask that it pads.
+    shown = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    here = torch.arange(mask.shape[-1], device=mask.device) == place
+    return (shown & here).flatten(1).any(1)
 
 
 def _recognise(mask: Any, lq: int, lk: int, device: torch.device | None = None) -> Visibility:

@@ -14,31 +14,35 @@ from .binding import Binding, entries_by_module
 LOOKING = frozenset({"mass", "pattern"})
 
 
-def _of_prompts(prompts: dict[str, bool]) -> list[str]:
+def _of_prompts(prompts: dict[str, tuple[str, bool]]) -> list[str]:
     later = {
         True: "later tokens, one at a time on a static cache that the method can use, are compiled",
         False: "so do later tokens",
     }
     return [
-        f"{method}: prompts stay eager under torch.compile, since they are looked over whole; {later[traced]}"
-        for method, traced in prompts.items()
+        f"{method}: prompts stay eager under torch.compile, since {why}; {later[traced]}"
+        for method, (why, traced) in prompts.items()
     ]
 
 
 def compile_notes(bindings: Sequence[Binding]) -> list[str]:
     """Why calls at denoisers' sites of these bindings cannot be traced whole, and which prompts are not."""
     counts: Counter[str] = Counter()
-    prompts: dict[
-        str, bool
-    ] = {}  # methods that look over a whole prompt, and whether what comes after it can be traced
+    # Methods whose prompts cannot be traced: why, and whether what comes after them can be.
+    prompts: dict[str, tuple[str, bool]] = {}
     for site, entries in entries_by_module(list(bindings)).values():
         plan = AttentionPlan(entries)
         if site.facts.get("whole"):
             refusal = Prepared(plan, whole=True).refusal
             counts.update([refusal] if refusal is not None else [])
         else:
-            traced = bool(plan.lookahead) and Prepared(plan).refusal is None
-            prompts.update({e.method: traced for e in plan.lookahead if e.contribution.kind in LOOKING})
+            ready = Prepared(plan)
+            traced = ready.refusal is None
+            prompts.update(
+                {step.method: ("their rows are edited one by one", traced) for step in ready.edits}
+            )
+            whole = (e for e in plan.lookahead if e.contribution.kind in LOOKING)
+            prompts.update({e.method: ("they are looked over whole", traced) for e in whole})
     return _of_prompts(prompts) + [
         f"under torch.compile the graph breaks at {count} {'layers' if count > 1 else 'layer'}, and fullgraph=True is "
         f"refused: {reason}"

@@ -12,6 +12,7 @@ from ..errors import InputError
 from ..seams import (
     AttentionCall,
     Budget,
+    Budgets,
     Cache,
     Contribution,
     Evict,
@@ -31,6 +32,31 @@ def ratio_option() -> Any:
     """The parameter ``ratio``, the same for every evicting method."""
     help = "share of the row's own prompt that stays, all parts together; 1.0: everything, for good"
     return option(None, help=help, origin="ours")
+
+
+def budgets_option() -> Any:
+    """The parameter ``budgets``, the same for every method that scores the tokens of each head."""
+    help = (
+        '"uniform": every head keeps as much; "adaptive": the heads of a layer share what they may keep; '
+        '"pyramid": earlier layers keep more'
+    )
+    return option("uniform", help=help, origin="published")
+
+
+def budgets_of(kind: str, site: Site) -> Budgets | None:
+    """What the parameter ``budgets`` says of the layer of ``site``."""
+    if kind == "adaptive":
+        return Budgets("layer")
+    return Budgets(pyramid=(site.layer, site.layers)) if kind == "pyramid" else None
+
+
+def check_budgets(kind: str, **others: Any) -> None:
+    """InputError where ``others`` (parameter=(value, the only one that fits, why)) do not go with budgets that differ."""
+    for name, (value, fits, why) in others.items():
+        if kind != "uniform" and value != fits:
+            raise InputError(
+                f'budgets={kind!r} with {name}={value!r}: {why}; use {name}={fits!r}, or budgets="uniform"'
+            )
 
 
 def protect_option() -> Any:

@@ -44,6 +44,7 @@ from ..seams import (
     Site,
     State,
     Statistics,
+    StepRow,
 )
 from ._choice import check_heads, heads_at, validate_heads
 from .base import Method, option, register
@@ -111,7 +112,12 @@ class Act(Method):
         heads = heads_at(self.heads, site, self.skip_layers)
         inert = self.beta == 1.0
         if self.statistics == "running":
-            return [Mass(self._running(heads), heads=heads, inert=inert, scope="sequence", in_order=True)]
+            return [
+                Mass(
+                    self._running(heads), heads=heads, inert=inert, scope="sequence", in_order=True,
+                    step=self._run_on,
+                )
+            ]  # fmt: skip
         return [
             Mass(
                 self._frozen(heads), needs=_at_prefill, heads=heads, inert=inert, scope="sequence",
@@ -159,8 +165,8 @@ class Act(Method):
 
         return value
 
-    def _stepped(self, heads: tuple[int, ...] | None) -> Callable[[Tensor, State], Tensor]:
-        def step(p: Tensor, state: State) -> Tensor:
+    def _stepped(self, heads: tuple[int, ...] | None) -> Callable[[Tensor, State, StepRow], Tensor]:
+        def step(p: Tensor, state: State, row: StepRow) -> Tensor:
             sinks = state.get("sinks")
             return p if sinks is None else _moved(p, _pick(sinks, heads)[:, :, None], self.beta)
 
@@ -184,12 +190,45 @@ class Act(Method):
 
         return value
 
+    def _run_on(self, p: Tensor, state: State, row: StepRow) -> Tensor:
+        """One row by the sums in ``state``, which is written in place."""
+        total, count, tokens, real = (state.tensors[name] for name in ("sum", "count", "tokens", "real"))
+        place, now = row.place[None], row.real[:, None, None]
+        earlier = real[:, 0] & (torch.arange(real.shape[2], device=real.device) < place)
+        gone = tokens - earlier.sum(1)
+        real.index_copy_(2, place, now)
+        sinks, new, seen = self._running_sinks(p, place, now[..., None], real[:, 0], gone, total, count)
+        total.copy_(new[:, :, 0].detach())
+        count.copy_(seen[:, :, 0])
+        tokens.add_(row.real)
+        return _moved(p, sinks, self.beta)
+
+    def _running_sinks(
+        self, p: Tensor, number: Tensor, now: Tensor, real: Tensor, gone: Tensor, total: Tensor, count: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Sinks of each row of p (B, h, rows, Lk), and the sums of columns and of rows that see them behind it.
+
+        number (rows,): places of the rows' own keys. now (B, 1, rows, 1): rows that are no padding. real (B, Lk): keys
+        that are none. gone (B,): tokens without a key. total (B, h, Lk), count (B, 1, Lk): the sums before.
+        """
+        seen = (torch.arange(p.shape[3], device=p.device) <= number[:, None]) & real[:, None, None] & now
+        total = total[:, :, None] + torch.where(now, p, 0).cumsum(2)
+        count = count[:, :, None] + seen.to(p.dtype).cumsum(2)
+        length = (seen.sum(-1, keepdim=True) + gone.to(p.dtype)[:, None, None, None]).clamp_min(1)
+        threshold = self.theta if self.theta is not None else self.alpha / length
+        judged = (
+            seen
+            & (count >= max(1, self.min_rows))
+            & (real.cumsum(1) + gone[:, None] > 1)[:, None, None]
+        )  # fmt: skip
+        return (total / count.clamp_min(1) > threshold) & judged, total, count
+
 
 class _RunningSinks:
     """Edits rows in order: row i by the column means over the rows up to and including i."""
 
     def __init__(self, act: Act, call: AttentionCall, state: State, heads: tuple[int, ...] | None):
-        self.act, self.call, self.state = act, call, state
+        self.act, self.state = act, state
         b, h, _, lq, lk = call.shape
         h = h if heads is None else len(heads)
         exact = call.statistics_dtype
@@ -214,27 +253,17 @@ class _RunningSinks:
 
     def sinks(self, p: Tensor, start: int) -> Tensor:
         """bool, shaped like ``p``: each row's sinks, by the rows up to itself; blocks come in order."""
-        rows, lk = p.shape[2], p.shape[3]
-        lq = self.call.query.shape[2]
-        now = self.now[:, None, start : start + rows, None]
+        rows, lk, lq = p.shape[2], p.shape[3], self.now.shape[1]
         number = torch.arange(lk - lq + start, lk - lq + start + rows, device=p.device)
-        seen = (torch.arange(lk, device=p.device) <= number[:, None]) & self.real[:, None, None] & now
-        total = self.sum[:, :, None] + (p * now).cumsum(2)
-        count = self.count[:, :, None] + seen.to(p.dtype).cumsum(2)
-        gone = self.gone.to(p.dtype)[:, None, None, None]
-        length = (seen.sum(-1, keepdim=True) + gone).clamp_min(1)
-        threshold = self.act.theta if self.act.theta is not None else self.act.alpha / length
-        judged = (
-            seen
-            & (count >= max(1, self.act.min_rows))
-            & (self.real.cumsum(1) + self.gone[:, None] > 1)[:, None, None]
+        now = self.now[:, None, start : start + rows, None]
+        sinks, total, count = self.act._running_sinks(
+            p, number, now, self.real, self.gone, self.sum, self.count
         )
-        sinks = (total / count.clamp_min(1) > threshold) & judged
         self.sum, self.count = total[:, :, -1], count[:, :, -1]
         self.state.set("sum", self.sum, keys=2, cumulative=True)
         self.state.set("count", self.count, keys=2, cumulative=True)
         self.state.set("tokens", self.before + self.now[:, : start + rows].sum(1), cumulative=True)
-        self.state.set("real", self.real[:, None], keys=2, fill=True)
+        self.state.set("real", self.real[:, None], keys=2, fill=True, cumulative=True)
         return sinks
 
 

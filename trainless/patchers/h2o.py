@@ -17,6 +17,8 @@ Differs  The paper adds up every row of the prompt: scores="full". With "sampled
          Scores are plain sums, so old tokens, which more rows see, are favoured, as in the paper;
          normalise=True divides by the rows that saw a key. Sequences are scored by the rows of every
          call, several turns included.
+         budgets="adaptive" and "pyramid" (see ``Budgets``) are of other papers, which choose once by the end of a
+         prompt; here heads go on by h2o's rule within what they got.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from typing import Any, ClassVar, Literal
 
 from ..errors import InputError
 from ..seams import Budget, Contribution, Evict, RowSample, Site, check_budget, check_ratio
-from ._eviction import evicting, protect_option, ratio_option
+from ._eviction import budgets_of, budgets_option, check_budgets, evicting, protect_option, ratio_option
 from .base import Method, option, register
 
 
@@ -69,6 +71,7 @@ class H2O(Method):
     )
     ratio: float | None = ratio_option()
     protect: Literal["none", "prompt"] = protect_option()
+    budgets: Literal["uniform", "adaptive", "pyramid"] = budgets_option()
 
     def check(self) -> None:
         check_ratio(self.ratio)
@@ -76,6 +79,15 @@ class H2O(Method):
         check_budget("recent", self.recent)
         if self.heavy == 0 and self.recent == 0:
             raise InputError("heavy=0 and recent=0 keep nothing; keep at least one token")
+        check_budgets(
+            self.budgets,
+            protect=(self.protect, "none", "what is protected is the same in every head"),
+            positions=(self.positions, "real", "keys are turned alike in every head"),
+        )
+        if self.budgets == "adaptive" and self.heavy == 0 and self.ratio is None:
+            raise InputError(
+                'budgets="adaptive" with heavy=0: no token is scored, so heads have nothing to share'
+            )
 
     def contribute(self, site: Site) -> Sequence[Contribution]:
         recent, heavy, ratio = self.recent, self.heavy, self.ratio
@@ -86,5 +98,6 @@ class H2O(Method):
         rule = Evict(
             recent=recent, heavy=heavy, capacity=ratio, score="column_mass" if scored else None, gqa=self.gqa,
             sample=sample, normalise=self.normalise, rolled=self.positions == "rolled", protect=self.protect == "prompt",
+            budgets=budgets_of(self.budgets, site),
         )  # fmt: skip
         return evicting(rule, site, ratio)

@@ -15,6 +15,7 @@ Differs  The code repeats keys over the query heads before caching them, so its 
          the code orders them by score. Where the capacity is a fraction, as by default, the window is at most half
          of it, and a shorter window both chooses and stays; a number of tokens below the window is refused.
          The code keeps 2048 tokens, so that it leaves ordinary prompts alone; half of the prompt here.
+         budgets="adaptive": the heads of a layer share their budgets (see ``Budgets``); "pyramid": by depth.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any, ClassVar, Literal
 
 from ..errors import InputError
 from ..seams import Budget, Contribution, Evict, Site, check_budget, check_ratio
-from ._eviction import evicting, ratio_option
+from ._eviction import budgets_of, budgets_option, evicting, ratio_option
 from .base import Method, option, register
 
 
@@ -53,6 +54,7 @@ class SnapKV(Method):
     pool: int = option(5, help="neighbours that share a score; odd, 1 for none", origin="published", low=1)
     pooling: Literal["avg", "max"] = option("avg", help="how neighbours share a score", origin="published")
     ratio: float | None = ratio_option()
+    budgets: Literal["uniform", "adaptive", "pyramid"] = budgets_option()
 
     def check(self) -> None:
         check_ratio(self.ratio)
@@ -70,5 +72,6 @@ class SnapKV(Method):
         rule = Evict(
             recent=self.window, capacity=capacity, score="probe_mass", last=self.window, gqa="mean",
             pool=self.pool, pooling=self.pooling, once=True,
+            budgets=budgets_of(self.budgets, site),
         )  # fmt: skip
         return evicting(rule, site, self.ratio)

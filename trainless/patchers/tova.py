@@ -11,6 +11,8 @@ Differs  A prompt is attended to densely and then compressed once by its last ro
          token a step from the beginning. The newest token always stays, where the paper lets it compete.
          shared=False gives every key/value head its own set, by the mean over its query heads; the paper
          averages over all heads of a layer, as here by default.
+         budgets="adaptive" and "pyramid" (see ``Budgets``) are of other papers, which choose once by the end of a
+         prompt; here heads go on by this rule within what they got.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from typing import Any, ClassVar, Literal
 
 from ..errors import InputError
 from ..seams import Budget, Contribution, Evict, Site, check_budget, check_ratio
-from ._eviction import evicting, protect_option, ratio_option
+from ._eviction import budgets_of, budgets_option, check_budgets, evicting, protect_option, ratio_option
 from .base import Method, option, register
 
 
@@ -49,16 +51,26 @@ class Tova(Method):
 
     ratio: float | None = ratio_option()
     protect: Literal["none", "prompt"] = protect_option()
+    budgets: Literal["uniform", "adaptive", "pyramid"] = budgets_option()
 
     def check(self) -> None:
         check_ratio(self.ratio)
         check_budget("capacity", self.capacity)
         if self.capacity == 0:
             raise InputError("capacity=0 keeps nothing; keep at least one token")
+        check_budgets(
+            self.budgets, protect=(self.protect, "none", "what is protected is the same in every head")
+        )
+        if self.budgets == "adaptive" and self.shared:
+            raise InputError(
+                'budgets="adaptive" with shared=True: heads that keep the same tokens have nothing to share; use '
+                "shared=False"
+            )
 
     def contribute(self, site: Site) -> Sequence[Contribution]:
         rule = Evict(
             capacity=self.capacity if self.ratio is None else self.ratio, score="probe_mass", last=1, gqa="mean",
             shared=self.shared, protect=self.protect == "prompt",
+            budgets=budgets_of(self.budgets, site),
         )  # fmt: skip
         return evicting(rule, site, self.ratio)

@@ -51,6 +51,7 @@ from ..seams import (
     Site,
     State,
     Statistics,
+    StepRow,
     tokens_of,
 )
 from ..seams.layers import check_layers, layer_numbers
@@ -242,7 +243,7 @@ class Var(Method):
         share = on_others / torch.where(on_image > 0, on_image, 1)
         return (on_image >= self.min_visual) & (share >= self.min_nonsink) & (on_others > 0)
 
-    def _stepped(self, p: Tensor, state: State) -> Tensor:
+    def _stepped(self, p: Tensor, state: State, row: StepRow) -> Tensor:
         """The newest row, a token of text: p (B, H, 1, Lk), gates and all, by what the prefill has left."""
         sinks, images, visual = state.get("sinks"), state.get("images"), state.get("visual")
         if sinks is None or images is None or visual is None:

@@ -96,7 +96,7 @@ def estimate(
 
 def _settles(evict: Evict) -> bool:
     """Whether the layers of a dynamic cache settle into slots under this rule, right after a prompt."""
-    return FixedLayer.suits(evict, None) and not evict.once
+    return (evict.parts_heads or FixedLayer.suits(evict, None)) and not evict.once
 
 
 def _caches(site: Site) -> bool:

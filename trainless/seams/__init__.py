@@ -11,7 +11,7 @@ Shapes: B batch, H query heads, Hkv key/value heads, Lq queries and Lk keys of t
 
 from __future__ import annotations
 
-from .calls import AttentionCall, Groups, ImageTokens, ModuleCall, Site, State, Statistics
+from .calls import AttentionCall, Groups, ImageTokens, ModuleCall, Site, State, Statistics, StepRow
 from .contributions import (
     Around,
     Cache,
@@ -30,7 +30,7 @@ from .contributions import (
     Value,
     Weights,
 )
-from .eviction import Budget, Evict, Replay, RowSample, check_budget, check_ratio, draws, tokens_of
+from .eviction import Budget, Budgets, Evict, Replay, RowSample, check_budget, check_ratio, tokens_of
 from .kinds import BESIDE, EXCLUSIVE, FACTS, KINDS, SCOPES, STATISTICS
 from .lease import Lease
 from .parameters import layer_of, parameter_of, unwrapped, why_not_plain
@@ -50,6 +50,7 @@ __all__ = [
     "AttentionCall",
     "AttentionPlan",
     "Budget",
+    "Budgets",
     "Cache",
     "Contribution",
     "Entry",
@@ -80,13 +81,13 @@ __all__ = [
     "Site",
     "State",
     "Statistics",
+    "StepRow",
     "Tokens",
     "Value",
     "Weights",
     "check_bits",
     "check_budget",
     "check_ratio",
-    "draws",
     "layer_of",
     "parameter_of",
     "tokens_of",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -180,6 +180,13 @@ class Groups:
     of: Tensor
     count: int
     rows: Tensor | None = None
+
+
+class StepRow(NamedTuple):
+    """The one row of a step, on the device. place (): its key's number; real (B,) bool: whether it is no padding."""
+
+    place: Tensor
+    real: Tensor
 
 
 class State:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ..errors import InputError
-from .calls import AttentionCall, Groups, ModuleCall, State, Statistics
+from .calls import AttentionCall, Groups, ModuleCall, State, Statistics, StepRow
 from .eviction import Evict
 from .kinds import FACTS, SCOPES, STATISTICS
 from .precision import Quantise
@@ -270,14 +270,15 @@ class Mass(_OnHeads):
     """Moves probability between groups of keys. value: ``MassMove`` or ``RowEdit``.
 
     in_order: it reads keys by their place in the sequence, so none may be evicted. step: what ``value`` comes to in
-    calls of one token that is text, from the State alone: probabilities (B, heads, 1, Lk) to edited ones. A compiler can
-    trace it: it looks at no tensor's values. None: such calls need ``value``.
+    calls of one token that is text, from the State and the row's place: probabilities (B, heads, 1, Lk) to edited ones.
+    A compiler can trace it: it looks at no tensor's values, and of the State it may change those that are kept as
+    cumulative, in place. None: such calls need ``value``.
     """
 
     kind: ClassVar[str] = "mass"
     value: Value = field()
     in_order: bool = field(default=False, kw_only=True)
-    step: Callable[[Tensor, State], Tensor] | None = field(default=None, kw_only=True)
+    step: Callable[[Tensor, State, StepRow], Tensor] | None = field(default=None, kw_only=True)
 
     def _check(self, said: str) -> None:
         if self.step is not None and self.scope != "sequence":

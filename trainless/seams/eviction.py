@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..errors import InputError
@@ -74,6 +73,46 @@ class RowSample:
 
 
 @dataclass(frozen=True)
+class Budgets:
+    """How what a row may keep is spread over its layers and heads; the sum over the heads of a model stays the same.
+
+    among: "head": every head of a layer keeps as much as the others. "layer": the heads of a layer share one budget, so
+    that the tokens of highest score stay whatever head they are of, but each head keeps its best ``floor`` of an equal
+    share ("Ada-KV: Optimizing KV Cache Eviction by Adaptive Budget Allocation for Efficient LLM Inference"). That is
+    decided when something has to go for the first time; after that each head has the budget that it then got.
+
+    pyramid: (layer, layers): budgets fall linearly from the first layer to the last ("PyramidKV: Dynamic KV Cache
+    Compression based on Pyramidal Information Funneling"). Of n tokens that a layer would keep beside w that always stay,
+    the last layer keeps n / steepness and the first 2n less that; where that is more than the prompt has, it keeps all of
+    the prompt, and the last as much less. None: every layer keeps the same.
+    """
+
+    among: str = "head"
+    floor: float = 0.2
+    pyramid: tuple[int, int] | None = None
+    steepness: float = 20.0
+
+    def __post_init__(self) -> None:
+        if self.among not in ("head", "layer") or not 0.0 <= self.floor <= 1.0:
+            raise InputError(
+                f"budgets among {self.among!r} with floor={self.floor!r}: head or layer, and 0 to 1"
+            )
+
+    def of_layer(self, total: int, always: int, length: int) -> int:
+        """What this layer keeps of a prompt of ``length``, where equal layers keep ``total``, ``always`` among them."""
+        if self.pyramid is None or self.pyramid[1] < 2 or total >= length or total <= always:
+            return total
+        layer, layers = self.pyramid
+        free = total - always
+        least = free / self.steepness
+        most = 2 * free - least
+        if most > length - always:
+            most = float(length - always)
+            least = 2 * free - most
+        return always + round(most - layer * (most - least) / (layers - 1))
+
+
+@dataclass(frozen=True)
 class Replay:
     """Score what a prompt has cached by reading it a second time, and choose among all layers together.
 
@@ -119,8 +158,8 @@ class Evict:
     chooses. The first is minus a key's Euclidean norm, the second minus its cosine with the mean of the row's keys of
     that head, each divided by its norm; only with ``once``, since every later choice would compare anew.
     None scores nothing (heavy must then be 0). seed: not attention says what stays but a draw,
-    ``draws(seed, …)``. gqa: how the query heads of a group share a key/value head's score: sum, first, max, mean;
-    shared: one score for the whole layer, the mean over its heads, so that all key/value heads keep the same
+    ``kernels.draws.draws(seed, …)``. gqa: how the query heads of a group share a key/value head's score: sum, first,
+    max, mean; shared: one score for the whole layer, the mean over its heads, so that all key/value heads keep the same
     tokens. normalise: divide each score by the rows that could see the key. pool: the scores of the tokens that
     are free to go are pooled over so many neighbours first (odd; stride 1, zeros beyond both ends), pooling:
     avg or max.
@@ -132,6 +171,7 @@ class Evict:
 
     once: choose at the end of the first prefill, and keep everything that comes after it.
     rolled: keys are presented as if the kept tokens were contiguous.
+    budgets: how they are spread over layers and heads; None: evenly.
     replay: the prompt is read a second time, which says what of it stays; ``capacity`` is then the share of the pairs.
     """
 
@@ -152,6 +192,7 @@ class Evict:
     rolled: bool = False
     protect: bool = False
     seed: int | None = None
+    budgets: Budgets | None = None
     replay: Replay | None = None
 
     def __post_init__(self) -> None:
@@ -178,8 +219,35 @@ class Evict:
                 f'score="{self.score}" compares the keys of a prompt, head by head: with once=True, and without shared=, '
                 "normalise= and pool="
             )
+        if self.budgets is not None:
+            self._check_budgets(self.budgets)
         if self.pool % 2 == 0 or (self.pool > 1 and not self.once):
             raise InputError(f"pool={self.pool}: an odd number of neighbours, with once=True")
+
+    def _check_budgets(self, budgets: Budgets) -> None:
+        if self.chosen or self.protect or self.rolled:
+            raise InputError(
+                "budgets that differ need a rule of this layer's own, without protect= and rolled="
+            )
+        if budgets.among == "layer" and (self.shared or self.score is None):
+            raise InputError(
+                "heads that share one budget need a score of each head's own: shared=False and score="
+            )
+
+    @property
+    def parts_heads(self) -> bool:
+        """Whether heads may hold different numbers of tokens, by budgets that they share or by a choice made once."""
+        return self.by_head or self.replay is not None or (self.chosen and self.once)
+
+    @property
+    def by_head(self) -> bool:
+        """Whether the heads of a row may end up with different numbers of tokens."""
+        return self.budgets is not None and self.budgets.among == "layer"
+
+    @property
+    def floor(self) -> float:
+        """The share of an equal budget that each head keeps where heads share one."""
+        return 0.0 if self.budgets is None else self.budgets.floor
 
     def total(self, length: int) -> int:
         """Tokens that a row with a prompt of ``length`` tokens keeps: at least 1, the newest."""
@@ -189,6 +257,14 @@ class Evict:
 
     def parts(self, length: int) -> BudgetParts:
         """The budget of a row with a prompt of ``length`` tokens; the given ones come on top of it under ``protect``."""
+        even = self._even(length)
+        if self.budgets is None:
+            return even
+        total = self.budgets.of_layer(even.total, max(even.sinks + even.recent, 1), length)
+        return replace(even, total=total)
+
+    def _even(self, length: int) -> BudgetParts:
+        """The same where all layers keep as much."""
         sinks, recent, heavy = (tokens_of(b, length) for b in (self.sinks, self.recent, self.heavy))
         if self.protect:
             sinks = 0  # they are among those that never go
@@ -210,26 +286,3 @@ class Evict:
         """Tokens that every row keeps, whatever the length of its prompt."""
         budgets = (self.sinks, self.recent, self.heavy) if self.capacity is None else (self.capacity,)
         return sum(b for b in budgets if isinstance(b, int))
-
-
-def draws(seed: int, head: Tensor, position: Tensor) -> Tensor:
-    """A number in [0, 1) for every head and position, the same whatever else is in the batch.
-
-    The three are mixed into 64 bits, x = seed · 0x9E3779B97F4A7C15 + head · 0xC2B2AE3D27D4EB4F + position ·
-    0x165667B19E3779F9 modulo 2^64, then twice x ^= x >> 32, x *= 0xD6E8FEB86659FD93, and x ^= x >> 32; the number is
-    the upper 53 bits.
-    """
-
-    def whole(number: int) -> int:
-        number %= 1 << 64
-        return number - (1 << 64) if number >> 63 else number
-
-    def folded(x: Tensor) -> Tensor:
-        return x ^ ((x >> 32) & 0xFFFFFFFF)
-
-    x = head * whole(0xC2B2AE3D27D4EB4F) + position * whole(0x165667B19E3779F9)
-    x = x + whole(seed * 0x9E3779B97F4A7C15)
-    for _ in range(2):
-        x = folded(x) * whole(0xD6E8FEB86659FD93)
-    x = folded(x)
-    return ((x >> 11) & ((1 << 53) - 1)).to(torch.float64) / (1 << 53)

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from ..cache import ExpandedLayer, Freezing, PackedLayer
+from ..kernels.draws import draws
 from ..kernels.quant_kv import RAW, Segment
 from ..seams import Evict, Quantise
-from ..seams.eviction import draws
 from .dense import wide
 
 Problem = str
@@ -65,6 +65,7 @@ class History:
             None  # (B, Hc, S): the column of each slot after the last call, -1 for none
         )
         self.expanded = False  # whether attention is given something that is made of what is cached
+        self.shares: dict[int, list[int]] = {}  # by row: what its heads got, where they share a budget
         self.calls = 0
         self.stamp: Any = None
 
@@ -289,9 +290,11 @@ class History:
                 assert self.asked is not None
                 stays, limit = stays | self.asked[row], limit + int(self.asked[row].sum()) - length
             held = self.real[row] & stays
+            budgets, said = self._budgets(policy, row, kept[row], worth, held, limit, slack)
+            problems += said
             for head in range(kept.shape[1]):
                 before, now = self.alive[row, head], kept[row, head]
-                want = min(int(before.sum()), limit)
+                want = min(int(before.sum()), budgets[head])
                 where = f"row {row}, head {head}"
                 if int(now.sum()) != want:
                     problems.append(f"keeps {int(now.sum())} tokens where its budget leaves {want} ({where})")
@@ -318,6 +321,49 @@ class History:
                         f"{float(value[free].min()):.3g} ({where})"
                     )
         return problems
+
+    def _budgets(
+        self,
+        policy: Evict,
+        row: int,
+        kept: Tensor,
+        worth: Tensor | None,
+        held: Tensor,
+        even: int,
+        slack: float,
+    ) -> tuple[list[int], list[Problem]]:
+        """(the budget of each head of a row, what is wrong with how they shared theirs): kept (Hc, T), held (T,)."""
+        assert self.alive is not None
+        before, heads = self.alive[row], kept.shape[0]
+        if not policy.by_head:
+            return [even] * heads, []
+        if row in self.shares:
+            return self.shares[row], []
+        if int(before.sum(1).max()) <= even:
+            return [even] * heads, []
+        self.shares[row] = now = kept.sum(1).tolist()
+        if sum(now) != heads * even:
+            return now, [f"its heads keep {sum(now)} tokens where they share {heads * even} (row {row})"]
+        least = max(int(policy.floor * even + 1e-9), int((held & before).sum(1).max()))
+        if min(now) < min(least, int(before.sum(1).min())):
+            return now, [f"a head keeps {min(now)} tokens where each keeps {least} (row {row})"]
+        if worth is None:
+            return now, []
+        stays, goes = [], []
+        for head in range(heads):
+            value = self._pooled(policy, worth[row, head], before[head], held)
+            free = value[kept[head] & ~held].sort(descending=True).values
+            stays.append(free[max(0, least - int((held & before[head]).sum())) :])
+            goes.append(value[before[head] & ~kept[head] & ~held])
+        kept_least, gone_most = torch.cat(stays), torch.cat(goes)
+        if kept_least.numel() and gone_most.numel():
+            margin = slack * max(float(worth[row].abs().max()), 1e-30)
+            if float(kept_least.min()) < float(gone_most.max()) - margin:
+                return now, [
+                    f"dropped a token of worth {float(gone_most.max()):.3g} and kept one of "
+                    f"{float(kept_least.min()):.3g} in another head (row {row})"
+                ]
+        return now, []
 
     @staticmethod
     def _pooled(policy: Evict, worth: Tensor, before: Tensor, held: Tensor) -> Tensor:

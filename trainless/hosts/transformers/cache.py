@@ -19,7 +19,6 @@ from transformers.cache_utils import (
 from ...cache import (
     CompressingLayer,
     ExpandedLayer,
-    FixedLayer,
     Freezing,
     PackedLayer,
     StatefulMixin,
@@ -37,7 +36,7 @@ from .contract import GENERATE, problem
 from .inputs import noted
 from .layers import PLAIN, depths_of, index_of
 from .outside import refuse_unprepared
-from .static import INSTEAD, fixed_kind, refusal, settles
+from .static import INSTEAD, evicting_kind, fixed_kind, refusal, settles
 from .uncompiled import uncompiled
 from .version import DummyLayer, cache_in, layers_of
 
@@ -172,7 +171,8 @@ def _compressing(runtime: Runtime, layer: Any) -> CompressingLayer:
     made: CompressingLayer
     if packer is None or plan.quantise is None:
         assert plan.evict is not None and evictor is not None
-        made = FixedLayer(plan.evict, evictor, capacity) if settled else CompressingLayer(plan.evict, evictor)
+        kind = evicting_kind(plan.evict)
+        made = kind(plan.evict, evictor, capacity) if settled else CompressingLayer(plan.evict, evictor)
     elif settled:
         made = fixed_kind(plan)(plan.quantise, packer, plan.evict, evictor, capacity)
     else:

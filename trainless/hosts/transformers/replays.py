@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
-from ...cache import AppendingMixin, CompressingLayer, StatefulMixin, chosen_pairs
+from ...cache import AppendingMixin, CompressingLayer, RaggedLayer, StatefulMixin, chosen_pairs
 from ...edits.journal import AttributeEdit, HookEdit, Journal
 from ...engine.replaying import pair_scores
 from ...engine.runtime import ATTRIBUTE, Runtime
@@ -316,6 +316,8 @@ class Replays:
         )
         for (_, runtime, layer), keep in zip(rules, kept, strict=True):
             acted = layer.keep_pairs(keep.to(layer.keys.device))
+            if isinstance(layer, RaggedLayer):
+                layer.freeze_heads()
             with runtime.counting:
                 for owner in acted:
                     runtime.tallies[owner].acted += 1
@@ -355,6 +357,7 @@ def _refuse_company(method: str, runtime: Runtime) -> None:
 
 def _beside(cache: Cache, method: str) -> Cache:
     """A cache that goes on from ``cache`` and leaves it as it is."""
+    # Who listens to a cache's updates stands on the instance, and what was copied would go on to the cache itself.
     made = _bare(cache)
     made.layers = []
     layers: list[Any] = cache.layers

@@ -10,8 +10,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import LinearAttentionCacheLayerMixin, StaticLayer
 
-from ...cache import FixedEvictingLayer, FixedLayer, FixedPackedLayer, FixedTiersLayer
-from ...seams import AttentionPlan, Site
+from ...cache import FixedEvictingLayer, FixedLayer, FixedPackedLayer, FixedTiersLayer, RaggedLayer
+from ...seams import AttentionPlan, Evict, Site
 from .version import DummyLayer
 
 INSTEAD = "use a dynamic cache (drop cache_implementation)"
@@ -31,13 +31,18 @@ def fixed_kind(plan: AttentionPlan) -> type[FixedPackedLayer]:
     return FixedTiersLayer if plan.quantise is not None and plan.quantise.chosen else FixedPackedLayer
 
 
+def evicting_kind(policy: Evict) -> type[FixedLayer]:
+    """The class of a layer that evicts by this rule and may settle."""
+    return RaggedLayer if policy.parts_heads else FixedLayer
+
+
 def settles(plan: AttentionPlan, site: Site, capacity: int | None) -> bool:
     """Whether a layer under this plan may settle into buffers; capacity: tokens of the static cache, None in others."""
     if site.facts.get("keys", "same") != "same":
         return False
     if plan.quantise is not None:
         return fixed_kind(plan).suits(plan.quantise, plan.evict, capacity)
-    return plan.evict is not None and FixedLayer.suits(plan.evict, capacity)
+    return plan.evict is not None and evicting_kind(plan.evict).suits(plan.evict, capacity)
 
 
 def refusal(plan: AttentionPlan, site: Site, kind: type, capacity: int = 1) -> str | None:

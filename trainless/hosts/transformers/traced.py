@@ -65,6 +65,8 @@ def _reads_states(runtime: Runtime, layer: Any, args: tuple[Any, ...], kwargs: d
             return False  # of another patch, or not there from the first token on: the long way says so
     if torch.compiler.is_compiling():
         return True
+    if layer.only_inferred and not torch.is_inference_mode_enabled():
+        return False  # what was made under inference_mode can be written there only
     around, images = noted(runtime), runtime.asked.get("images")
     if images is not None and images.rows is not None:
         return False  # an image by itself
@@ -153,8 +155,8 @@ def straight(
                 "what a step sees is not known; use sdpa or eager attention, or a dynamic cache"
             )
         out, moved = edited_row(
-            ready.edits, layer.states, query, key, value, mask, scale=scaling, softcap=kwargs.get("softcap"),
-            sinks=kwargs.get(SINKS),
+            ready.edits, layer.states, query, key, value, mask, layer.get_seq_length() - 1, scale=scaling,
+            softcap=kwargs.get("softcap"), sinks=kwargs.get(SINKS),
         )  # fmt: skip
         if ready.idle is not None and not (ready.gains or ready.factor != 1.0):
             ready.idle.add_(~moved)

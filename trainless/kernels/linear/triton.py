@@ -324,7 +324,8 @@ def linear_causal_op(
     """The causal form: (B, H, Lq, Dv) in the dtype of ``query``."""
     b, h, lq, d = query.shape
     lk, dv = value.shape[2:]
-    hkv, width, bn = key.shape[1], width_of(d), 32  # longer chunks do not fit into registers
+    hkv, width, bn = key.shape[1], width_of(d), 32
+    chunk = bn if width <= 64 else bn // 2  # longer ones do not fit into registers
     exact, wide = query.dtype == torch.float32, triton.cdiv(dv, BV)
     out = torch.empty(b, h, lq, dv, dtype=query.dtype, device=query.device)
     mask, mask_b, mask_k = _keys(query, keys)
@@ -345,7 +346,7 @@ def linear_causal_op(
     _causal[(b * h, wide, pieces)](
         query, *query.stride(), key, *key.stride(), value, *value.stride(), mask, mask_b, mask_k, out,
         records, h, h // hkv, lq, lk, d, dv, origin, span, pieces, each, eps,
-        FEATURE=feature, KEYS=keys is not None, EXACT=exact, CUT=pieces > 1, BN=bn, BD=width, BV=BV,
+        FEATURE=feature, KEYS=keys is not None, EXACT=exact, CUT=pieces > 1, BN=chunk, BD=width, BV=BV,
         num_warps=4 if width <= 64 else 8, num_stages=2,
     )  # fmt: skip
     return out

@@ -10,7 +10,7 @@ from ..dispatch import Choice, compiled_form, triton_missing, triton_reasons, wa
 from ..turning import Turn
 from . import plain
 from .operator import slot_decode_op, unlooped
-from .state import FixedSlots, SlotRule, SlotStep
+from .state import ADDED, FixedSlots, SlotRule, SlotStep
 
 
 def choose(query: Tensor, slots: FixedSlots, turn: Turn | None = None) -> Choice:
@@ -69,7 +69,7 @@ def slot_decode(
     near, far, partner = (None, None, None) if turn is None else turn
     out: Tensor = slot_decode_op(
         query, key, value, s.keys, s.values, s.positions, s.scores, s.free, s.age, s.count, s.limit, s.recent,
-        s.tickets, s.never, s.shifts, near, far, partner, real, sink_logits, scale, softcap, rule.score,
+        s.tickets, s.never, s.shifts, s.lots, near, far, partner, real, sink_logits, scale, softcap, rule.score,
         rule.gqa, rule.shared, rule.normalise,
     )  # fmt: skip
     return out
@@ -94,7 +94,9 @@ def _check(
         )
     if (turn is None) != (slots.shifts is None):
         raise InputError("slots: a turn is given, or the buffers have shifts, and not both")
-    if (rule.score is None) != (slots.scores is None):
+    if (rule.score in ADDED) != (slots.scores is not None) or (rule.score == "draw") != (
+        slots.lots is not None
+    ):
         raise InputError(
-            f"slots: the rule's score is {rule.score!r}, and the buffers have scores or none to match"
+            f"slots: the rule's score is {rule.score!r}, and the buffers have scores or lots or none to match"
         )

@@ -51,7 +51,20 @@ def decode(step: SlotStep) -> Tensor:
     openmp.run(_attending(query.dtype), data, threads)
     runs = 0 if s.never is None else s.never.shape[1]
     how = HOW[rule.score], SHARED[rule.gqa], rule.shared, rule.normalise, turn is not None
-    kept = (p, s.positions, s.scores, s.shifts, s.free, s.age, s.count, s.limit, s.recent, s.never, real)
+    kept = (
+        p,
+        s.positions,
+        s.scores,
+        s.shifts,
+        s.free,
+        s.age,
+        s.count,
+        s.limit,
+        s.recent,
+        s.never,
+        real,
+        s.lots,
+    )
     data = (b, hkv, r, size, wide, *how, runs, real is not None, *_addresses(kept))
     openmp.run(loops.settle_part, data, min(threads, b))
     return out if query.dtype == torch.float32 else out.to(query.dtype)

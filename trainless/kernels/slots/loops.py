@@ -12,12 +12,14 @@ from __future__ import annotations
 import numpy as np
 from numba import carray
 
-from .. import row_loops
+from .. import draws, row_loops
 from ..openmp import compile_body, compile_loop, pointer, take
 from ..turning import NEAR as NEAR_TURNS
 
 FAR = np.iinfo(np.int32).max  # beyond any position
-NONE, SUM, LAST = 0, 1, 2  # how scores are made
+NONE, SUM, LAST, DRAWN = 0, 1, 2, 3  # how scores are made
+# Unsigned, or a product with a signed number would be made in floating point.
+PLACES, MIXED, HALF, REST = np.uint64(draws.POSITION), np.uint64(draws.MIX), np.uint64(32), np.uint64(11)
 ADDED, MEAN, LARGEST, FIRST = 0, 1, 2, 3  # how the query heads of a key head share one
 
 
@@ -99,9 +101,19 @@ def _mass(p, row, hkv, r, lane, s, gqa, shared):
 
 
 @compile_loop
-def _victim(lane, size, scored, normalise, scores, positions, age, recent, never, row):
+def _drawn(lot, place):
+    """See ``draws.drawn``."""
+    x = np.uint64(lot) + np.uint64(place) * PLACES
+    for _ in range(2):
+        x = (x ^ (x >> HALF)) * MIXED
+    x = x ^ (x >> HALF)
+    return np.float64(x >> REST) / np.float64(1 << 53)
+
+
+@compile_loop
+def _victim(lane, size, score, normalise, scores, lots, positions, age, recent, never, row):
     """The slot whose token goes: of the least worth, among equals the oldest; 0 where all are barred."""
-    found, least, oldest = 0, np.float32(np.inf), np.int32(FAR)
+    found, least, oldest = 0, np.float64(np.inf), np.int32(FAR)
     newest = age - max(recent, 1)
     for s in range(size):
         place = positions[lane, s]
@@ -112,11 +124,14 @@ def _victim(lane, size, scored, normalise, scores, positions, age, recent, never
             barred = barred or never[row, n, 0] <= place < never[row, n, 1]
         if barred:
             continue
-        worth = np.float32(0)
-        if scored:
-            worth = scores[lane, s]
+        worth = np.float64(0)
+        if score == DRAWN:
+            worth = _drawn(lots[lane], place)
+        elif score != NONE:
+            own = scores[lane, s]
             if normalise:
-                worth /= np.float32(max(age - place, 1))
+                own /= np.float32(max(age - place, 1))
+            worth = np.float64(own)
         if worth < least or (worth == least and place < oldest):
             found, least, oldest = s, worth, place
     return found
@@ -154,19 +169,20 @@ def settle(
     recent,
     never,
     real,
+    lots,
 ):
     """Bring the scores up to date with probabilities p (rows · H, at least S); one token of a row over its limit goes."""
     here = real.shape[0] == 0 or real[row]
     seen, held = age[row] + np.int32(here), count[row] + np.int32(here)
     over = held > min(limit[row], size - 1)
     for lane in range(row * hkv, (row + 1) * hkv):
-        if score != NONE and (here or score == LAST):
+        if score == LAST or (score == SUM and here):
             for s in range(size):
                 mass = _mass(p, row, hkv, r, lane, s, gqa, shared) if here else np.float32(0)
                 scores[lane, s] = mass if score == LAST else scores[lane, s] + mass
         if over:
             gone = _victim(
-                lane, size, score != NONE, normalise, scores, positions, seen, recent[row], never, row
+                lane, size, score, normalise, scores, lots, positions, seen, recent[row], never, row
             )
             _vacate(lane, gone, size, moving, positions, shifts)
         empty = 0
@@ -243,9 +259,9 @@ def attend_part(kind):
 
 @compile_body
 def settle_part(data):
-    n = carray(data, 24)
+    n = carray(data, 25)
     rows, hkv, r, size, wide, score, gqa, shared, normalise, moving, runs, padded = n[1:13]
-    p, positions, scores, shifts, free, age, count, limit, recent, never, real = n[13:24]
+    p, positions, scores, shifts, free, age, count, limit, recent, never, real, lots = n[13:25]
     lanes_ = rows * hkv
     row = take(data)
     while row < rows:
@@ -257,6 +273,6 @@ def settle_part(data):
             carray(pointer(free), (lanes_,), np.int32), carray(pointer(age), (rows,), np.int32),
             carray(pointer(count), (rows,), np.int32), carray(pointer(limit), (rows,), np.int32),
             carray(pointer(recent), (rows,), np.int32), carray(pointer(never), (rows, runs, 2), np.int32),
-            carray(pointer(real), (rows if padded else 0,), np.uint8),
+            carray(pointer(real), (rows if padded else 0,), np.uint8), carray(pointer(lots), (lanes_,), np.uint64),
         )  # fmt: skip
         row = take(data)

@@ -28,7 +28,7 @@ def unlooped(step: SlotStep) -> tuple[str, ...]:
     if why := numba_reasons((query, key, value)):
         return why
     held = [s.keys, s.values, s.positions, s.free, s.age, s.count, s.limit, s.recent]
-    held += [t for t in (s.scores, s.never, s.shifts) if t is not None]
+    held += [t for t in (s.scores, s.never, s.shifts, s.lots) if t is not None]
     if not all(map(Tensor.is_contiguous, held)):
         return ("numba: buffers have gaps",)
     return compiled_form(__package__)[1]
@@ -51,6 +51,7 @@ def slot_decode_op(
     tickets: Tensor,
     never: Tensor | None,
     shifts: Tensor | None,
+    lots: Tensor | None,
     near: Tensor | None,
     far: Tensor | None,
     partner: Tensor | None,
@@ -65,7 +66,7 @@ def slot_decode_op(
 ) -> Tensor:
     """See ``api.slot_decode``: ``FixedSlots`` and ``SlotRule`` of ``state``, ``turning.Turn``, one by one."""
     slots = FixedSlots(
-        keys, values, positions, free, age, count, limit, recent, tickets, scores, never, shifts
+        keys, values, positions, free, age, count, limit, recent, tickets, scores, never, shifts, lots
     )
     rule, terms = SlotRule(score, gqa, shared, normalise), Terms(scale, None, softcap, sinks)
     turn = None

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from ..common import Terms, statistics_dtype
+from ..draws import drawn
 from ..lse import widened_product
 from ..turning import Turn
-from .state import FixedSlots, SlotRule, SlotStep
+from .state import ADDED, FixedSlots, SlotRule, SlotStep
 
 FAR = torch.iinfo(torch.int32).max  # beyond any position
 
@@ -73,7 +74,7 @@ def settle(p: Tensor, slots: FixedSlots, rule: SlotRule, real: Tensor | None = N
     """Bring the scores up to date with probabilities p (B, H, S), and evict one token from rows over their limit."""
     s = slots
     age, count = (s.age + 1, s.count + 1) if real is None else (s.age + real, s.count + real)
-    if s.scores is not None and rule.score is not None:
+    if s.scores is not None and rule.score in ADDED:
         mass = grouped(p, s.positions.shape[1], rule)
         if real is not None:
             mass = mass * real[:, None, None]
@@ -84,8 +85,10 @@ def settle(p: Tensor, slots: FixedSlots, rule: SlotRule, real: Tensor | None = N
         place, runs = s.positions[..., None], s.never[:, None, None]
         barred = barred | ((place >= runs[..., 0]) & (place < runs[..., 1])).any(3)
     candidates = s.positions.masked_fill(barred, FAR)
-    if s.scores is not None:
-        worth = s.scores
+    worth = s.scores
+    if s.lots is not None:
+        worth = drawn(s.lots[..., None], s.positions)
+    if worth is not None:
         if rule.normalise:
             worth = worth / (age[:, None, None] - s.positions).clamp_min(1)
         worth = worth.masked_fill(barred, torch.inf)

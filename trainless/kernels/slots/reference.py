@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..draws import drawn
 from .state import FixedSlots, SlotRule, SlotStep
 
 
@@ -87,6 +88,8 @@ def _victim(slots: FixedSlots, rule: SlotRule, row: int, head: int) -> int:
         if slots.never is not None and any(a <= position < z for a, z in slots.never[row].tolist()):
             continue
         worth = 0.0 if slots.scores is None else float(slots.scores[row, head, slot])
+        if slots.lots is not None:
+            worth = float(drawn(slots.lots[row, head], slots.positions[row, head, slot]))
         if rule.normalise:
             worth /= age - position
         if (worth, position) < worst:

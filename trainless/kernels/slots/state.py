@@ -18,7 +18,8 @@ from ..tickets import TICKETS
 from ..turning import Turn
 
 EVERYTHING = 1 << 30  # a limit in tokens that no buffer reaches
-SCORES = (None, "sum", "last")
+SCORES = (None, "sum", "last", "draw")
+ADDED = ("sum", "last")  # scores that are made of probabilities, and stand in the buffers
 GROUPS = ("sum", "mean", "max", "first")
 
 
@@ -27,7 +28,8 @@ class SlotRule:
     """What is compared when a token has to go; the one with the least goes, among equals the oldest.
 
     score: None compares positions, so that the oldest goes; "sum" adds the probability that each token receives to
-    its score at every step; "last" puts the probability of this step in the place of the score.
+    its score at every step; "last" puts the probability of this step in the place of the score; "draw" compares the
+    number that ``draws.drawn`` gives each token, by the ``lots`` of its head.
     gqa: how the query heads of a key head share one score. shared: one score for all heads of a row, the mean, so
     that all of them keep the same tokens in the same slots. normalise: scores are divided by the number of tokens that
     could have read the key. Raises InputError for unknown names.
@@ -58,7 +60,7 @@ class FixedSlots:
     newest tokens, which do not go; the newest one never does. never (B, R, 2) int32 or None: runs [start, stop) of
     positions that never go (first tokens, a prompt); an empty run has start = stop. shifts (B, Hkv, S) int32 or None: by
     how many positions the key of a slot is turned when it is read, so that kept tokens look contiguous: the tokens that
-    went between it and the newest one.
+    went between it and the newest one. lots (B, Hkv) int64 or None: what ``draws.lots`` gives, for a rule that draws.
 
     tickets (B, Hkv, TICKETS) int32: zero between calls; what the programs of a kernel count each other by.
 
@@ -77,6 +79,7 @@ class FixedSlots:
     scores: Tensor | None = None
     never: Tensor | None = None
     shifts: Tensor | None = None
+    lots: Tensor | None = None
 
     @property
     def size(self) -> int:
@@ -114,11 +117,13 @@ def fixed_slots(
     scores: Tensor | None = None,
     never: Tensor | None = None,
     shifts: Tensor | None = None,
+    lots: Tensor | None = None,
 ) -> FixedSlots:
     """Buffers of ``size`` slots, the first of which hold what is given; for the end of a prefill.
 
     keys (B, Hkv, W, D), values (B, Hkv, W, Dv), positions (B, Hkv, W) with -1 for empty slots, W < ``size``; scores
-    (B, Hkv, W), age (B,), limit and recent (B,) or one number, never (B, R, 2), shifts (B, Hkv, W). Everything is copied.
+    (B, Hkv, W), age (B,), limit and recent (B,) or one number, never (B, R, 2), shifts (B, Hkv, W), lots (Hkv,).
+    Everything is copied.
     Raises InputError where that does not fit. Looks at no value, so it may be called while a graph is captured.
     """
     b, hkv, width = positions.shape
@@ -152,4 +157,5 @@ def fixed_slots(
         None if scores is None else wide(scores, 0),
         None if never is None else never.to(keys.device, torch.int32, copy=True),
         None if shifts is None else wide(shifts, 0, torch.int32),
+        None if lots is None else lots.to(keys.device, torch.int64).expand(b, hkv).contiguous(),
     )

@@ -16,18 +16,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..draws import MIX, POSITION, whole
 from ..split import MOST as CLUSTERS
 from ..split import last_lane, merge_parts
 from ..tickets import CLUSTER, MOST
 from ..tiles import tanh
 from ..turning import NEAR
-from .state import GROUPS, FixedSlots, SlotStep
+from .state import GROUPS, SCORES, FixedSlots, SlotStep
 
 SHARE = 64  # slots per part, at least
 PROGRAMS = 264  # that the slots are shared among: two for each multiprocessor of the largest GPUs
 BLOCK = 1024  # slots per program of the second kernel
 FAR = tl.constexpr(2147483647)
-NO_SCORE, SUM, LAST = 0, 1, 2
+SUM, LAST, DRAWN = (SCORES.index(name) for name in ("sum", "last", "draw"))
+PLACES, MIXED = tl.constexpr(whole(POSITION)), tl.constexpr(whole(MIX))
 
 
 @triton.jit
@@ -157,8 +159,18 @@ def _mass(
 
 
 @triton.jit
+def _drawn(lot, position):
+    """See ``draws.drawn``."""
+    x = lot + position.to(tl.int64) * PLACES
+    for _ in tl.static_range(2):
+        x = (x ^ ((x >> 32) & 0xFFFFFFFF)) * MIXED
+    x = x ^ ((x >> 32) & 0xFFFFFFFF)
+    return ((x >> 11) & 0x1FFFFFFFFFFFFF).to(tl.float64) / 9007199254740992.0
+
+
+@triton.jit
 def _settle(
-    logits, lse, positions, scores, shifts, free, age, count, limit, recent, never, real, tickets, found_worth,
+    logits, lse, positions, scores, shifts, lots, free, age, count, limit, recent, never, real, tickets, found_worth,
     found_slot, hkv, r, slots, blocks, runs,
     SCORE: tl.constexpr, GQA: tl.constexpr, SHARED: tl.constexpr, NORMALISE: tl.constexpr, REAL: tl.constexpr,
     TURN: tl.constexpr, BN: tl.constexpr, BB: tl.constexpr,
@@ -181,7 +193,9 @@ def _settle(
         start, stop = tl.load(never + (batch * runs + run) * 2), tl.load(never + (batch * runs + run) * 2 + 1)
         barred = barred | ((position >= start) & (position < stop))
     worth = tl.zeros((BN,), tl.float32)
-    if SCORE != 0:
+    if SCORE == 3:
+        worth = _drawn(tl.load(lots + lane), position)
+    elif SCORE != 0:
         mass = _mass(logits, lse, lane, hkv, r, place, here, slots, GQA, SHARED, BN) * there
         if SCORE == 1:
             old = tl.load(scores + lane * slots + place, mask=here, other=0.0)
@@ -221,12 +235,12 @@ def _settle(
             if TURN:
                 for start in range(0, slots, BN):
                     each_place = start + tl.arange(0, BN)
-                    there_is = each_place < slots
+                    within = each_place < slots
                     held_at = lane * slots + each_place
-                    older = tl.load(positions + held_at, mask=there_is, other=-1)
-                    moved = tl.load(shifts + held_at, mask=there_is, other=0)
+                    older = tl.load(positions + held_at, mask=within, other=-1)
+                    moved = tl.load(shifts + held_at, mask=within, other=0)
                     moved += ((older >= 0) & (older < first_age)).to(tl.int32)
-                    tl.store(shifts + held_at, moved, mask=there_is)
+                    tl.store(shifts + held_at, moved, mask=within)
         tl.store(free + lane, next_free)
         if last_lane(tickets, batch, hkv):
             tl.store(age + batch, now)
@@ -259,7 +273,8 @@ def plan(slots: FixedSlots, share: int) -> dict[str, int]:
         "share": each,
         "clusters": triton.cdiv(parts, CLUSTER),
         "BR": 8 if share <= 8 else 16,
-        "BN": 64 if slots.keys.dtype.itemsize == 2 else 32,
+        # Keys that are turned come twice, and the tables with them.
+        "BN": 64 if slots.keys.dtype.itemsize == 2 and slots.shifts is None else 32,
         "BD": power(d),
         "BV": power(slots.values.shape[3]),
     }
@@ -282,21 +297,24 @@ def decode(step: SlotStep) -> Tensor:
     shifts, (near, far, partner) = s.positions if turn is None else s.shifts, turn or (none, none, none)
     there = none if real is None else real.view(torch.uint8)
     lse, out = made(b, h), made(b, h, 1, dv, dtype=query.dtype)
-    score = NO_SCORE if rule.score is None else SUM if rule.score == "sum" else LAST
-    logits = made(b, h, size) if score else lse
+    score = SCORES.index(rule.score)
+    scored = score in (SUM, LAST)
+    logits = made(b, h, size) if scored else lse
     _attend[(b * hkv, parts)](
         query, key.contiguous(), value.contiguous(), s.keys, s.values, s.positions, s.free, s.age, there,
         none if terms.sink_logits is None else terms.sink_logits, shifts, near, far, partner, s.tickets,
         logits, made(b * hkv, parts, r, dv), made(b * hkv, parts, r), out, lse,
         hkv, r, size, parts, numbers["share"], numbers["clusters"], terms.scale, terms.softcap or 1.0,
         D=d, DV=dv, EXACT=query.dtype == torch.float32, REAL=real is not None, SINKS=terms.sink_logits is not None,
-        LOGITS=score != NO_SCORE, CAP=terms.softcap is not None, TURN=turn is not None, NEAR=NEAR,
+        LOGITS=scored, CAP=terms.softcap is not None, TURN=turn is not None, NEAR=NEAR,
         **{n: numbers[n] for n in ("BR", "BN", "BD", "BV")},
     )  # fmt: skip
     runs = 0 if s.never is None else s.never.shape[1]
     _settle[(b * hkv, blocks)](
-        logits, lse, s.positions, s.positions if s.scores is None else s.scores, shifts, s.free, s.age, s.count, s.limit,
-        s.recent, s.positions if s.never is None else s.never, there, s.tickets, made(b * hkv, blocks),
+        logits, lse, s.positions, s.positions if s.scores is None else s.scores, shifts,
+        s.positions if s.lots is None else s.lots, s.free, s.age, s.count, s.limit,
+        s.recent, s.positions if s.never is None else s.never, there, s.tickets,
+        made(b * hkv, blocks, dtype=torch.float64 if score == DRAWN else torch.float32),
         made(b * hkv, blocks, 3, dtype=torch.int32), hkv, r, size, blocks, runs,
         SCORE=score, GQA=GROUPS.index(rule.gqa), SHARED=rule.shared, NORMALISE=rule.normalise,
         REAL=real is not None, TURN=turn is not None, BN=min(BLOCK, triton.next_power_of_2(size)),
