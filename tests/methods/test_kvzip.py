@@ -149,3 +149,9 @@ def test_the_number_of_pairs_is_exact_and_grows_by_inclusion():
         before = kept
     flat = [torch.zeros(1, 1, 10)]
     assert chosen_pairs(flat, None, 0.4, 1, "model")[0][0, 0].nonzero()[:, 0].tolist() == [0, 7, 8, 9]
+
+
+def test_verify_follows_every_call():
+    with trainless.patched(models.build("llama", dtype=torch.float32, exact=False), "kvzip") as patch:
+        found = patch.verify()
+    assert found and "raises" not in str(found), str(found)

@@ -357,9 +357,8 @@ def _refuse_company(method: str, runtime: Runtime) -> None:
 
 def _beside(cache: Cache, method: str) -> Cache:
     """A cache that goes on from ``cache`` and leaves it as it is."""
-    made = copy.copy(cache)
     # Who listens to a cache's updates stands on the instance, and what was copied would go on to the cache itself.
-    vars(made).pop("update", None)
+    made = _bare(cache)
     made.layers = []
     layers: list[Any] = cache.layers
     for number, layer in enumerate(layers):
@@ -370,13 +369,21 @@ def _beside(cache: Cache, method: str) -> Cache:
                 plain.lazy_initialization(layer.keys, layer.values)
                 plain.keys, plain.values = layer.keys, layer.values
         elif type(layer) is DynamicSlidingWindowLayer:
-            plain = copy.copy(layer)
+            plain = _bare(layer)
         else:
             raise Unsupported(
                 f"{method}: cache layer {number} is a {kind.__name__}, from which a prompt cannot be read a second time; "
                 "give the model a dynamic cache of its own config, or none"
             )
         made.layers.append(plain)
+    return made
+
+
+def _bare(held: Any) -> Any:
+    """A shallow copy without what somebody has hung on the object in the place of its own methods."""
+    made = copy.copy(held)
+    for name in [n for n in vars(made) if callable(getattr(type(made), n, None))]:
+        del vars(made)[name]
     return made
 
 
