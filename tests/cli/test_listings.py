@@ -115,5 +115,5 @@ def test_completion():
         return done.stdout.split()
 
     assert words("trainless ex") == ["explain"]
-    assert words("trainless explain m --patch kv") == ["kvquant"]
+    assert words("trainless explain m --patch kv") == ["kvquant", "kvzip"]
     assert "llama/kvquant" in words("trainless explain m --recipe llama/kv")

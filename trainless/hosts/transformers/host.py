@@ -92,7 +92,7 @@ def _attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, An
     """The one registered attention function."""
     if torch.compiler.is_compiling():
         return _traced(module, *args, **kwargs)
-    if replays.current() is not None:
+    if replays.under_way.reading is not None:
         return _read_again(module, *args, **kwargs)
     runtime = module.__dict__.get(ATTRIBUTE)
     if runtime is not None and runtime.plan.inert and not runtime.hooked and runtime.watch is None:

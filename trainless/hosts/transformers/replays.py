@@ -52,12 +52,12 @@ class UnderWay(threading.local):
         self.reading: Reading | None = None
 
 
-_under = UnderWay()
+under_way = UnderWay()  # asked at every attention call, so without a function around it
 
 
 def current() -> Reading | None:
     """The second reading that the call under way belongs to; None in all other calls."""
-    return _under.reading
+    return under_way.reading
 
 
 @dataclass
@@ -389,11 +389,11 @@ def _bare(held: Any) -> Any:
 
 @contextlib.contextmanager
 def _reading(reading: Reading) -> Iterator[None]:
-    _under.reading = reading
+    under_way.reading = reading
     try:
         yield
     finally:
-        _under.reading = None
+        under_way.reading = None
 
 
 def watch(runtime: Runtime, model: nn.Module, station: Journal) -> None:

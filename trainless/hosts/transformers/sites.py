@@ -117,6 +117,8 @@ def _numbered(ancestors: Mapping[str, PreTrainedModel], found: list[Found], pref
         facts = {**_site_facts(module, layer, held), "no_images": missing_images(ancestors, name, parts)}
         if "decoder" in parts and kind == "self":
             facts["no_replay"] = caches.no_replay(name, family_of(module).keys)
+            if facts["depths"] > 1 or facts["calls"] > 1:
+                facts["no_replay"] = "the layer attends more than once for each token"
         if kind == "self" and assumed(module):
             facts["undeclared"] = type(module).__name__
         facts["cache_shape"] = _cache_shape(module, family_of(module), kv_heads, width)
