@@ -57,7 +57,7 @@ def test_assisted_with_eviction_stays_within_its_budget(case: Case, way: str):
     found = _generate(model, ids, return_dict_in_generate=True, **_ways(model)[way])
     for layer in found.past_key_values.layers:
         assert isinstance(layer, CompressingLayer) and layer.record_past
-        seen = layer.get_seq_length()
+        seen = int(layer.get_seq_length())
         assert found.sequences.shape[1] - 1 <= seen + 1
         heads, grown = layer.kept()[0], seen - ids.shape[1] if case.once else 0
         assert all(head[-1] == seen - 1 and head == sorted(set(head)) for head in heads)
