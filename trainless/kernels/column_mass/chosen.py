@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
-from ..common import BLOCK, Terms, check_shapes, shared_logits, statistics_dtype
+from ..common import BLOCK, Terms, check_shapes, powers, shared_logits, statistics_dtype
 from ..masks import Visibility
 
-_ROWS = 128  # chosen rows at a time: their visibility is written out, (rows, Lk) bool
+# Chosen rows at a time, whose visibility is written out, (rows, Lk) bool: fewer where they lie far from each other, so
+# that early rows of a causal call meet only the keys that they see.
+_ROWS, _FAR_ROWS = 128, 32
 
 
 def chosen_mass(
@@ -56,7 +58,8 @@ def chosen_mass(
         rows = (
             rows[rows >= 0].sort().values
         )  # early rows of a causal call see few keys: let them stand together
-        for part in rows.split(_ROWS) if len(rows) else ():
+        far = len(rows) > 1 and int(rows[-1] - rows[0]) > 2 * len(rows)
+        for part in rows.split(_FAR_ROWS if far else _ROWS) if len(rows) else ():
             hi = seen.span(int(part[0]), int(part[-1]) + 1)[1]
             if hi:
                 known = None if lse is None else lse[row, :, part]
@@ -81,19 +84,16 @@ def _add(
         z = torch.bmm(packed, key[first:last].to(wide).transpose(1, 2)).mul_(terms.scale)
         numbers = None if last - first == hkv else torch.arange(h, device=query.device)[heads]
         z = shared_logits(z.view(1, -1, n, hi), terms, seen, numbers, rows, 0, hi)[0]
-        if lse is not None:
-            shift, total = lse[heads].to(wide), None
-        else:
-            shift = z.amax(-1)
-            if terms.sink_logits is not None:
-                shift = torch.maximum(shift, terms.sink_logits[heads, None].to(wide))
-        blind = torch.isneginf(shift)
-        z.sub_(shift.masked_fill(blind, 0)[..., None]).exp_()
-        weight = torch.ones_like(shift)
+        if lse is None and terms.sink_logits is None:
+            p = z.softmax(-1)  # one pass; a row that sees nothing gives no numbers
+            mass[heads] += p.masked_fill_(p[..., :1].isnan(), 0).sum(1)
+            continue
         if lse is None:
-            total = z.sum(-1)
-            if terms.sink_logits is not None:
-                total = total + torch.exp(terms.sink_logits[heads, None].to(wide) - shift)
-            weight = 1 / total
-        weight = weight.masked_fill(blind, 0)
-        mass[heads] += torch.bmm(weight[:, None], z)[:, 0]
+            assert terms.sink_logits is not None
+            sinks = terms.sink_logits[heads, None].to(wide)
+            total = torch.logaddexp(z.logsumexp(-1), sinks)
+        else:
+            total = lse[heads].to(wide)
+        blind = torch.isneginf(total)
+        p = powers(z.sub_(total.masked_fill(blind, 0)[..., None]))
+        mass[heads] += torch.bmm((~blind).to(wide)[:, None], p)[:, 0]
