@@ -27,6 +27,7 @@ def chosen_mass(
     visibility: Visibility,
     terms: Terms,
     lse: Tensor | None = None,
+    counted: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """The probability that each key receives from the rows ``index``, and how many of those can see it.
 
@@ -34,7 +35,7 @@ def chosen_mass(
     none; a row that is named twice counts twice. lse (B, H, Lq) as ``attention`` returns it, or None.
 
     Returns mass (B, H, Lk) in float32 (float64 for float64 input), and counts (B, Lk) int64: rows that see the
-    key in any head. Raises InputError on shapes that do not fit, or rows that do not exist.
+    key in any head; zeros unless ``counted``. Raises InputError on shapes that do not fit, or rows that do not exist.
     """
     check_shapes(query, key, None, visibility, terms)
     b, h, lq, _ = query.shape
@@ -64,6 +65,8 @@ def chosen_mass(
             if hi:
                 known = None if lse is None else lse[row, :, part]
                 _add(mass[row, :, :hi], query[row, :, part], key[row, :, :hi], seen, own, part, known)
+                if not counted:
+                    continue
                 shown = seen.at(part, 0, hi)
                 counts[row, :hi] += len(part) if shown is None else shown[0].any(0).sum(0)
     return mass, counts
@@ -86,7 +89,10 @@ def _add(
         z = shared_logits(z.view(1, -1, n, hi), terms, seen, numbers, rows, 0, hi)[0]
         if lse is None and terms.sink_logits is None:
             p = z.softmax(-1)  # one pass; a row that sees nothing gives no numbers
-            mass[heads] += p.masked_fill_(p[..., :1].isnan(), 0).sum(1)
+            blind = p[..., :1].isnan()
+            if p.is_cuda or bool(blind.any()):  # a device is not waited for
+                p.masked_fill_(blind, 0)
+            mass[heads] += p.sum(1)
             continue
         if lse is None:
             assert terms.sink_logits is not None
