@@ -1,6 +1,6 @@
 """What a patched decode step costs the host: the time that one layer takes when its arithmetic is next to nothing.
 
-    python benchmarks/host_time.py [--layers 8] [--tokens 256] [--steps 40] [--rounds 6] [--only NAME ...]
+    python benchmarks/host_time.py [--layers 8] [--tokens 256] [--steps 40] [--rounds 6] [--only NAME ...] [--model NAME]
 
 A Llama of 64 channels with random weights stands for the Python, the dispatch and the launches around the kernels of
 any Llama: on a GPU, where kernels run beside the host, this is what a step cannot be faster than. Every variant is a
@@ -8,11 +8,15 @@ model of its own with a cache of its own, and all of them take one step after th
 over steps of processor times that were measured next to each other. Before anything is timed, variants that promise
 stock's bits are held to them, and each of the others has to have acted. Results: benchmarks/results/host-time-<cpu>.json
 and .md.
+
+--model demo:smollm2: the same on a real model, whose arithmetic a step then has as well: what a user of one core pays.
+Every variant has a copy of it. Results: benchmarks/results/host-time-<model>-<cpu>.json and .md.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +28,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import trainless
 from trainless.hosts.transformers.version import CACHE_NAME
+from trainless.models import load
 
 WARM = 4  # steps after a prompt that are not timed
 NOTES = [
@@ -66,14 +71,8 @@ def variants() -> list[Variant]:
 class Decoding:
     """A variant's own model and cache."""
 
-    def __init__(self, variant: Variant, layers: int, ids: Tensor, tokens: int):
-        self.variant, self.ids, self.tokens = variant, ids, tokens
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=4096,
-        )  # fmt: skip
-        self.model = LlamaForCausalLM(config).eval()
+    def __init__(self, variant: Variant, model: Any, ids: Tensor, tokens: int):
+        self.variant, self.ids, self.tokens, self.model = variant, ids, tokens, model
         self.patch = trainless.patch(self.model, variant.what) if variant.what else None
 
     def begin(self) -> None:
@@ -85,6 +84,15 @@ class Decoding:
         logits: Tensor = self.model(self.ids[:, self.at : self.at + 1], **{CACHE_NAME: self.cache}).logits
         self.at += 1
         return logits
+
+
+def small(layers: int) -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=4096,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
 
 
 def fault(one: Decoding, stock: Decoding) -> str:
@@ -100,9 +108,11 @@ def fault(one: Decoding, stock: Decoding) -> str:
 
 def measured(options: argparse.Namespace) -> list[Claim]:
     length = options.tokens + options.steps + WARM + 1
-    ids = torch.randint(1, 64, (1, length), generator=torch.Generator().manual_seed(1))
+    model = small(options.layers) if options.model is None else load(options.model).model.eval()
+    vocabulary, layers = model.config.vocab_size, model.config.num_hidden_layers
+    ids = torch.randint(1, vocabulary, (1, length), generator=torch.Generator().manual_seed(1))
     chosen = [v for v in variants() if not options.only or v.name == "stock" or v.name in options.only]
-    made = [Decoding(v, options.layers, ids, options.tokens) for v in chosen]
+    made = [Decoding(v, copy.deepcopy(model), ids, options.tokens) for v in chosen]
     faults = {one.variant.name: fault(one, made[0]) for one in made}
     times: dict[str, list[float]] = {one.variant.name: [] for one in made}
     for number in range(options.rounds):
@@ -115,7 +125,7 @@ def measured(options: argparse.Namespace) -> list[Claim]:
                 if i >= WARM:
                     times[one.variant.name].append(time.thread_time() - before)
     base = times["stock"]
-    typical = 1e6 * sorted(base)[len(base) // 2] / options.layers
+    typical = 1e6 * sorted(base)[len(base) // 2] / layers
     found = []
     for one in made[1:]:
         v = one.variant
@@ -136,12 +146,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--only", nargs="+", metavar="NAME")
+    parser.add_argument("--model")
     options = parser.parse_args()
     torch.set_num_threads(1)
     facts = about() | {"options": vars(options)}
     with torch.no_grad():
         claims = measured(options)
-    write("host-time", "Host time of a decode step, patched over stock", facts, claims, NOTES)
+    name = "host-time" if options.model is None else f"host-time-{options.model.removeprefix('demo:')}"
+    write(name, "Host time of a decode step, patched over stock", facts, claims, NOTES)
 
 
 if __name__ == "__main__":

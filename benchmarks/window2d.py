@@ -92,9 +92,11 @@ class Flex:
         if w not in self.masks:
             (first, stop), columns, most = w.image, w.grid[1], w.most
 
+            # Looked up: divisions for each pair would take FlexAttention twice as long.
+            ys, xs = self.place(torch.arange(w.tokens, device=c.device) - first, columns)
+
             def rule(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-                (y, x), (other_y, other_x) = self.place(q - first, columns), self.place(k - first, columns)
-                dy, dx = y - other_y, x - other_x
+                dy, dx = ys[q] - ys[k], xs[q] - xs[k]
                 text = (q < first) | (q >= stop) | (k < first) | (k >= stop)
                 return text | (dy * dy + dx * dx <= most)
 
