@@ -269,9 +269,9 @@ def test_blocks_share_their_code():
     for patched in (False, True):
         torch._dynamo.reset()
         counters.clear()
-        model = models.build("pixart", layers=2, dtype=torch.float32, exact=False)
+        model = models.build("unet", layers=2, dtype=torch.float32, exact=False, **UNET)
         if patched:
-            patch(model, "pixart", "entropy")
-        run(compiled(model, "blocks"), "pixart", *OTHER)
+            patch(model, "unet", "entropy")
+        run(compiled(model, "blocks"), "unet", *OTHER)
         made.append(counters["stats"]["unique_graphs"])
-    assert made[0] == made[1] == 1, made
+    assert made[0] == made[1] < 2, made
