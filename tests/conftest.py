@@ -16,6 +16,41 @@ from typing import Any
 
 import pytest
 
+_loaded: dict[str, Any] = {}
+
+
+@pytest.fixture
+def loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A demo model is loaded once in this process; whoever loads it again finds it, without patches.
+
+    For tests that are about what is done with real weights: reading them takes several seconds each time.
+    That a second load is as good as the first is for tests of `load` to say.
+    """
+    import trainless
+    from trainless import models
+    from trainless.batch import request
+
+    load, describe = models.load, models.describe
+
+    def once(spec: Any, *given: Any) -> Any:
+        name = spec if isinstance(spec, str) else spec.spec
+        if not name.startswith("demo:") or any(one is not None and str(one) not in USUAL for one in given):
+            return load(spec, *given)
+        if name not in _loaded:
+            _loaded[name] = load(spec)
+        trainless.unpatch(_loaded[name].model)
+        return _loaded[name]
+
+    def described(spec: str) -> Any:
+        return _loaded[spec].description if spec in _loaded else describe(spec)
+
+    for place in (models, request):
+        monkeypatch.setattr(place, "load", once)
+        monkeypatch.setattr(place, "describe", described)
+
+
+USUAL = ("cpu", "torch.float32")  # what a model is loaded as here when nobody asks for anything
+
 
 @pytest.hookimpl(
     trylast=True

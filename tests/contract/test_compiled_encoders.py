@@ -14,7 +14,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVi
 import trainless
 
 LAYERS: dict[str, Any] = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4
 }  # fmt: skip
 
 
@@ -34,7 +34,7 @@ def build(family: str) -> Any:
         return CLIPTextModel(CLIPTextConfig(**LAYERS, **words, pad_token_id=0)).eval()
     if family == "clip-vision":
         return CLIPVisionModel(CLIPVisionConfig(**LAYERS, image_size=32, patch_size=8)).eval()
-    return models.build(family, dtype=torch.float32, exact=False)
+    return models.build(family, layers=1 if family == "bert" else 2, dtype=torch.float32, exact=False)
 
 
 def run(model: Any, family: str, length: int = 14) -> torch.Tensor:

@@ -62,7 +62,10 @@ def test_a_pipeline_with_a_compiled_denoiser():
         )  # fmt: skip
         return made
 
-    plain, inner = pipeline(models.build("unet")), models.build("unet")
+    small = {
+        "block_out_channels": (8,), "down_block_types": ("DownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)
+    }  # fmt: skip
+    plain, inner = pipeline(models.build("unet", layers=1, **small)), models.build("unet", layers=1, **small)
     stock = _run(plain.unet, "unet")
     with trainless.patched(plain, "entropy"):
         want = _run(plain.unet, "unet")

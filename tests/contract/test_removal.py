@@ -1,6 +1,7 @@
 """A patch comes off without a trace, in any order, and touches only the model that it was given."""
 
 import itertools
+import os
 
 import pytest
 import torch
@@ -9,6 +10,13 @@ import trainless
 
 from .cases import MAIN, Case, named
 from .tools import Snapshot, build, outputs, same
+
+# By default three orders, in which every patch goes first once, and every pair and each one alone is left once.
+ORDERS = (
+    list(itertools.permutations(range(3)))
+    if os.environ.get("TRAINLESS_ALL")
+    else [(0, 2, 1), (2, 1, 0), (1, 0, 2)]
+)
 
 
 def _uses(case: Case) -> list:
@@ -28,7 +36,7 @@ def test_removal_in_any_order(case: Case):
                 expected[chosen] = outputs(model, family)
             before.check(model)
     assert not any(torch.equal(expected[(i,)][-1], stock[-1]) for i in range(3))
-    for order in itertools.permutations(range(3)):
+    for order in ORDERS:
         patches = [trainless.patch(model, [use]) for use in uses]
         left = [0, 1, 2]
         same(outputs(model, family), expected[tuple(left)])

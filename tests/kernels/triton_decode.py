@@ -160,7 +160,7 @@ def test_slot_decode(name, shape, dtype, monkeypatch):
     mine = slot_cases.make(shape, rule, dtype, never=never, short=True, turned=moving)
     by = slot_cases.turn(shape[5]) if moving else None
     near = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 5e-3, "atol": 5e-3}
-    for step in range(3):
+    for step in range(2 + ALL):
         terms = Terms(0.3, None, 2.0 if step else None, torch.randn(shape[1]) if step else None)
         real = torch.tensor([True, False])[:b] if step == 1 else None
         given = slot_cases.token(shape, dtype)

@@ -7,6 +7,7 @@ where a float is declared. ``int | float`` is a Budget, kept as given: 1 is one 
 from __future__ import annotations
 
 import collections.abc
+import functools
 import math
 import types
 import typing
@@ -218,5 +219,10 @@ def plain(value: Any) -> Any:
 
 
 def hints_of(cls: type) -> dict[str, Any]:
-    """The annotations of a dataclass's fields, resolved."""
+    """The annotations of a dataclass's fields, resolved; not to be changed: it is done once for a class."""
+    return _hints(cls)
+
+
+@functools.cache
+def _hints(cls: Any) -> dict[str, Any]:
     return typing.get_type_hints(cls)
