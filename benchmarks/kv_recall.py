@@ -69,7 +69,7 @@ MORE, PIECE = 128, 8  # tokens of which the likelihood is taken, and how many at
 
 @dataclass(frozen=True)
 class Variant:
-    """A cache: a method with its settings, a QuantizedCache, or neither."""
+    """A cache: a method with its settings (or several, as ``recipe`` in the settings), a QuantizedCache, or neither."""
 
     name: str
     budget: str
@@ -235,8 +235,9 @@ class Reader:
         elif variant.method is None:
             yield lambda: DynamicCache(config=config)
         else:
-            what = {"use": variant.method, "with": variant.settings}
-            with trainless.patched(self.model, [what]):
+            several = variant.settings.get("recipe")
+            what = several or [{"use": variant.method, "with": variant.settings}]
+            with trainless.patched(self.model, what):
                 yield lambda: DynamicCache(config=config)
 
     def read(self, ids: Tensor, cache: Any, keep: int) -> Tensor:
