@@ -20,6 +20,7 @@ from oracle import (
     KVzip,
     Random,
     Rule,
+    Scheduled,
     SnapKV,
     Streaming,
     Tova,
@@ -106,6 +107,15 @@ def _temperature(label: str, temperature: float, families: Sequence[str], **more
     return Case(
         label, "attn_temperature", {"temperature": temperature}, lambda: AttnTemperature(temperature),
         families, {"temperature": 1.0}, **more,
+    )  # fmt: skip
+
+
+def _schedule(schedule: str, families: Sequence[str], wide: Any, **given: Any) -> Case:
+    whole = {"schedule": schedule, **given}
+    return Case(
+        f"temperature-{schedule}", "attn_temperature", whole, lambda: Scheduled(**whole), families,
+        {"temperature": 1.0} if schedule != "yarn" else {**whole, "length": given["trained"]},
+        None if wide is None else {"schedule": schedule, **wide},
     )  # fmt: skip
 
 
@@ -294,6 +304,10 @@ CASES: list[Case] = [
         neighbours=(GAIN, KEEP), neighbour_rules=_around(gain_rule, keep_rule),
     ),
     _temperature("temperature-smooth", 1.6, ("llama", "vit", "t5")),
+    _schedule("logn", ("llama", "mistral", "bert", "t5"), {"trained": 60}, trained=3, temperature=0.8),
+    _schedule("llama4", ("llama",), {"trained": 60}, trained=4),
+    _schedule("yarn", ("llama", "gemma2"), None, trained=100, length=3000),
+    _schedule("ssa", ("llama",), {"beta": 9.0}, beta=-0.5),
     _act(
         "act", CAUSAL, main=True, neighbours=(WARM, KEEP), neighbour_rules=_around(warm_rule, keep_rule),
     ),

@@ -32,7 +32,7 @@ from .random import Random
 from .replay import position_ids, real_rows, replay
 from .snapkv import SnapKV
 from .streaming import Streaming
-from .temperature import AttnTemperature
+from .temperature import AttnTemperature, Scheduled
 from .tova import Tova
 from .var import Var
 from .zipcache import ZipCache
@@ -58,6 +58,7 @@ __all__ = [
     "Packed",
     "Random",
     "Rule",
+    "Scheduled",
     "Site",
     "SnapKV",
     "Streaming",
