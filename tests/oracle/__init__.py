@@ -35,6 +35,7 @@ from .streaming import Streaming
 from .temperature import AttnTemperature, Scheduled
 from .tova import Tova
 from .var import Var
+from .xattention import XAttention
 from .zipcache import ZipCache
 from .zipvl import ZipVL
 
@@ -64,6 +65,7 @@ __all__ = [
     "Streaming",
     "Tova",
     "Var",
+    "XAttention",
     "ZipCache",
     "ZipVL",
     "factor",

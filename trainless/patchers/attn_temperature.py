@@ -71,7 +71,9 @@ class AttnTemperature(Method):
     source: ClassVar[str] = "Length-Induced Embedding Collapse in PLM-based Models (TempScale)"
     roles: ClassVar[frozenset[str]] = frozenset({"self", "joint"})
     hosts: ClassVar[frozenset[str]] = frozenset({"transformers", "diffusers"})
-    identity: ClassVar[dict[str, float | None]] = {"temperature": 1.0, "schedule": None}
+    identity: ClassVar[dict[str, float | None]] = {
+        "temperature": 1.0, "schedule": None, "trained": None, "length": None, "beta": None,
+    }  # fmt: skip
 
     temperature: float = option(
         1.0, help="what the logits are divided by; tune it on a development set", origin="published"
@@ -109,7 +111,7 @@ class AttnTemperature(Method):
 
     def contribute(self, site: Site) -> Sequence[Contribution]:
         if self.schedule not in (None, "yarn"):
-            return [Scale(self._of_rows)]
+            return [Scale(self._of_rows, least=self._least + 1)]
         factor = self._extension() / self.temperature
         return [Scale(constant=factor, inert=factor == 1.0)]
 
