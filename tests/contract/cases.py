@@ -231,7 +231,7 @@ def _blocks(label: str, families: Sequence[str], main: bool = False, **more: Any
     given = {"threshold": 0.6, "stride": 2, "block": 4, **more}
     return Case(
         label, "xattention", given, lambda: XAttention(**given), families, {**given, "threshold": 1.0},
-        {**given, "block": 64, "stride": 2}, layers_of={"gemma2": (1,)}, chunks="refused", assisted="refused", main=main,
+        {**given, "block": 64}, layers_of={"gemma2": (1,)}, chunks="refused", assisted="refused", main=main,
         neighbours=(GAIN, KEEP) if main else (), neighbour_rules=_around(gain_rule, keep_rule) if main else list,
         clashes=[("act", {}, "pattern"), ("h2o", {"normalise": True}, "pattern")] if main else (),
     )  # fmt: skip

@@ -13,11 +13,12 @@ Exact    bitwise the identity at threshold=1; prompts in which every block is ch
 Costs    1/S of the dense logits for the choice, then the share of the blocks that `report` says. Statistics (those of
          evictors among them) or another pattern at the same layer take the way of a predicate: exact, but as slow as
          dense attention.
-Differs  Blocks are of 64 tokens (128 there), and stride 8 is one of its three (4, 8, 16). Its thresholds by layer and
-         head for one model are left out: one threshold. Tiles and blocks begin at each row's own first token, so that a
-         padded row chooses as it would alone; tokens that a last tile lacks count as zeros, and a tile of none as no row.
-         shared=True, one choice for the heads that share keys by the mean of their scores, is ours. The scores know
-         nothing of soft caps, learned sinks and temperatures. A prompt fed in several calls is sparse in the first alone.
+Differs  Its thresholds by layer and head for one model are left out: one threshold. Tiles and blocks begin at each
+         row's own first token, so that a padded row chooses as it would alone; tokens that a last tile lacks count as
+         zeros, and a tile of none as no row. shared=True, one choice for the heads that share keys by the mean of their
+         scores, is ours. The scores know nothing of soft caps, learned sinks and temperatures. A prompt fed in several
+         calls is sparse in the first alone. What the scores say is an estimate: where attention is spread evenly, the
+         blocks hold less of it than ``threshold``.
 """
 
 from __future__ import annotations
@@ -62,10 +63,13 @@ class XAttention(Method):
         high=1.0,
     )
     stride: int = option(
-        8, help="tokens of a side of the tiles whose antidiagonals are summed", origin="published", low=1
+        16, help="tokens of a side of the tiles whose antidiagonals are summed", origin="published", low=1
     )
     block: int = option(
-        64, help="tokens of a block, a power of two; GPUs have a kernel from 16 on", origin="ours", low=2
+        128,
+        help="tokens of a block, a power of two; GPUs have a kernel from 16 on",
+        origin="published",
+        low=2,
     )
     shared: bool = option(False, help="one choice for all heads that share keys", origin="ours")
 
@@ -73,7 +77,7 @@ class XAttention(Method):
         if not self.threshold > 0:
             raise InputError(f"threshold={self.threshold!r}: a share above 0 is needed; 1.0 reads everything")
         if self.block & (self.block - 1):
-            raise InputError(f"block={self.block}: a power of two is needed, such as 64")
+            raise InputError(f"block={self.block}: a power of two is needed, such as 128")
         if self.block % self.stride:
             raise InputError(f"stride={self.stride}: must divide block={self.block}")
 
@@ -91,7 +95,7 @@ class XAttention(Method):
                 first=True,
                 by_head=True,
                 lookahead=True,
-                least=16 * self.block,
+                least=10 * self.block,
                 inert=self.threshold >= 1.0,
             )
         ]
@@ -203,7 +207,7 @@ class XAttention(Method):
         along = key.reshape(b, hkv, -1, stride * d).transpose(2, 3)
         real = -(-length // stride)  # tiles that hold a token
         found = query.new_zeros(b, h, blocks, blocks, dtype=torch.float64 if exact else torch.float32)
-        step = each * max(1, min(512 // each or 1, TILES // max(1, b * h * blocks * each * each)))
+        step = each * max(1, min(128 // each or 1, TILES // max(1, b * h * blocks * each * each)))
         for i0 in range(0, blocks * each, step):
             i1 = min(blocks * each, i0 + step)
             z = across[:, :, :, i0:i1].flatten(2, 3) @ along[..., :i1]
