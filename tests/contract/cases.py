@@ -20,10 +20,12 @@ from oracle import (
     KVzip,
     Random,
     Rule,
+    Scheduled,
     SnapKV,
     Streaming,
     Tova,
     Var,
+    XAttention,
     ZipCache,
     ZipVL,
     models,
@@ -106,6 +108,15 @@ def _temperature(label: str, temperature: float, families: Sequence[str], **more
     return Case(
         label, "attn_temperature", {"temperature": temperature}, lambda: AttnTemperature(temperature),
         families, {"temperature": 1.0}, **more,
+    )  # fmt: skip
+
+
+def _schedule(schedule: str, families: Sequence[str], wide: Any, **given: Any) -> Case:
+    whole = {"schedule": schedule, **given}
+    return Case(
+        f"temperature-{schedule}", "attn_temperature", whole, lambda: Scheduled(**whole), families,
+        {"temperature": 1.0} if schedule != "yarn" else {**whole, "length": given["trained"]},
+        None if wide is None else {"schedule": schedule, **wide},
     )  # fmt: skip
 
 
@@ -216,6 +227,16 @@ def _zipvl(label: str, families: Sequence[str], **more: Any) -> Case:
     )  # fmt: skip
 
 
+def _blocks(label: str, families: Sequence[str], main: bool = False, **more: Any) -> Case:
+    given = {"threshold": 0.6, "stride": 2, "block": 4, **more}
+    return Case(
+        label, "xattention", given, lambda: XAttention(**given), families, {**given, "threshold": 1.0},
+        {**given, "block": 64}, layers_of={"gemma2": (1,)}, chunks="refused", assisted="refused", main=main,
+        neighbours=(GAIN, KEEP) if main else (), neighbour_rules=_around(gain_rule, keep_rule) if main else list,
+        clashes=[("act", {}, "pattern"), ("h2o", {"normalise": True}, "pattern")] if main else (),
+    )  # fmt: skip
+
+
 def _packing(label: str, method: str, rule: Any, families: Sequence[str], **more: Any) -> Case:
     names = ("main", "neighbours", "neighbour_rules", "clashes", "chunks", "assisted", "identity", "wide")
     extra = {k: more.pop(k) for k in names if k in more}
@@ -294,6 +315,10 @@ CASES: list[Case] = [
         neighbours=(GAIN, KEEP), neighbour_rules=_around(gain_rule, keep_rule),
     ),
     _temperature("temperature-smooth", 1.6, ("llama", "vit", "t5")),
+    _schedule("logn", ("llama", "mistral", "bert", "t5"), {"trained": 60}, trained=3, temperature=0.8),
+    _schedule("llama4", ("llama",), {"trained": 60}, trained=4),
+    _schedule("yarn", ("llama", "gemma2"), None, trained=100, length=3000),
+    _schedule("ssa", ("llama",), {"beta": 9.0}, beta=-0.5),
     _act(
         "act", CAUSAL, main=True, neighbours=(WARM, KEEP), neighbour_rules=_around(warm_rule, keep_rule),
     ),
@@ -385,6 +410,8 @@ CASES: list[Case] = [
     ),
     _zipvl("zipvl-share", ("llama",), ratio=0.45),
     _zipvl("zipvl-share-discard", ("llama", "qwen2"), ratio=0.4, mode="discard", probes=(6, 4), bits=(4, 2)),
+    _blocks("xattention", ("llama", "gemma2"), main=True),
+    _blocks("xattention-shared", ("llama", "qwen2"), threshold=0.5, shared=True, stride=4),
     _packing(
         "kvquant", "kvquant", KvQuant, EVICTABLE, group=4, residual=3, main=True, neighbours=(WARM, KEEP),
         neighbour_rules=_around(warm_rule, keep_rule), clashes=[("zipcache", {}, "kv")],

@@ -120,7 +120,7 @@ def test_prefill_in_chunks(case: Case, chunk: int):
 
 
 STATIC = {"attn_temperature", "head_gain", "h2o", "streaming", "tova", "snapkv", "kvquant", "zipcache", "act"}
-STATIC |= {"keydiff", "knorm", "random"}
+STATIC |= {"keydiff", "knorm", "random", "xattention"}
 
 
 @pytest.mark.parametrize(**named(ON_LLAMA))

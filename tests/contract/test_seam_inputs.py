@@ -216,7 +216,6 @@ MISUSES = {
     "name": (lambda: seams.Observe(_value, needs={"column_mas"}), "no statistic 'column_mas'; known: lse"),
     "text": (lambda: seams.Observe(_value, needs="lse"), "give a set of names"),
     "undeclared": (lambda: seams.Pattern(_value, needs=_needs), "say by `statistics` what it may ask for"),
-    "looks": (lambda: seams.Pattern(_value, lookahead=True), "depends on no row"),
     "rows": (lambda: seams.Gain(_value, needs={"probe_mass"}), "says by `probes` of which rows"),
     "no_rows": (lambda: seams.Mass(_value, probes=_rows), "and only that"),
     "groups": (lambda: seams.Mass(_value, needs={"group_mass"}), "asked for by `groups`"),

@@ -179,5 +179,5 @@ def test_spans_of_a_call_that_is_not_causal_are_refused():
 
 def test_the_choice_says_why():
     case = make("causal", SQUARE)
-    found = choose(*case.qkv, visibility=case.seen(), terms=Terms(1.0))
+    found = choose(*case.qkv, None, visibility=case.seen(), terms=Terms(1.0))
     assert found.name == "blocked" and any("CUDA" in reason for reason in found.reasons)

@@ -31,6 +31,7 @@ def test_a_mask_is_read_back_exactly(kind, shape):
     seen = case.seen()
     assert torch.equal(whole(seen, case.truth), case.truth)
     assert torch.equal(~(case.truth.any(-1)), _or_false(seen.empty(), case.truth))
+    assert torch.equal(seen.seen().expand(case.truth.shape[:3]), case.truth.sum(-1))
     for i0, i1 in ((0, seen.lq), (seen.lq // 2, seen.lq), (0, 1)):
         lo, hi = seen.span(i0, i1)
         assert not case.truth[:, :, i0:i1, :lo].any() and not case.truth[:, :, i0:i1, hi:].any()

@@ -32,9 +32,10 @@ from .random import Random
 from .replay import position_ids, real_rows, replay
 from .snapkv import SnapKV
 from .streaming import Streaming
-from .temperature import AttnTemperature
+from .temperature import AttnTemperature, Scheduled
 from .tova import Tova
 from .var import Var
+from .xattention import XAttention
 from .zipcache import ZipCache
 from .zipvl import ZipVL
 
@@ -58,11 +59,13 @@ __all__ = [
     "Packed",
     "Random",
     "Rule",
+    "Scheduled",
     "Site",
     "SnapKV",
     "Streaming",
     "Tova",
     "Var",
+    "XAttention",
     "ZipCache",
     "ZipVL",
     "factor",

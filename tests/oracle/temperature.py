@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 
+import torch
 from torch import Tensor
 
 from .core import Call, Rule
@@ -29,3 +31,34 @@ class AttnTemperature(Rule):
 
     def learned(self, call: Call, sinks: Tensor) -> Tensor:
         return sinks / self.temperature
+
+
+class Scheduled(Rule):
+    """Row i's logits times a factor of n_i, the keys that the model's mask shows to it, whatever a cache has dropped.
+
+    logn: ln n over ln of the trained length, where that is above 1. llama4: 1 + ln(n // trained + 1) / 10.
+    yarn: (ln(length / trained) / 10 + 1)², the same in all rows. ssa: 1 + exp(-exp(beta))·ln n.
+    """
+
+    def __init__(
+        self, schedule: str, trained: int = 8192, length: int = 0, beta: float = 2.0, temperature: float = 1.0
+    ) -> None:
+        super().__init__()
+        self.schedule, self.trained, self.length, self.beta = schedule, trained, length, beta
+        self.temperature = temperature
+
+    def factor(self, n: int) -> float:
+        if self.schedule == "yarn":
+            return (math.log(self.length / self.trained) / 10 + 1) ** 2
+        if n == 0:
+            return 1.0
+        if self.schedule == "logn":
+            return math.log(n) / math.log(self.trained) if n > self.trained else 1.0
+        if self.schedule == "llama4":
+            return 1 + math.log(n // self.trained + 1) / 10
+        return 1 + math.exp(-math.exp(self.beta)) * math.log(n)
+
+    def logits(self, call: Call, logits: Tensor) -> Tensor:
+        count = call.visible.sum(-1, keepdim=True)
+        factors = torch.tensor([self.factor(n) for n in count.flatten().tolist()], dtype=logits.dtype)
+        return logits * factors.view(count.shape) / self.temperature

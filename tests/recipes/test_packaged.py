@@ -20,7 +20,7 @@ FAMILIES = {"llama", "mistral", "qwen2", "qwen3", "gemma", "phi", "bert", "t5", 
 FAMILIES |= {"sd15", "sd21", "sdxl", "sd3", "flux", "pixart", "llava", "qwen2_vl", "internvl"}
 FAMILIES |= {"llava_next", "llava_onevision", "qwen2_5_vl", "qwen3_vl", "idefics3", "paligemma"}
 METHODS = {"attn_temperature", "act", "head_gain", "streaming", "h2o", "entropy"}
-METHODS |= {"linfusion", "clear", "var", "kvquant", "zipcache", "tova", "snapkv", "zipvl"}
+METHODS |= {"linfusion", "clear", "var", "kvquant", "zipcache", "tova", "snapkv", "zipvl", "xattention"}
 
 
 def data_of(name: str) -> dict:

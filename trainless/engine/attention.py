@@ -17,12 +17,13 @@ from torch import Tensor
 
 from ..cache import CompressingLayer, ExpandedLayer, PackedLayer
 from ..errors import Unsupported
+from ..kernels.block_sparse import Blocks
 from ..kernels.visibility import adds_bias, bias_times
 from ..seams import AttentionCall, Entry, Formed, Lease
 from .autocast import narrowed, under_autocast
 from .extra_keys import scaled
 from .packed import packed_softmax
-from .patterns import Pattern, fitted, keys_seen
+from .patterns import Pattern, blocks_read, fitted, keys_seen
 from .run import SAMPLED, Delegate, Run
 from .runtime import Runtime
 from .softmax import softmax
@@ -172,12 +173,14 @@ def _static_patterns(run: Run, extra: list[Any]) -> list[Pattern]:
     """The static patterns that restrict this call, and for scales the number of keys that each row sees."""
     found = []
     for entry in run.plan.of["pattern"]:
-        if entry.contribution.dynamic:
+        if entry.contribution.dynamic or (entry.contribution.first and not run.call.fresh):
             continue
         pattern = run.value(entry)
         if pattern is not None:
             found.append(fitted(entry.method, run.call, pattern))
             run.acted.add(entry.owner)
+            if isinstance(pattern, Blocks):
+                run.read.append((entry.owner, *blocks_read(run.call, pattern)))
     if (found or extra) and any(e.contribution.constant is None for e in run.plan.of["scale"]):
         run.call.facts["visible_keys"] = keys_seen(run.call, found, extra)
     return found
@@ -328,6 +331,9 @@ def _account(run: Run, layer: CompressingLayer | None) -> None:
             tally = run.runtime.tallies.get(owner)
             if tally is not None:
                 tally.acted += 1
+        for owner, read, whole in run.read:
+            if (tally := run.runtime.tallies.get(owner)) is not None:
+                tally.blocks_read, tally.blocks_whole = tally.blocks_read + read, tally.blocks_whole + whole
         for tally in run.runtime.live:
             tally.kernels[run.kernel] += 1
             if run.reasons:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..cache import CompressingLayer
 from ..kernels.block_sparse import Blocks, Spans
+from ..kernels.block_sparse.api import sliceable
 from ..kernels.visibility import Visibility
 from ..kernels.window2d import Window2d, window2d
 from ..kernels.window2d import choose as choose_window
@@ -30,6 +31,8 @@ def through_listed(run: Run, asked: Asked) -> Tensor | None:
         "extra keys": bool(asked.extra),
         "statistics or an edit": bool(asked.wanted or asked.dynamic or asked.edits or run.groups),
         "an observer": bool(run.plan.of["observe"]),
+        "rows that begin at different tokens": lists[0].start is not None
+        and not sliceable(visible, run.terms()),
         "a mask that is not causal": isinstance(lists[0].pattern, Spans) and not visible.causal,
     }
     run.why_not = (
@@ -46,6 +49,7 @@ def listed_alone(run: Run, asked: Asked, visible: Visibility, chosen: Any) -> bo
     """Whether a pattern that was chosen from statistics is all that happens to this call from here on."""
     alone = isinstance(chosen, Listed) and len(asked.dynamic) == 1 and not (asked.extra or asked.patterns)
     alone = alone and not (asked.moves or run.groups or run.plan.of["observe"])
+    alone = alone and (chosen.start is None or sliceable(visible, run.terms()))
     return alone and (isinstance(chosen.pattern, Blocks) or visible.causal)
 
 

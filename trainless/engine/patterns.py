@@ -27,7 +27,9 @@ class Listed:
 
     def __init__(self, pattern: Blocks | Spans, heads: int, lq: int, lk: int):
         self.pattern, self.offset, self.lk = pattern, lk - lq, lk
+        self.start = pattern.start if isinstance(pattern, Blocks) else None
         self.batch = pattern.index.shape[0] if isinstance(pattern, Blocks) else 1
+        self.batch = self.batch if self.start is None else len(self.start)
         self.heads = pattern.index.shape[1] if isinstance(pattern, Blocks) else heads
         self._table: Tensor | None = None
 
@@ -37,8 +39,15 @@ class Listed:
         if isinstance(self.pattern, Spans):
             every = torch.arange(self.heads, device=q.device)
             return self.pattern.allows(0, every, rows, keys, self.offset)[None]
-        size = self.pattern.size
-        return self._blocks()[:, :, rows // size][..., keys // size]
+        size, table = self.pattern.size, self._blocks()
+        if self.start is None:
+            return table[:, :, rows // size][..., keys // size]
+        found = []
+        for own, start in zip(table.expand(self.batch, -1, -1, -1), self.start, strict=True):
+            r, k = rows - start, keys - start
+            there = (r >= 0)[:, None] & (k >= 0)
+            found.append(own[:, r.clamp_min(0) // size][..., k.clamp_min(0) // size] & there)
+        return torch.stack(found)
 
     def _blocks(self) -> Tensor:
         """bool (batch, heads, blocks of rows, blocks of keys): the lists, one entry for size × size pairs."""
@@ -82,12 +91,18 @@ def fitted(method: str, call: AttentionCall, given: Any) -> Any:
     return Listed(given, h, lq, lk)
 
 
+def blocks_read(call: AttentionCall, given: Blocks) -> tuple[int, int]:
+    """How many blocks of keys lists leave of ``call``, and how many there are; what hides keys by twos is not counted."""
+    b, h, _, lq, lk = call.shape
+    return given.read(b, h, lq, lk, causal=call.causal or (call.site is not None and call.site.causal))
+
+
 def through_lists(
     call: AttentionCall, listed: Listed, visible: Visibility, terms: Terms
 ) -> tuple[str, str, Tensor]:
     """Attention over blocks or spans on top of ``visible``: kernel, why not a faster one, output (B, H, Lq, D)."""
     given = call.query, call.key, call.value
-    choice = choose(*given, visibility=visible, terms=terms)
+    choice = choose(*given, listed.pattern, visibility=visible, terms=terms)
     out = block_sparse(
         *given, listed.pattern, visibility=visible, scale=terms.scale, position_bias=terms.position_bias,
         softcap=terms.softcap, sink_logits=terms.sink_logits,

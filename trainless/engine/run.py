@@ -42,6 +42,9 @@ class Run:
         self.groups: dict[Entry, Groups] = {}  # who wants to know the mass of which groups, and …
         self.masses: dict[Entry, Tensor] = {}  # … what it is
         self.times: Tensor | None = None  # (1 or B, Lq): how often rows count for a layer that samples them
+        self.read: list[
+            tuple[Any, int, int]
+        ] = []  # owner, blocks of keys that its lists left, and of the whole call
         self.kernel, self.reasons = "stock", ""
         self.why_not: tuple[str, ...] = ()  # why a pattern's own kernel does not run
 

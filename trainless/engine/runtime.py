@@ -35,6 +35,8 @@ class Tally:
     acted: int = 0
     kernels: Counter[str] = field(default_factory=Counter)
     reasons: dict[str, str] = field(default_factory=dict)  # kernel -> why not a faster one
+    blocks_read: int = 0  # blocks of keys that lists of blocks left, over all calls that had some
+    blocks_whole: int = 0  # of as many as these calls had
     tokens_seen: int = 0  # of the sequence served last
     tokens_kept: int = 0
     bytes_kept: int = 0

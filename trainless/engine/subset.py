@@ -25,8 +25,8 @@ def only(visible: Visibility, keep: Tensor) -> Visibility:
 def over(call: AttentionCall, visible: Visibility, keep: Tensor, terms: Terms) -> tuple[str, str, Tensor]:
     """Attention among the tokens of ``keep``: kernel, why not a faster one, output (B, H, Lq, D)."""
     given = call.query, call.key, call.value
-    choice = choose(*given, visibility=visible, terms=terms)
     pattern = Subset(keep[:, keep.shape[1] - call.query.shape[2] :], keep)
+    choice = choose(*given, pattern, visibility=visible, terms=terms)
     out = block_sparse(
         *given, pattern, visibility=visible, scale=terms.scale, position_bias=terms.position_bias,
         softcap=terms.softcap, sink_logits=terms.sink_logits,

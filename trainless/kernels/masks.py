@@ -169,6 +169,23 @@ class Visibility:
                 seen = seen + (block.any(1) & real[:, i0:i1, None]).sum(1)
         return seen.expand(batch, -1).contiguous() if seen.shape[0] != batch else seen
 
+    def seen(self, padding: Tensor | None = None) -> Tensor:
+        """int64 (B|1, H|1, Lq): how many keys each row sees. padding: bool (B, Lk), keys that exist, besides."""
+        here = self if padding is None else replace(self, keys=padding)
+        if here.structured:
+            one = torch.ones(1, here.lk, dtype=torch.bool, device=here.device)
+            lo, hi = here._limits()
+            total = (one if here.keys is None else here.keys).long().cumsum(1)
+            total = torch.cat([total.new_zeros(total.shape[0], 1), total], 1)
+            return (total[:, hi] - total[:, lo]).clamp_min(0)[:, None]
+        found = [torch.zeros(1, 1, 0, dtype=torch.long, device=here.device)]
+        for i0 in range(0, here.lq, STEP):
+            block = here.rows(i0, min(here.lq, i0 + STEP))
+            assert block is not None  # a dense mask always evaluates
+            found.append(block.sum(-1).expand(*block.shape[:2], -1))
+        batch, heads = found[-1].shape[:2]
+        return torch.cat([f.expand(batch, heads, -1) for f in found], -1)
+
     def empty(self) -> Tensor | None:
         """bool (B|1, H|1, Lq): rows that see no key at all; None when there is surely none."""
         if self.lk == 0:
@@ -178,12 +195,7 @@ class Visibility:
                 return None
             return (torch.arange(self.lq, device=self.device) + self.offset < 0)[None, None]
         if self.structured:
-            assert self.keys is not None or self.window is not None
-            one = torch.ones(1, self.lk, dtype=torch.bool, device=self.device)
-            total = (one if self.keys is None else self.keys).long().cumsum(1)
-            total = torch.cat([total.new_zeros(total.shape[0], 1), total], 1)
-            lo, hi = self._limits()
-            return ((total[:, hi] - total[:, lo]) <= 0)[:, None]
+            return self.seen() <= 0
         found = []
         for i0 in range(0, self.lq, STEP):
             block = self.rows(i0, min(self.lq, i0 + STEP))

@@ -75,10 +75,15 @@ def _stands_against(one: Contribution, other: Contribution) -> str | None:
         return f"seam {one.kind} reads the keys in their order, and seam kv drops some; give them different layers"
     if isinstance(other.policy, Quantise):
         # A dynamic pattern is for the calls that it asks about; on a layer that packs, those before it does.
-        if one.kind == "position" or (one.kind == "pattern" and not one.dynamic):
+        if one.kind == "position" or (one.kind == "pattern" and not (one.dynamic or one.first)):
             return f"seam {one.kind} needs every key as it is, and seam kv packs them; give them different layers"
         if one.groups is not None:
             return f"seam {one.kind} names groups of keys, and seam kv packs them; give them different layers"
+    if one.by_head and _counts_rows(other):
+        return (
+            f"seam {one.kind} leaves other keys from one head to the next, and seam {other.kind} counts the rows that "
+            "see a key for all heads at once; use `where` to give them different layers"
+        )
     rule = other.policy
     if (why := _replayed(one, other)) is not None:
         return why
@@ -86,6 +91,13 @@ def _stands_against(one: Contribution, other: Contribution) -> str | None:
     if one.kind == "pattern" and one.dynamic and (other.statistics or scored):
         return f"seam pattern is chosen from statistics that seam {other.kind} reads as well"
     return None
+
+
+def _counts_rows(given: Contribution) -> bool:
+    """Whether it goes by statistics that are divided by the number of rows which see a key."""
+    if isinstance(given.policy, Evict) and given.value is None:
+        return given.policy.normalise
+    return bool(given.statistics)
 
 
 def _replayed(one: Contribution, other: Contribution) -> str | None:

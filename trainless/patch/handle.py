@@ -317,6 +317,8 @@ class Patch:
                 report.kernels[kernel] = report.kernels.get(kernel, 0) + count
             report.reasons.update(tally.reasons)
             layer = {"site": site.name, "fired": tally.fired, "acted": tally.acted}
+            if tally.blocks_whole:
+                layer |= {"blocks_read": tally.blocks_read, "blocks_whole": tally.blocks_whole}
             if tally.tokens_seen:
                 layer |= {
                     "tokens_seen": tally.tokens_seen,

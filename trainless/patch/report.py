@@ -36,8 +36,14 @@ class MethodReport:
             return None
         return {name: sum(layer[name] for layer in held) for name in ("bytes_kept", "bytes_stock")}
 
+    @property
+    def read(self) -> float | None:
+        """The share of the blocks of keys that calls with lists of blocks have read; None where there was none."""
+        whole = sum(layer.get("blocks_whole", 0) for layer in self.layers)
+        return sum(layer.get("blocks_read", 0) for layer in self.layers) / whole if whole else None
+
     def to_dict(self) -> dict[str, Any]:
-        return {**vars(self), "cache": self.cache}
+        return {**vars(self), "cache": self.cache, "read": self.read}
 
     def __str__(self) -> str:
         given = ", ".join(f"{k}={v!r}" for k, v in self.parameters.items())
@@ -51,6 +57,11 @@ class MethodReport:
         if self.kernels:
             lines.append("  kernels  " + ", ".join(f"{k} ×{n}" for k, n in self.kernels.items()))
         lines += [f"           {kernel}: {reason}" for kernel, reason in self.reasons.items() if reason]
+        if self.read is not None:
+            shares = [n["blocks_read"] / n["blocks_whole"] for n in self.layers if n.get("blocks_whole")]
+            lines.append(
+                f"  blocks   {self.read:.1%} of the blocks of keys read, by layer {min(shares):.1%} to {max(shares):.1%}"
+            )
         held = [layer for layer in self.layers if layer.get("tokens_seen")]
         if held:
             seen, kept = held[-1]["tokens_seen"], max(layer["tokens_kept"] for layer in held)

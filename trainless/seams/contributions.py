@@ -42,7 +42,8 @@ class Contribution:
     heads: limits it to some query heads (None: all). lookahead: a row's result depends on later rows of the same call,
     so a prefill cut into chunks would differ. traceable: ``value`` can be traced by a compiler: it looks at no tensor's
     values, reads the sizes of the call as numbers, and changes nothing that outlives the call; others run outside of
-    compiled graphs.
+    compiled graphs. least: from about so many tokens on a call gives it something to do, so that verify tries it on as
+    many.
     """
 
     kind: ClassVar[str] = ""
@@ -60,6 +61,9 @@ class Contribution:
     heads: tuple[int, ...] | None = None
     lookahead: bool = False
     in_order: bool = False
+    least: int = 0
+    first: bool = False
+    by_head: bool = False
     admits: frozenset[str] = frozenset()
     plain: Callable[[AttentionCall], Tensor] | None = None
     policy: Evict | Quantise | None = None
@@ -153,6 +157,7 @@ class _Attending(Contribution):
     traceable: bool = field(default=False, kw_only=True)
     scope: str = field(default="call", kw_only=True)
     asks: frozenset[str] = field(default=frozenset(), kw_only=True)
+    least: int = field(default=0, kw_only=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -225,19 +230,20 @@ class Pattern(_Measuring):
 
     One that needs statistics is *dynamic*: it is asked after them, in the calls in which it needs some, and may also
     return ``Tokens``. One that needs none is static and asked at every call, before the statistics, which are then
-    those of what it leaves.
+    those of what it leaves; it may read queries and keys (``lookahead``, where rows then depend on later ones).
+
+    first: it is asked in the first call of a sequence alone. by_head: it leaves other pairs from one head to the next,
+    where statistics count the rows that see a key for all heads at once.
     """
 
     kind: ClassVar[str] = "pattern"
     value: Value = field()
+    first: bool = field(default=False, kw_only=True)
+    by_head: bool = field(default=False, kw_only=True)
 
     @property
     def dynamic(self) -> bool:
         return bool(self.statistics)
-
-    def _check(self, said: str) -> None:
-        if self.lookahead and not self.dynamic:
-            raise InputError(f"{said}: without statistics it depends on no row, so it does not look ahead")
 
 
 # ---------------------------------------------------------------- the softmax

@@ -64,6 +64,8 @@ def acted(trial: Trial, binding: Binding) -> Answer:
             UNCHECKED,
             "the default probe has no image; give probe=, what the processor makes of a prompt with one",
         )
+    if not changed and (least := max(c.least for c in given)):
+        return UNCHECKED, f"calls give it something to do from about {least} tokens on; give a longer probe="
     seen, kept = max(c.tokens_seen for c in calls), max(c.tokens_kept for c in calls)
     reason = IN_GENERATE if _only_in_generate(binding) else _had_room(binding, seen, kept)
     reason = reason or _acts_elsewhere(trial, binding)

@@ -185,7 +185,8 @@ class Judge:
         for entry in plan.active:
             own = entry.contribution
             always = own.kind in ("scale", "keys", "position", "gain", "mass", "form")
-            always = always or (own.kind == "pattern" and not own.dynamic)
+            later = self.call is None or self.call.past > 0
+            always = always or (own.kind == "pattern" and not own.dynamic and not (own.first and later))
             original = self.originals.get(entry, entry)
             if always and own.constant is None and id(original) not in asked:
                 self.record.fail("result", f"{entry.method} was not asked for its {own.kind}")

@@ -42,9 +42,12 @@ def probes_for(
     return found
 
 
-def tokens_for(rules: Sequence[Evict | Quantise]) -> int:
-    """A prefill length at which every rule of the cache has to drop or pack something, where that is within reason."""
-    need = BASE
+def tokens_for(rules: Sequence[Evict | Quantise], least: int = 0) -> int:
+    """A prefill length at which every rule of the cache has to drop or pack something, where that is within reason.
+
+    least: that of contributions which act in long calls alone.
+    """
+    need = max(BASE, least) if least <= MOST else BASE
     for rule in rules:
         if isinstance(rule, Evict):
             parts = (rule.sinks, rule.recent, rule.heavy)

@@ -117,7 +117,8 @@ class Trial:
 
     def _made_for(self, make: Make) -> list[Probe]:
         sites = [site for b in self.patch.bindings for site, _ in b.contributions]
-        tokens = tokens_for([r for b in self.patch.bindings for r in rules_of(b)])
+        least = max((c.least for b in self.patch.bindings for c in given_by(b)), default=0)
+        tokens = tokens_for([r for b in self.patch.bindings for r in rules_of(b)], least)
         return probes_for(self.parts, sites, tokens, make)
 
     def dense_probes(self) -> list[Probe]:

@@ -35,7 +35,7 @@ from . import replays, traced
 from .contract import GENERATE, problem
 from .inputs import noted
 from .layers import PLAIN, depths_of, index_of
-from .outside import refuse_unprepared
+from .outside import ASSISTED, refuse_unprepared
 from .static import INSTEAD, evicting_kind, fixed_kind, refusal, settles
 from .uncompiled import uncompiled
 from .version import DummyLayer, cache_in, layers_of
@@ -86,7 +86,9 @@ def _note_layer(runtime: Runtime, module: nn.Module, args: tuple[Any, ...], kwar
     facts["past"] = int(layer.get_seq_length())
     if isinstance(layer, CompressingLayer):
         layer.expect(cache)
-    if runtime.plan.lookahead and facts["past"] == 0 and getattr(layer, "record_past", False):
+    drafts = around is not None and around.generating is not None and around.generating.option == ASSISTED
+    drafts = drafts or getattr(layer, "record_past", False)
+    if runtime.plan.lookahead and facts["past"] == 0 and drafts:
         raise Unsupported(
             f"{runtime.plan.lookahead[0].method}: its statistics look at the whole prompt, and the first call of "
             "assisted decoding brings a draft along with it; do without assisted decoding"

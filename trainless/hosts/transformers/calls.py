@@ -71,6 +71,10 @@ def call_of(
     causal = causal and lq > 1 and (mask is None or padding)
     if causal and lk > lq and isinstance(layer, StaticLayer):
         key, value, lk = key[:, :, :lq], value[:, :, :lq], lq  # an empty static cache: only these are filled
+    elif runtime.plan.of["pattern"] and lk > lq and isinstance(layer, StaticLayer) and facts["past"] == 0:
+        # The same under a mask, for patterns, which are about the tokens that there are.
+        if isinstance(mask, Tensor) and mask.dim() == 4:
+            key, value, mask, lk = key[:, :, :lq], value[:, :, :lq], mask[..., :lq], lq
     if (
         isinstance(layer, Freezing)
         and layer.capacity is not None

@@ -30,6 +30,9 @@ class Generating:
     option: str
 
 
+ASSISTED = "assisted decoding"
+
+
 def generating() -> Generating | None:
     """What runs the forward under way, where it has to be prepared for; None for anything else."""
     frame: FrameType | None = sys._getframe(1)
@@ -44,7 +47,7 @@ def generating() -> Generating | None:
     if config.prefill_chunk_size is not None:
         return Generating(known["self"], "prefill_chunk_size")
     if config.get_generation_mode(known.get("assistant_model")) == GenerationMode.ASSISTED_GENERATION:
-        return Generating(known["self"], "assisted decoding")
+        return Generating(known["self"], ASSISTED)
     return Generating(known["self"], "use_cache=False") if config.use_cache is False else None
 
 

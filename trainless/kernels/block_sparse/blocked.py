@@ -4,7 +4,8 @@ A token subset becomes a shorter call per row of the batch: its kept queries and
 causal mask stays causal and the fused operator applies; r of the tokens cost r² of the dense call. Listed blocks
 and spans become calls per block of queries, over the keys that its rows may see. A mask nearly doubles what a small
 call costs, so where causality and the pattern are all there is, keys that every row sees come without one, those
-at an edge apart from them, and the log-sum-exp of the parts puts them together (``parts.py``).
+at an edge apart from them, and the log-sum-exp of the parts puts them together: ``parts.py`` for spans, ``gathered.py``
+for blocks, many blocks of queries at a time.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from ..common import Terms, head_groups, pick_heads, statistics_dtype, take
 from ..dense import Picked
 from ..lse.api import attention
 from ..visibility import Visibility
-from .parts import block_parts, simple, span_parts
+from .gathered import by_length
+from .parts import simple, span_parts
 from .patterns import Blocks, Pattern, Spans, Subset
 
 # Query rows of one call over a span: few, or the calls look at many keys that most of their rows do not see.
@@ -47,7 +49,7 @@ def block_sparse(
         if isinstance(pattern, Subset):
             _subset(*part, pattern, *rest)
         elif simple(query, key, visibility, terms) and (key.shape[2] - lq) % pattern.size == 0:
-            block_parts(*part, pattern, *rest)
+            by_length(*part, pattern, *rest)
         else:
             _blocks(*part, pattern, *rest)
     return out

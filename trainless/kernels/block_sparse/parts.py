@@ -1,4 +1,4 @@
-"""Listed blocks and spans where causality and the pattern are all that hides a key: parts with and without a mask.
+"""Spans where causality and the pattern are all that hides a key: parts with and without a mask.
 
 Keys that every row of a block of queries sees are one call without a mask; those at an edge, where rows differ,
 are another; the log-sum-exp of the parts gives their weights.
@@ -14,7 +14,7 @@ from torch import Tensor
 from ..common import Terms, head_groups, take
 from ..lse.api import attention
 from ..visibility import Visibility
-from .patterns import Blocks, Spans
+from .patterns import Spans
 
 Part = tuple[Tensor, Tensor, Visibility]  # keys, values, which rows see which
 _LEAST, _MOST = 64, 256  # query rows of one block over a span
@@ -49,58 +49,6 @@ def _together(query: Tensor, parts: Sequence[Part], scale: float, sinks: Tensor 
         whole = torch.logaddexp(total, sinks.to(total.dtype).view(1, -1, 1))
         out = out * torch.exp(total - whole)[..., None]
     return out.to(query.dtype)
-
-
-def block_parts(
-    out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    pattern: Blocks,
-    batch: int,
-    seen: Visibility,
-    terms: Terms,
-) -> None:
-    """One row of the batch. Heads with lists of equal length share a call; a block of its own rows is causal."""
-    (_, h, lq, _), (_, hkv, lk, _), size = query.shape, key.shape, pattern.size
-    listed = pattern.index[batch if pattern.index.shape[0] > 1 else 0]  # (h|1, blocks, n)
-    shift = seen.offset // size
-    there = listed >= 0
-    own = torch.arange(listed.shape[1], device=listed.device)[:, None] + shift
-    before = (listed < own) & there  # seen by every row, and whole: later blocks start behind them
-    counts, stands = before.sum(2).tolist(), ((listed == own) & there).any(2).tolist()
-    order = torch.where(before, listed, lk).sort(2).values  # the blocks before, ascending, first
-    keys, values = (t[0, :, : lk // size * size].unflatten(1, (-1, size)) for t in (key, value))
-    for i0 in range(0, lq, size):
-        i, i1 = i0 // size, min(lq, i0 + size)
-        kinds: dict[tuple[int, bool], list[int]] = {}
-        for head in range(listed.shape[0]):
-            kinds.setdefault((counts[head][i], stands[head][i]), []).append(head)
-        for (count, stand), lists in kinds.items():
-            if not count and not stand:
-                continue
-            shared = listed.shape[0] == 1
-            heads = list(range(h)) if shared else lists
-            q = take(query[:, :, i0:i1], heads)
-            parts: list[Part] = []
-            if count:
-                blocks = order[lists, i, :count]
-                of = torch.arange(hkv) if shared else torch.as_tensor(heads) // (h // hkv)
-                of = of.to(query.device)[:, None]
-                k, v = (t[of, blocks].flatten(1, 2)[None] for t in (keys, values))
-                parts.append((k, v, Visibility(i1 - i0, k.shape[2], query.device)))
-            if stand:
-                j0 = (i + shift) * size
-                j1 = min(lk, j0 + size)
-                of_all = list(range(hkv)) if shared else [head // (h // hkv) for head in heads]
-                k, v = take(key[:, :, j0:j1], of_all), take(value[:, :, j0:j1], of_all)
-                parts.append((k, v, Visibility(i1 - i0, j1 - j0, query.device, causal=True)))
-            sinks = None if terms.sink_logits is None else terms.sink_logits[heads]
-            part = _together(q, parts, terms.scale, sinks)
-            if shared:
-                out[:, :, i0:i1] = part
-            else:
-                out[:, heads, i0:i1] = part
 
 
 def span_parts(

@@ -45,19 +45,23 @@ class Blocks:
 
     index: int64 (B|1, H|1, ceil(Lq / size), n), numbers of key blocks, each at most once; -1 for none. It must not be
     written to once it was used: what is made of it, and that it was checked, is kept in ``made`` by the shape of a call,
-    so that one pattern serves all layers.
+    so that one pattern serves all layers. start: int64 (B,), where the blocks of each row of the batch begin, of its
+    queries and of its keys, of which there are as many then; None: at 0. Rows before it see nothing, nobody their keys.
     """
 
     index: Tensor
     size: int
+    start: Tensor | None = field(default=None, kw_only=True)
     made: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def check(self, b: int, h: int, lq: int, lk: int, causal: bool) -> None:
         if ("checked", b, h, lq, lk) in self.made:
             return
         index, blocks = self.index, -(-lq // self.size) if self.size > 0 else -1
-        if self.size < 16 or self.size & (self.size - 1):
-            raise InputError(f"size={self.size}: a power of two, 16 or more, is needed")
+        if self.size < 1 or self.size & (self.size - 1):
+            raise InputError(
+                f"size={self.size}: a power of two is needed; from 16 on GPUs have a kernel for it"
+            )
         fits = index.dim() == 4 and index.shape[0] in (1, b) and index.shape[1] in (1, h)
         if not fits or index.shape[2] != blocks or index.dtype != torch.int64:
             raise InputError(
@@ -67,6 +71,12 @@ class Blocks:
         last = -(-lk // self.size) - 1
         if index.numel() and not -1 <= int(index.min()) <= int(index.max()) <= last:
             raise InputError(f"key blocks {int(index.min())} to {int(index.max())}: the call has 0 to {last}")
+        if self.start is not None and (
+            tuple(self.start.shape) != (b,) or lq != lk or int(self.start.min()) < 0
+        ):
+            raise InputError(
+                f"start {tuple(self.start.shape)}: {(b,)} from 0 on, for a call of as many queries as keys"
+            )
         ordered = index.sort(-1).values
         if ((ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)).any():
             raise InputError("index names a key block twice; its keys would be counted twice")
@@ -76,8 +86,35 @@ class Blocks:
         """See ``Subset.allows``."""
         listed = self.index[batch if self.index.shape[0] > 1 else 0]
         listed = listed[heads] if listed.shape[0] > 1 else listed
-        listed = listed[:, rows // self.size]  # (h|1, n, listed)
-        return (listed[..., None, :] == (keys // self.size)[:, None]).any(-1)
+        start = 0 if self.start is None else self.start[batch]
+        rows, keys = rows - start, keys - start
+        listed = listed[:, rows.clamp_min(0) // self.size]  # (h|1, n, listed)
+        there = (rows >= 0)[:, None] & (keys >= 0)
+        return (listed[..., None, :] == (keys.clamp_min(0) // self.size)[:, None]).any(-1) & there
+
+    def of_row(self, batch: int, tokens: int) -> Blocks:
+        """Those of one row of the batch, for its ``tokens`` from its start on."""
+        own = self.index[batch if self.index.shape[0] > 1 else 0][None]
+        return Blocks(own[:, :, : -(-tokens // self.size)], self.size)
+
+    def read(self, b: int, h: int, lq: int, lk: int, causal: bool) -> tuple[int, int]:
+        """How many blocks of keys a call of this shape computes, over its heads and batch, and how many it would whole.
+
+        Blocks of queries that nothing is listed for count in neither.
+        """
+        index = self.index
+        last = torch.full((index.shape[2],), lk - 1, device=index.device)
+        if causal:
+            last = (
+                (torch.arange(1, len(last) + 1, device=index.device) * self.size - 1).clamp_max(lq - 1)
+                + lk
+                - lq
+            )
+        listed = (index >= 0) & (index * self.size <= last[:, None])
+        whole = listed.any(-1) * (last // self.size + 1)
+        times = (b // index.shape[0]) * (h // index.shape[1])
+        read, whole = torch.stack([listed.sum(), whole.sum()]).tolist()
+        return read * times, whole * times
 
 
 @dataclass(frozen=True, eq=False)
