@@ -5,8 +5,8 @@ before it has had, so that no value and no kind of check is left out; ``make tes
 say which ``kinds`` they are of (the contract's cases) count by those: one of each kind runs, all of them in tests that
 are marked ``every``, one of each of their ``ways`` in tests that are marked ``ways``: those of what patching does to a
 model, whatever the method's rule; tests that are marked ``whole`` are never cut down. What is marked ``grid`` runs
-with TRAINLESS_ALL=1 only. Tests that are named (``-k``, a node id) run whatever they are; with TRAINLESS_SAMPLED=1 they are
-cut down too, as the slice with the oldest transformers is.
+with TRAINLESS_ALL=1 only. Tests that are named (``-k``, a node id) run whatever they are; with TRAINLESS_SAMPLED=1 they
+are cut down too, as the slice with the oldest transformers is.
 """
 
 from __future__ import annotations
