@@ -8,6 +8,9 @@ from transformers import DynamicCache
 import trainless
 from trainless.cache import chosen_pairs
 from trainless.hosts.transformers.replays import Replays
+from trainless.patch.binding import bind
+from trainless.preview.memory import estimate
+from trainless.recipes import resolve
 
 CALLS = [14, 1, 1, 3, 1]
 LENGTHS = (14, 9, 5)
@@ -155,3 +158,32 @@ def test_verify_follows_every_call():
     with trainless.patched(models.build("llama", dtype=torch.float32, exact=False), "kvzip") as patch:
         found = patch.verify()
     assert found and "raises" not in str(found), str(found)
+
+
+def test_a_prompt_whose_call_ends_elsewhere_is_not_passed_over():
+    """Whoever calls the decoder's forward itself goes past the hook that has the prompt read again."""
+    model = models.build("llama", dtype=torch.float32, exact=False)
+    ids, cache = models.prompt(21), DynamicCache(config=model.config)
+    with trainless.patched(model, "kvzip"):
+        model.model.forward(ids, past_key_values=cache)
+        with pytest.raises(trainless.Unsupported, match="was not read a second time"):
+            model.model.forward(ids[:, :1], past_key_values=cache)
+
+
+def test_the_report_counts_the_mean_of_heads_that_differ():
+    model, prompt = models.build("llama", dtype=torch.float32, exact=False), 40
+    with trainless.patched(model, "kvzip", ratio=0.5, sinks=0) as patch:
+        model(models.prompt(prompt))
+        layers = patch.report().methods[0].layers
+    kept = [layer["tokens_kept"] for layer in layers]
+    assert abs(sum(kept) - prompt // 2 * len(kept)) <= len(kept) / 2  # each is rounded
+
+
+def test_the_estimate_is_near_what_heads_that_differ_hold():
+    model, prompt = models.build("llama", dtype=torch.float32, exact=False), 250
+    for use, given in (("kvzip", {"ratio": 0.5}), ("h2o", {"ratio": 0.5, "budgets": "adaptive"})):
+        found = estimate(*bind(model, resolve(use, given)), [prompt])
+        with trainless.patched(model, use, **given) as patch:
+            model(models.prompt(prompt))
+            held = sum(layer["bytes_kept"] for layer in patch.report().methods[0].layers)
+        assert found is not None and found.points[0].patched == pytest.approx(held, rel=0.05), use

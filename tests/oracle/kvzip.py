@@ -101,8 +101,8 @@ class KVzip(Evictor):
                 cache = DynamicCache()
                 model(**{name: tokens[None]}, past_key_values=cache, use_cache=True)
                 read.found.clear()
-                places = torch.arange(length, length + part.shape[0])[None]
-                model(**{name: part[None]}, past_key_values=cache, position_ids=places, use_cache=True)
+                # At the positions that follow, which the model knows: not all count from 0.
+                model(**{name: part[None]}, past_key_values=cache, use_cache=True)
             for mine, layer in zip(found, wanted, strict=True):
                 logits = read.found[layer]
                 times = logits.shape[0] // mine.shape[0]

@@ -22,14 +22,15 @@ from ..kernels.turning import Rotates
 from ..kernels.visibility import shown_at
 from ..seams import Lease
 from .compressing import CompressingLayer
+from .held import kept_a_head
 
 
 @dataclass
 class Counters:
     """What a frozen layer has seen and holds, to be read when somebody asks.
 
-    fed (): tokens fed; held (B,): tokens that each row holds; nbytes: of all buffers; per_token: bytes of a token in an
-    unpatched layer.
+    fed (): tokens fed; held (B,): tokens that each row holds, or (B, Hkv) each of its heads; nbytes: of all buffers;
+    per_token: bytes of a token in an unpatched layer.
     """
 
     fed: Tensor
@@ -43,7 +44,7 @@ class Counters:
 
     @property
     def width(self) -> int:
-        return int(self.held.max())
+        return kept_a_head(self.held) if self.held.dim() == 2 else int(self.held.max())
 
     @property
     def stock_nbytes(self) -> int:

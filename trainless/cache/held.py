@@ -36,6 +36,11 @@ def with_new(held: Tensor, mask: Any, rows: int, seen: int) -> Tensor:
     return torch.cat([old, new.expand(b, heads, rows, rows)], 3)
 
 
+def kept_a_head(count: Tensor) -> int:
+    """The mean of the tokens that the heads of a row hold, (B, heads), in the row that holds most."""
+    return round(float(count.double().mean(1).max())) if count.numel() else 0
+
+
 def shifts(positions: Tensor, ages: Sequence[int], counts: Sequence[int]) -> Tensor:
     """(B, Hkv, S): how far each key must move so that kept tokens look contiguous.
 

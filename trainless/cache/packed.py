@@ -94,7 +94,9 @@ class PackedLayer(CompressingLayer):
 
     @property
     def width(self) -> int:
-        return max(self.counts, default=0) if self.tail is not None else self.seen
+        if self.tail is None:
+            return self.seen
+        return super().width if self.uneven else max(self.counts, default=0)
 
     @property
     def nbytes(self) -> int:

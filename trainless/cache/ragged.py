@@ -19,6 +19,7 @@ from ..seams import Evict
 from .choosing import UNDECIDED
 from .fixed import FixedLayer
 from .freezing import statistics
+from .held import kept_a_head
 
 
 class RaggedLayer(FixedLayer):
@@ -152,4 +153,6 @@ class RaggedLayer(FixedLayer):
 
     @property
     def width(self) -> int:
-        return super().width if self.ragged is None else int(self.ragged.count.max())
+        if self.ragged is None:
+            return super().width
+        return kept_a_head(self.ragged.count.view(self.ragged.rows, -1))

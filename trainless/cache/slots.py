@@ -18,6 +18,7 @@ from transformers.cache_utils import DynamicLayer
 from ..seams import State
 from . import columns
 from .carrier import Carrier
+from .held import kept_a_head
 
 NUMBERS = ("lengths", "budgets", "recents", "firsts", "counts", "ages", "pads", "given", "turn")
 
@@ -76,7 +77,9 @@ class Slots(Carrier, DynamicLayer):
 
     @property
     def width(self) -> int:
-        """Tokens that the layer keeps for its longest row."""
+        """Tokens that the layer keeps for its longest row; the mean of its heads where those differ."""
+        if self.uneven and self.positions is not None:
+            return kept_a_head((self.positions >= 0).sum(2))
         return max(self.counts, default=0) if self.evicted else self.seen
 
     @property

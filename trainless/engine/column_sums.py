@@ -139,9 +139,9 @@ def _sampled(
         mass = sampled_mass(
             times,
             call,
-            lambda index: chosen_mass(call.query, call.key, index, visibility=visible, terms=terms, lse=lse)[
-                0
-            ],
+            lambda index: chosen_mass(
+                call.query, call.key, index, visibility=visible, terms=terms, lse=lse, counted=False
+            )[0],
         )
     layer.score(mass, tail)
 

@@ -10,8 +10,8 @@ Source   "KVzip: Query-Agnostic KV Cache Compression with Context Reconstruction
 Seams    kv (evict once, after a second reading of the prompt).
 Exact    bitwise the identity at ratio=1, at which nothing is read again.
 Costs    one more pass of the model over the prompt, without its head; at its end the whole cache is held with the keys
-         of one chunk and one score for each pair. Heads of a layer are held as wide as the fullest, so fewer bytes are
-         freed than pairs are dropped. Decoding is not compiled whole.
+         of one chunk and one score for each pair. Each head is then held in pages of its own, up to two of 16 tokens
+         more than it keeps. Decoding is not compiled whole.
 Differs  The code puts an instruction to repeat the text before each chunk, which takes a tokenizer; here the bare inputs
          are read again, images as the embeddings that they were. The code keeps what is above a quantile, so fewer
          pairs than asked where scores are equal; here the number is exact and ties go to the newer token. Scores are

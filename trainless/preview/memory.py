@@ -12,6 +12,7 @@ from ..cache import FixedLayer
 from ..engine.runtime import runtime_of
 from ..hosts import Component, find_sites
 from ..hosts.transformers.families import family_of
+from ..kernels.ragged import PAGE
 from ..patch.binding import Binding, entries_by_module
 from ..seams import AttentionPlan, Entry, Evict, Site, tokens_of
 
@@ -96,7 +97,7 @@ def estimate(
 
 def _settles(evict: Evict) -> bool:
     """Whether the layers of a dynamic cache settle into slots under this rule, right after a prompt."""
-    return (evict.parts_heads or FixedLayer.suits(evict, None)) and not evict.once
+    return FixedLayer.suits(evict, None) and not evict.once
 
 
 def _caches(site: Site) -> bool:
@@ -129,6 +130,10 @@ def _bytes(plan: AttentionPlan, held: int, tokens: int, site: Site, per_token: i
             return held * per_token
         if held >= tokens:  # positions are told apart from the first token on that goes
             return held * (per_token + heads * (4 if sums else 0))
+        if evict.parts_heads:
+            # Pages of its own for each head, of which the last is half empty on average.
+            slots = held + (PAGE + 1) // 2 + (PAGE if evict.once else 0)
+            return slots * (per_token + heads * (4 if evict.once or evict.score is None else 8))
         if not _settles(evict):
             return held * (per_token + heads * (8 if sums else 4))
         scored = evict.score is not None

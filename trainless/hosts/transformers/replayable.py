@@ -14,8 +14,9 @@ from .rotary import FIXED
 from .version import CACHE_NAMES
 
 PLAIN = (DynamicLayer, DynamicSlidingWindowLayer)
-# What a model takes that embeds images behind its own front; others are given embeddings with the images in them.
-IMAGES = ("pixel_values", "image_embeds", "mm_encoder_outputs")
+# Classes that embed images themselves, whatever a prompt holds. Others are given embeddings with the images in them,
+# or their images are refused when a call brings some.
+EMBEDS_IMAGES = ("ChameleonModel", "IdeficsModel")
 # What a forward may be given for each token beside its embedding, by the field of the config that says so.
 BESIDE = {"per_layer_inputs": "hidden_size_per_layer_input"}
 
@@ -36,9 +37,8 @@ def refusal(owner: PreTrainedModel, layers: Sequence[Any], keys: str) -> str | N
     missing = next((n for n in ("inputs_embeds", "attention_mask", "position_ids") if n not in names), None)
     if missing is not None or not any(n in names for n in CACHE_NAMES):
         return f"{name} takes no {missing or 'cache'}, so a prompt cannot be given to it again"
-    images = next((n for n in IMAGES if n in names), None)
-    if images is not None:
-        return f"{name} puts images among its tokens itself ({images}), so that its tokens alone are not its prompt"
+    if name in EMBEDS_IMAGES:
+        return f"{name} puts images among its tokens itself, so that its tokens alone are not its prompt"
     beside = next((n for n in BESIDE if n in names), None)
     if beside is not None and getattr(owner.config, BESIDE[beside], None):
         return f"{name} is given {beside} beside its tokens, which would have to be given again"

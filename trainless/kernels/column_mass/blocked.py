@@ -12,15 +12,13 @@ float32 and bfloat16; the form in ``fused.py`` takes 1.15 (benchmarks/attention_
 from __future__ import annotations
 
 import itertools
-import math
 
 import torch
 from torch import Tensor
 
-from ..common import BLOCK, Terms, head_groups, shared_logits, statistics_dtype, take
+from ..common import BLOCK, LOG2E, Terms, head_groups, powers, shared_logits, statistics_dtype, take
 from ..visibility import Visibility
 
-_LOG2E = math.log2(math.e)
 # Rows per product: more repack the keys less often, fewer keep the block in the cache.
 _ROWS = 384
 _KEYS = 4096
@@ -86,7 +84,7 @@ def _uniform(
     hkv, lk = key.shape[1], key.shape[2]
     share, wide = h // hkv, key.dtype
     simple = terms.plain and seen.structured
-    factor = terms.scale * (_LOG2E if simple else 1.0)
+    factor = terms.scale * (LOG2E if simple else 1.0)
     out = torch.zeros(b, hkv if summed else h, lk, dtype=wide, device=query.device)
     # The feature against which -lse is multiplied; a soft-cap bends q·k first, so there it is added later.
     keys = torch.cat([key, key.new_ones(b, hkv, lk, 1)], -1) if simple else key
@@ -126,7 +124,7 @@ def _uniform(
                 z = z.view(b, h, i1 - i0, j1 - j0)
                 rows = torch.arange(i0, i1, device=query.device)
                 z = shared_logits(z, terms, seen, heads, rows, j0, j1)
-                z = z.add_(minus[..., None]).exp_()
+                z = powers(z.add_(minus[..., None]))
             z = z.view(last - first, -1, n if summed else i1 - i0, j1 - j0)
             out.view(b * hkv, -1, lk)[first:last, :, j0:j1] += z.sum(2)
     return out

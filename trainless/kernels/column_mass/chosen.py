@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
-from ..common import BLOCK, Terms, check_shapes, shared_logits, statistics_dtype
+from ..common import BLOCK, Terms, check_shapes, powers, shared_logits, statistics_dtype
 from ..masks import Visibility
 
-_ROWS = 128  # chosen rows at a time: their visibility is written out, (rows, Lk) bool
+# Chosen rows at a time, whose visibility is written out, (rows, Lk) bool: fewer where they lie far from each other, so
+# that early rows of a causal call meet only the keys that they see.
+_ROWS, _FAR_ROWS = 128, 32
 
 
 def chosen_mass(
@@ -25,6 +27,7 @@ def chosen_mass(
     visibility: Visibility,
     terms: Terms,
     lse: Tensor | None = None,
+    counted: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """The probability that each key receives from the rows ``index``, and how many of those can see it.
 
@@ -32,7 +35,7 @@ def chosen_mass(
     none; a row that is named twice counts twice. lse (B, H, Lq) as ``attention`` returns it, or None.
 
     Returns mass (B, H, Lk) in float32 (float64 for float64 input), and counts (B, Lk) int64: rows that see the
-    key in any head. Raises InputError on shapes that do not fit, or rows that do not exist.
+    key in any head; zeros unless ``counted``. Raises InputError on shapes that do not fit, or rows that do not exist.
     """
     check_shapes(query, key, None, visibility, terms)
     b, h, lq, _ = query.shape
@@ -56,11 +59,14 @@ def chosen_mass(
         rows = (
             rows[rows >= 0].sort().values
         )  # early rows of a causal call see few keys: let them stand together
-        for part in rows.split(_ROWS) if len(rows) else ():
+        far = len(rows) > 1 and int(rows[-1] - rows[0]) > 2 * len(rows)
+        for part in rows.split(_FAR_ROWS if far else _ROWS) if len(rows) else ():
             hi = seen.span(int(part[0]), int(part[-1]) + 1)[1]
             if hi:
                 known = None if lse is None else lse[row, :, part]
                 _add(mass[row, :, :hi], query[row, :, part], key[row, :, :hi], seen, own, part, known)
+                if not counted:
+                    continue
                 shown = seen.at(part, 0, hi)
                 counts[row, :hi] += len(part) if shown is None else shown[0].any(0).sum(0)
     return mass, counts
@@ -81,19 +87,19 @@ def _add(
         z = torch.bmm(packed, key[first:last].to(wide).transpose(1, 2)).mul_(terms.scale)
         numbers = None if last - first == hkv else torch.arange(h, device=query.device)[heads]
         z = shared_logits(z.view(1, -1, n, hi), terms, seen, numbers, rows, 0, hi)[0]
-        if lse is not None:
-            shift, total = lse[heads].to(wide), None
-        else:
-            shift = z.amax(-1)
-            if terms.sink_logits is not None:
-                shift = torch.maximum(shift, terms.sink_logits[heads, None].to(wide))
-        blind = torch.isneginf(shift)
-        z.sub_(shift.masked_fill(blind, 0)[..., None]).exp_()
-        weight = torch.ones_like(shift)
+        if lse is None and terms.sink_logits is None:
+            p = z.softmax(-1)  # one pass; a row that sees nothing gives no numbers
+            blind = p[..., :1].isnan()
+            if p.is_cuda or bool(blind.any()):  # a device is not waited for
+                p.masked_fill_(blind, 0)
+            mass[heads] += p.sum(1)
+            continue
         if lse is None:
-            total = z.sum(-1)
-            if terms.sink_logits is not None:
-                total = total + torch.exp(terms.sink_logits[heads, None].to(wide) - shift)
-            weight = 1 / total
-        weight = weight.masked_fill(blind, 0)
-        mass[heads] += torch.bmm(weight[:, None], z)[:, 0]
+            assert terms.sink_logits is not None
+            sinks = terms.sink_logits[heads, None].to(wide)
+            total = torch.logaddexp(z.logsumexp(-1), sinks)
+        else:
+            total = lse[heads].to(wide)
+        blind = torch.isneginf(total)
+        p = powers(z.sub_(total.masked_fill(blind, 0)[..., None]))
+        mass[heads] += torch.bmm((~blind).to(wide)[:, None], p)[:, 0]

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..common import BLOCK, Terms, shared_logits, statistics_dtype
+from ..common import BLOCK, Terms, powers, shared_logits, statistics_dtype
 from ..visibility import Visibility
 
 
@@ -91,7 +91,7 @@ def row_weights(
     else:
         total = lse.to(z.dtype)
     blind = torch.isneginf(total)
-    p = z.sub_(total.masked_fill(blind, 0)[..., None]).exp_()
+    p = powers(z.sub_(total.masked_fill(blind, 0)[..., None]))
     return p.masked_fill_(blind[..., None], 0), total
 
 

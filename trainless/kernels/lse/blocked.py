@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..common import BLOCK, Terms, bias_block, shared_logits, statistics_dtype
+from ..common import BLOCK, Terms, bias_block, powers, shared_logits, statistics_dtype
 from ..dispatch import FUSED_CPU_DTYPES
 from ..visibility import Visibility
 
@@ -131,7 +131,7 @@ def blocked(
             total = torch.logaddexp(total, terms.sink_logits.to(wide).view(1, -1, 1))
         if z.requires_grad:
             z = z.clone()  # the sum above needs these logits again when gradients are computed
-        weights = z.sub_(total.masked_fill(blind, 0)[..., None]).exp_().view(b, hkv, -1, hi - lo)
+        weights = powers(z.sub_(total.masked_fill(blind, 0)[..., None])).view(b, hkv, -1, hi - lo)
         out[:, :, i0:i1] = (weights @ values[:, :, lo:hi]).view(b, h, i1 - i0, dv)
         lse[:, :, i0:i1] = total.masked_fill(blind, -torch.inf)
     return out, lse

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..column_mass import RowScale
 from ..column_mass.together import LOG2E
-from ..common import BLOCK, Terms, bias_block, key_heads_of, statistics_dtype, take
+from ..common import BLOCK, Terms, bias_block, key_heads_of, powers, statistics_dtype, take
 from ..visibility import Visibility
 from . import by_rows, rest
 
@@ -259,7 +259,7 @@ class _Columns:
         if not (terms.plain and seen.structured):
             z = self._logits(q, seen, terms, heads, rows)
             blind = torch.isneginf(lse)
-            return z.sub_(lse.masked_fill(blind, 0)[..., None]).exp_().masked_fill_(blind[..., None], 0)
+            return powers(z.sub_(lse.masked_fill(blind, 0)[..., None])).masked_fill_(blind[..., None], 0)
         keys = self.key.flatten(0, 1).transpose(-1, -2)
         if scale is not None:  # the steps of the sweep, in its order
             z = torch.bmm((q * (terms.scale * LOG2E)).flatten(0, 1), keys).view(*lse.shape, -1)
