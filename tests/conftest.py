@@ -3,9 +3,10 @@
 A test over several parameters is a grid. By default a combination runs only if it has a value that no combination
 before it has had, so that no value and no kind of check is left out; ``make test-all`` runs the whole grids. Values that
 say which ``kinds`` they are of (the contract's cases) count by those: one of each kind runs, all of them in tests that
-are marked ``every``; tests that are marked ``whole`` are never cut down. What is marked ``grid`` runs with
-TRAINLESS_ALL=1 only. Tests that are named (``-k``, a node id) run whatever they are; with TRAINLESS_SAMPLED=1 they are
-cut down too, as the slice with the oldest transformers is.
+are marked ``every``, one of each of their ``ways`` in tests that are marked ``ways``: those of what patching does to a
+model, whatever the method's rule; tests that are marked ``whole`` are never cut down. What is marked ``grid`` runs
+with TRAINLESS_ALL=1 only. Tests that are named (``-k``, a node id) run whatever they are; with TRAINLESS_SAMPLED=1 they
+are cut down too, as the slice with the oldest transformers is.
 """
 
 from __future__ import annotations
@@ -64,8 +65,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         spec = getattr(item, "callspec", None)
         given = {} if spec is None else spec.params
-        every = item.get_closest_marker("every") is not None
-        values = {value for name, one in given.items() for value in _values(name, one, every)}
+        by = next((m for m in ("every", "ways") if item.get_closest_marker(m) is not None), "kinds")
+        values = {value for name, one in given.items() for value in _values(name, one, by)}
         met = seen[item.path, getattr(item, "originalname", item.name), getattr(item, "cls", None)]
         grid = len(given) > 1 or any(hasattr(one, "kinds") for one in given.values())
         new = not grid or values - met or item.get_closest_marker("whole") is not None
@@ -76,10 +77,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=left)
 
 
-def _values(name: str, one: Any, every: bool) -> list[tuple[str, Any]]:
+def _values(name: str, one: Any, by: str) -> list[tuple[str, Any]]:
     """What a parameter's value adds to a grid. (pytest's own indices count combinations, not values.)"""
-    if not every and hasattr(one, "kinds"):
-        return [(name, kind) for kind in one.kinds]
+    if hasattr(one, by):
+        return [(name, kind) for kind in getattr(one, by)]
     try:
         hash(one)
     except TypeError:

@@ -43,6 +43,10 @@ VLMS = ("qwen2_5_vl", "llava", "gemma3", "idefics3", "paligemma")
 EVICTABLE = (*FULL, "gemma2")
 
 
+# Methods that act in the same way and differ in their rule alone: tokens by another score, a factor elsewhere.
+LIKE = dict.fromkeys(("streaming", "tova", "keydiff", "knorm"), "h2o") | {"head_gain": "attn_temperature"}
+
+
 @dataclass(frozen=True)
 class Case:
     """One parameter set of a method.
@@ -89,6 +93,11 @@ class Case:
         """What tests tell cases apart by: the method, and what it does to a cache and to calls."""
         cache = self.evicts, self.pattern, self.protects, self.once, self.parameters.get("positions")
         return [self.method, cache, self.chunks, self.assisted, self.replaces, self.late]
+
+    @property
+    def ways(self) -> list[Any]:
+        """What tests of the mechanism tell cases apart by: how they act, whatever the method's rule."""
+        return [LIKE.get(self.method, self.method), *self.kinds[1:]]
 
     @property
     def by_head(self) -> bool:

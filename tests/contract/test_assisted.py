@@ -11,6 +11,8 @@ from trainless.cache import CompressingLayer
 from .cases import BUDGETED, EVICTORS, LANGUAGE, Case, named
 from .tools import build, same
 
+pytestmark = pytest.mark.ways
+
 ON_LLAMA = [c for c in LANGUAGE if "llama" in c.families]
 FULL_BUDGET = [c for c in ON_LLAMA if c.wide is not None]
 

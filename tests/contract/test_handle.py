@@ -12,6 +12,8 @@ import trainless
 from .cases import MAIN, MAIN_CAUSAL, Case, named
 from .tools import EXACT, Snapshot, build, dense, outputs, same
 
+pytestmark = pytest.mark.ways
+
 
 def _attention(model) -> torch.nn.Module:
     return model.model.layers[1].self_attn

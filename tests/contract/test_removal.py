@@ -11,6 +11,8 @@ import trainless
 from .cases import MAIN, Case, named
 from .tools import Snapshot, build, outputs, same
 
+pytestmark = pytest.mark.ways
+
 # By default three orders, in which every patch goes first once, and every pair and each one alone is left once.
 ORDERS = (
     list(itertools.permutations(range(3)))

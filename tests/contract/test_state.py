@@ -13,6 +13,8 @@ from trainless.cache import CompressingLayer, StatefulMixin
 from .cases import LANGUAGE, Case, named
 from .tools import EXACT, build, dense, same
 
+pytestmark = pytest.mark.ways
+
 ON_LLAMA = [c for c in LANGUAGE if "llama" in c.families]
 STEPS = [14, 1, 1, 3, 1]
 

@@ -18,6 +18,8 @@ from trainless.hosts.transformers.version import CACHE_NAME
 from .cases import MAIN, Case, named
 from .tools import build, given_of, same
 
+pytestmark = pytest.mark.ways
+
 WORKERS = 4
 ROUNDS = 2
 SIZES = (20, 24, 16, 28)

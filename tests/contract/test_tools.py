@@ -11,6 +11,8 @@ import trainless
 from .cases import MAIN, MAIN_CAUSAL, Case, named
 from .tools import CALLS, EXACT, Snapshot, build, dense, differs, outputs, same, text
 
+pytestmark = pytest.mark.ways
+
 F32 = 2e-4  # float32, other kernels
 
 

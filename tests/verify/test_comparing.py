@@ -50,7 +50,7 @@ def test_bfloat16_is_green_too() -> None:
 
 
 def test_prints_within_eighty_columns_and_is_plain_data() -> None:
-    model = llama()
+    model = llama(layers=3)
     trainless.patch(model, "attn_temperature", temperature=0.5)
     found = trainless.patch(model, ["h2o", "act"]).verify()
     assert max(len(line) for line in str(found).splitlines()) <= 80
@@ -77,7 +77,7 @@ def test_an_honest_toy_passes() -> None:
 
 
 def test_a_patch_that_does_nothing_fails() -> None:
-    found = patch(llama(), Idle()).verify()
+    found = patch(llama(layers=3), Idle()).verify()
     assert status(found)["idle", "acted"] == "failed"
     assert "12 calls" in found.failed[0].detail  # 3 layers, a prefill and 3 steps
 
@@ -91,7 +91,7 @@ def test_a_site_that_is_never_called_fails() -> None:
 
 
 def test_a_patched_module_that_somebody_bypasses_fails() -> None:
-    model = llama()
+    model = llama(layers=3)
     made = patch(model, Toy())
     attention = model.model.layers[1].self_attn
     attention.forward = lambda hidden_states, **kwargs: (hidden_states, None)

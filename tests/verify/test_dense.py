@@ -132,7 +132,7 @@ def test_a_constant_factor_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatc
 
 
 def test_an_edit_of_whole_rows_that_is_applied_wrongly_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = trainless.patch(llama(), "act", alpha=1.5, statistics="running")
+    made = trainless.patch(llama(layers=3), "act", alpha=1.5, statistics="running")
     assert status(made.verify())["act", "result"] == "ok"
     for owner in (few_rows, moved_mass):
         monkeypatch.setattr(owner, "apply", lambda p, v, dtype: rows.apply(p.roll(1, -1), v, dtype))
@@ -192,10 +192,10 @@ def test_replaced_weights_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None
             weight = site.module.q_proj.weight
             return [Weights(tensors={"q_proj.weight": weight.detach() * 2})]
 
-    assert "3 tensors replaced" in detail(patch(llama(), Replaces()).verify(), "result")
+    assert "3 tensors replaced" in detail(patch(llama(layers=3), Replaces()).verify(), "result")
     # What a quantised tensor does that looks like a plain one: it takes what is written to it, and stays as it is.
     monkeypatch.setattr(handle, "replace", lambda given, journal: None)
-    found = patch(llama(), Replaces()).verify()
+    found = patch(llama(layers=3), Replaces()).verify()
     assert "result" in failures(found) and "is not what the method puts there" in detail(found, "result")
 
 

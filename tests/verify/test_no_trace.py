@@ -32,7 +32,7 @@ def unchanged(model: nn.Module, family: str = "llama") -> Iterator[None]:
 
 
 def test_the_model_is_as_it_was_between_two_neighbours() -> None:
-    model = llama(torch.float64)
+    model = llama(torch.float64, layers=3)
     snapshot, stock = Snapshot(model), outputs(model, "llama")
     first = trainless.patch(model, "attn_temperature", temperature=0.7)
     middle = trainless.patch(model, "h2o", heavy=4, recent=4)
@@ -93,7 +93,7 @@ def test_interrupted_anywhere_the_patch_is_on_and_counters_are_back(stop: int) -
 
 
 def test_training_mode_comes_back_module_by_module() -> None:
-    model = llama()
+    model = llama(layers=3)
     model.train()
     model.model.layers[1].eval()
     modes = [m.training for m in model.modules()]

@@ -22,7 +22,7 @@ from .toys import llama, status
 @pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside another patch"])
 def test_no_call_of_another_thread_is_unpatched_meanwhile(beside: bool) -> None:
     """With a patch alone on the model the gate itself goes off and on."""
-    model, ids = llama(torch.float64), models.prompt(12, 1)
+    model, ids = llama(torch.float64, layers=3), models.prompt(12, 1)
     if beside:
         trainless.patch(model, "head_gain", heads=[[1, 2]], gain=0.3)
     made = trainless.patch(model, "attn_temperature", temperature=0.5)

@@ -24,7 +24,7 @@ FAMILIES = ["flux", "sd3", "unet", "pixart"]
 
 
 def build(family: str) -> nn.Module:
-    return models.build(family, dtype=torch.float32)
+    return models.build(family, dtype=torch.float32, layers=1)
 
 
 def clear(model: nn.Module, radius: int = 4) -> trainless.Patch:
