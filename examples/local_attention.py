@@ -58,7 +58,7 @@ print("the stock model's bits are back:", torch.equal(step(16, 40, 0.5), stock[1
 # grid (24, 24): largest change in the second step 0.0272
 # grid (8, 8): largest change in the second step 0.0000
 # clear on FluxTransformer2DModel: active
-# clear(radius=16, weights=None, pool=None, dense_steps=1, dense_layers=[], force=False)
+# clear(radius=16, dense_steps=1, dense_layers=[], force=False)
 #   sites    3/3 attention layers
 #   calls    18 passed, 6 acted on
 #   kernels  stock ×12, window2d/numba ×6

@@ -55,14 +55,14 @@ print("the stock pipeline's bits are back:", torch.equal(image(256), stock[256])
 
 # It prints:
 # entropy on StableDiffusionPipeline
-# entropy(trained=None, pixels_per_latent=None)
+# entropy()
 #   sites  4/4, layers 0-3
 #   seams  scale
 # Nothing is in the way of this patch.
 # 128 x 128: largest change of the latents 0.0000, calls acted on so far: 0
 # 256 x 256: largest change of the latents 0.0752, calls acted on so far: 12
 # entropy on StableDiffusionPipeline: active
-# entropy(trained=None, pixels_per_latent=None)
+# entropy()
 #   sites    4/4 attention layers
 #   calls    24 passed, 12 acted on
 #   kernels  stock ×24

@@ -54,11 +54,8 @@ def test_every_implementation_is_scaled_alike(implementation: str):
 def test_soft_capped_logits_take_no_factor_by_rows_and_one_number_they_do():
     model = models.build("gemma2", dtype=torch.float32)
     ids = models.prompt(9)
-    with (
-        trainless.patched(model, "attn_temperature", **LOGN),
-        pytest.raises(trainless.Unsupported, match="soft-capped"),
-    ):
-        model(ids)
+    with pytest.raises(trainless.NoMatch, match="soft-capped"):
+        trainless.patch(model, "attn_temperature", **LOGN)
     with trainless.patched(model, "attn_temperature", schedule="yarn", trained=4, length=64), torch.no_grad():
         model(ids)
 
@@ -66,3 +63,12 @@ def test_soft_capped_logits_take_no_factor_by_rows_and_one_number_they_do():
 def test_a_denoiser_is_refused_by_name():
     method, site = get("attn_temperature"), Site("attn", torch.nn.Identity(), "diffusers")
     assert "entropy" in str(method(**LOGN).refuses(site)) and method(temperature=2.0).refuses(site) is None
+
+
+def test_schedules_of_texts_are_refused_on_images_and_the_factor_of_yarn_where_it_is_already():
+    with pytest.raises(trainless.NoMatch, match="patches of an image"):
+        trainless.patch(models.build("vit"), "attn_temperature", **LOGN)
+    yarn = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 64}
+    model = models.build("llama", rope_parameters=yarn)
+    with pytest.raises(trainless.NoMatch, match="rotation already"):
+        trainless.patch(model, "attn_temperature", schedule="yarn", trained=64, length=256)

@@ -87,9 +87,9 @@ def test_the_report_says_which_share_was_read():
     assert 29 / 120 <= shares[0] < shares[1] < 1
 
 
-@pytest.mark.parametrize("family", ["mistral", "bert", "t5"])
+@pytest.mark.parametrize("family", ["mistral", "bert", "t5", "gemma2"])
 def test_layers_that_it_is_not_made_for_are_refused_by_name(family: str):
-    with pytest.raises(trainless.NoMatch, match=r"xattention.*(window|causal|bias)"):
+    with pytest.raises(trainless.NoMatch, match=r"xattention.*(window|causal|bias|soft cap)"):
         trainless.patch(models.build(family), "xattention")
 
 

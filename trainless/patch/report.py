@@ -46,7 +46,7 @@ class MethodReport:
         return {**vars(self), "cache": self.cache, "read": self.read}
 
     def __str__(self) -> str:
-        given = ", ".join(f"{k}={v!r}" for k, v in self.parameters.items())
+        given = ", ".join(f"{k}={v!r}" for k, v in self.parameters.items() if v is not None)
         lines = [f"{self.method}({given})", f"  sites    {self.sites}/{self.of} attention layers"]
         calls = f"  calls    {self.fired} passed, {self.acted} acted on"
         if self.inert:

@@ -25,7 +25,7 @@ Differs  The whole logit is divided: relative position bias and the soft-capped 
          which is the same without padding and window; Llama 4 has its own in layers without rotation alone, and YaRN's
          comes with a change of the rotation, which is not made here (rope_scaling does it, with its own
          attention_factor: not both). In "ssa" beta was trained, for each layer; no values were published, the default is
-         where its training begins. Learned sinks and soft-capped logits take no factor by rows: such a call is refused.
+         where its training begins. Learned sinks and soft-capped logits take no factor by rows: such layers are refused.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ class AttnTemperature(Method):
     trained: tokens of the longest sequence in training; published for "llama4": 8192, its default. length: tokens that
     the model is extended to. beta: of "ssa", 2.0 by default. Raises InputError unless the temperature is a finite
     positive number, and for a schedule without what it needs or with what it does not read. Schedules are of texts:
-    refused in denoisers.
+    refused in denoisers and vision towers; those by rows on soft-capped logits and learned sinks, and "yarn" on a model
+    whose rotation is YaRN's.
     """
 
     name: ClassVar[str] = "attn_temperature"
@@ -105,8 +106,18 @@ class AttnTemperature(Method):
                 raise InputError(f"{name} is given, and {named} does not read it; leave it out")
 
     def refuses(self, site: Site) -> str | None:
-        if self.schedule is not None and site.host != "transformers":
+        if self.schedule is None:
+            return None
+        if site.host != "transformers":
             return "a schedule goes by the tokens of a text; entropy scales a denoiser with the size of its image"
+        if "vision" in site.parts:
+            return "a schedule goes by the tokens of a text, and this attends to the patches of an image"
+        if self.schedule == "yarn":
+            return _stretched(site)
+        if getattr(site.module, "attn_logit_softcapping", None) is not None:
+            return f"schedule={self.schedule!r} gives each row a factor of its own, which soft-capped logits do not take"
+        if getattr(site.module, "sinks", None) is not None:
+            return f"schedule={self.schedule!r} gives each row a factor of its own, which learned sinks do not take"
         return None
 
     def contribute(self, site: Site) -> Sequence[Contribution]:
@@ -152,6 +163,16 @@ class AttnTemperature(Method):
         assert self.trained is not None
         trained = seen.new_tensor(self.trained)
         return torch.where(seen > trained, seen.log() / trained.log(), 1.0)
+
+
+def _stretched(site: Site) -> str | None:
+    """Why the factor of YaRN would come twice: the model's own rotation brings one along."""
+    config = getattr(site.module, "config", None)
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kinds = {rope.get("rope_type")} | {v.get("rope_type") for v in rope.values() if isinstance(v, dict)}
+    if "yarn" in kinds:
+        return 'schedule="yarn" is in the model\'s own rotation already (rope_type "yarn")'
+    return None
 
 
 def _most(call: AttentionCall) -> int:

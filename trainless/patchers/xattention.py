@@ -86,6 +86,8 @@ class XAttention(Method):
             return "a sliding-window layer reads no more than its window"
         if site.facts.get("position_bias"):
             return "its position bias is no part of the scores that choose blocks"
+        if getattr(site.module, "attn_logit_softcapping", None) is not None:
+            return "its soft cap on the logits is no part of the scores that choose blocks"
         return None if site.causal else "not causal: blocks are chosen for a causal prompt"
 
     def contribute(self, site: Site) -> Sequence[Contribution]:
