@@ -94,7 +94,9 @@ def decoded(model: Any, cache: Any, ids: Any, steps: Any) -> list[torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("use", ["act, running", "act and a scale and a gain"])
+@pytest.mark.parametrize(
+    "use", [pytest.param("act, running", marks=pytest.mark.grid), "act and a scale and a gain"]
+)
 def test_steps_are_one_graph(use: str):
     model, ids = build("llama"), models.prompt(22, 2)
     patch = trainless.patch(model, USES[use])
