@@ -419,7 +419,7 @@ CASES: list[Case] = [
     ),
     _zipvl("zipvl-share", ("llama",), ratio=0.45),
     _zipvl("zipvl-share-discard", ("llama", "qwen2"), ratio=0.4, mode="discard", probes=(6, 4), bits=(4, 2)),
-    _blocks("xattention", ("llama", "gemma2"), main=True),
+    _blocks("xattention", ("llama", "qwen2"), main=True),
     _blocks("xattention-shared", ("llama", "qwen2"), threshold=0.5, shared=True, stride=4),
     _packing(
         "kvquant", "kvquant", KvQuant, EVICTABLE, group=4, residual=3, main=True, neighbours=(WARM, KEEP),

@@ -24,6 +24,7 @@ from oracle import (
     Rule,
     SnapKV,
     Tova,
+    XAttention,
     dense,
     install,
 )
@@ -72,6 +73,7 @@ ZIP: dict[str, Any] = {"interval": 3, "probes": (2, 0.3), "bits": (8, 8)}
 ZIPVL: dict[str, Any] = {"tau": 0.7, "probes": (2, 3), "interval": 3, "min_tokens": 6}
 QUANT: dict[str, Any] = {"k_bits": 8, "v_bits": 8, "group": 4, "residual": 4}
 KEYS: dict[str, Any] = {"capacity": 12, "sinks": 2, "recent": 4}
+BLOCKS: dict[str, Any] = {"threshold": 0.6, "stride": 2, "block": 4}
 H2O_: dict[str, Any] = {"heavy": 4, "recent": 5}
 TRIES: dict[str, Try] = {
     "act": Try(ACT, {"beta": 1.0}, lambda sites: Act(**ACT), cache=False),
@@ -97,6 +99,9 @@ TRIES: dict[str, Try] = {
         dense={"first": 2, "recent": 7},
     ),
     "tova": Try({"capacity": 9}, {"capacity": 1 << 20}, lambda sites: Tova(capacity=9)),
+    "xattention": Try(
+        BLOCKS, {"threshold": 1.0}, lambda sites: XAttention(**BLOCKS), cache=False
+    ),
     "zipcache": Try(
         ZIP, {"bits": (16, 16)},
         lambda sites: ProbedZipCache(ZipCacheMethod(**ZIP), interval=3, bits=(8, 8)), near=True,
