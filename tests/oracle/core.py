@@ -66,6 +66,7 @@ class Call:
     real_keys: Tensor
     past: int
     model: nn.Module
+    scaling: float
     seen: Tensor | None = None
     sinks: Tensor | None = None
 
@@ -207,7 +208,7 @@ class Oracle:
             self.real[site.name] = real_keys
         else:
             real, real_keys = torch.ones_like(visible[:, 0, :, 0]), visible[:, 0].any(dim=1)
-        call = Call(site, query, key, value, visible, real, real_keys, past, self.model)
+        call = Call(site, query, key, value, visible, real, real_keys, past, self.model, scaling)
         rules = [rule for rule in self.rules if rule.applies(site)]
         if past == 0:
             self.traces[site.name] = []

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -50,7 +48,7 @@ class XAttention(Rule):
         q, k = call.query[row, head, there], call.key[row, head // call.groups, there]
         n, side = len(there), -(-len(there) // self.stride)
         logits = torch.zeros(side * self.stride, side * self.stride, dtype=torch.float64)
-        logits[:n, :n] = (q @ k.T).double() / math.sqrt(q.shape[-1])
+        logits[:n, :n] = (q @ k.T).double() * call.scaling
         blocks = -(-n // self.block)
         found = torch.zeros(blocks, blocks, dtype=torch.float64)
         each = self.block // self.stride

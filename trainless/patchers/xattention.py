@@ -88,6 +88,9 @@ class XAttention(Method):
             return "its position bias is no part of the scores that choose blocks"
         if getattr(site.module, "attn_logit_softcapping", None) is not None:
             return "its soft cap on the logits is no part of the scores that choose blocks"
+        other = site.facts.get("no_kv")
+        if other:
+            return f"which keys a row sees is not causal order alone, or not known: {other}"
         return None if site.causal else "not causal: blocks are chosen for a causal prompt"
 
     def contribute(self, site: Site) -> Sequence[Contribution]:
