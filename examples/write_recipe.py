@@ -56,10 +56,14 @@ with tempfile.TemporaryDirectory() as folder:
 #   h2o.protect = none  [default (ours)]
 #   h2o.budgets = uniform  [default (published)] H2O: Heavy-Hitter Oracle for Efficient Generative Inference
 #   attn_temperature.temperature = 0.95  [write_recipe.yaml:13] ours: an example, not tuned
+#   attn_temperature.schedule = None  [default (ours)]
+#   attn_temperature.trained = None  [default (ours)]
+#   attn_temperature.length = None  [default (ours)]
+#   attn_temperature.beta = None  [default (ours)]
 #   attn_temperature.where.layers = 2:  [write_recipe.yaml:15] ours: the second half of this example's four layers
 #
 # examples/letters on LlamaForCausalLM: active
-# h2o(heavy=0.1, recent=0.2, scores='sampled', gqa='sum', normalise=False, positions='real', ratio=None, protect='none', budgets='uniform')
+# h2o(heavy=0.1, recent=0.2, scores='sampled', gqa='sum', normalise=False, positions='real', protect='none', budgets='uniform')
 #   sites    4/4 attention layers
 #   calls    32 passed, 32 acted on
 #   kernels  lse/fused ×4, slots ×28

@@ -54,7 +54,7 @@ class MethodPlan:
         return dict(vars(self))
 
     def __str__(self) -> str:
-        given = ", ".join(f"{k}={v!r}" for k, v in self.parameters.items())
+        given = ", ".join(f"{k}={v!r}" for k, v in self.parameters.items() if v is not None)
         lines = [wrapped(f"{self.method}({given})", 0, len(self.method) + 1)]
         if not self.of:
             return lines[0]
