@@ -247,13 +247,18 @@ def _of_length(
         read = [_rate(mine[i]["read"]) for i in both if mine[i]["read"]]
         cells.append(said(read, ".0%"))
         cells += [
-            said([r["kl"] for r in texts.values()], ".4f"),
-            said([r["same"] for r in texts.values()], ".1%"),
+            _of_texts([r["kl"] for r in texts.values()], ".4f"),
+            _of_texts([r["same"] for r in texts.values()], ".1%"),
         ]
         lines.append("| " + " | ".join(cells) + " |")
         mean, low, high = interval(level)
         drawn.setdefault(f"{tokens:,} tokens", []).append((share, mean, low, high, variant.name))  # type: ignore[arg-type]
     return lines
+
+
+def _of_texts(values: list[float], form: str) -> str:
+    """One text has no interval."""
+    return f"{values[0]:{form}} (one text)" if len(values) == 1 else said(values, form)
 
 
 def _rate(answers: dict[str, list[bool]]) -> float:
