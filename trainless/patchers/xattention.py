@@ -16,7 +16,7 @@ Costs    1/S of the dense logits for the choice, then the share of the blocks th
 Differs  Its thresholds by layer and head for one model are left out: one threshold. Tiles and blocks begin at each
          row's own first token, so that a padded row chooses as it would alone; tokens that a last tile lacks count as
          zeros, and a tile of none as no row. shared=True, one choice for the heads that share keys by the mean of their
-         scores, is ours. The scores know nothing of soft caps, learned sinks and temperatures. A prompt fed in several
+         scores, is ours. The scores know nothing of learned sinks and temperatures. A prompt fed in several
          calls is sparse in the first alone. What the scores say is an estimate: where attention is spread evenly, the
          blocks hold less of it than ``threshold``.
 """
@@ -45,8 +45,8 @@ class XAttention(Method):
     """Sparse prefill over blocks of keys chosen for each block of queries and each head.
 
     Raises InputError for a threshold of 0, a block that is no power of two and a stride that does not divide it.
-    Refused where a layer has a sliding window or a position bias, or is not causal; a first call whose mask is not
-    causal (but for padding at the ends) is refused by name.
+    Refused where a layer has a sliding window, a position bias or soft-capped logits, is not causal, or has its keys
+    chosen otherwise; a first call whose mask is not causal (but for padding at the ends) is refused by name.
     """
 
     name: ClassVar[str] = "xattention"
