@@ -103,3 +103,15 @@ def test_masks_that_it_is_not_made_for_are_refused_by_name():
     both = torch.ones(1, 1, 24, 24, dtype=torch.bool)
     with pytest.raises(trainless.Unsupported, match=r"xattention.*not causal"):
         model(ids, attention_mask=both)
+
+
+def test_soft_caps_that_a_module_does_not_tell_of_are_refused_at_the_call():
+    model = models.build("gemma2", dtype=torch.float32)
+    caps = [layer.self_attn.attn_logit_softcapping for layer in model.model.layers]
+    for layer in model.model.layers:
+        layer.self_attn.attn_logit_softcapping = None
+    with trainless.patched(model, "xattention", threshold=0.5, stride=2, block=4):
+        for layer, cap in zip(model.model.layers, caps, strict=True):
+            layer.self_attn.attn_logit_softcapping = cap
+        with pytest.raises(trainless.Unsupported, match="soft-capped"):
+            model(models.prompt(20))

@@ -141,6 +141,11 @@ class XAttention(Method):
         """For each row of the batch its first token and the place behind its last one; Unsupported for other masks."""
         b, _, _, lq, lk = call.shape
         where = call.site.name if call.site is not None else "this attention"
+        if call.softcap is not None:
+            raise Unsupported(
+                f"xattention: the logits of {where} are soft-capped, which the scores of blocks do not know; leave "
+                "the layer out with `where`, or remove the patch"
+            )
         padding = call.mask if isinstance(call.mask, Tensor) and call.mask.dim() == 2 else None
         seen = visibility(
             call.mask if padding is None else None,
